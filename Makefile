@@ -1,0 +1,36 @@
+# make demo: the main job on the embedded default.  make test: the tests.  Both set everything up first.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/demo
+
+.PHONY: setup demo test check format clean
+
+setup: .venv/.installed
+
+# The stamp is rewritten only when what is to be installed changes.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		scripts/train_bridge.py demo --run $(RUN)
+	$(BIN)/python scripts/find_channel.py --run $(RUN)
+	$(BIN)/python scripts/steer.py --run $(RUN)
+	$(BIN)/python scripts/report.py --run $(RUN)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

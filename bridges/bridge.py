@@ -1,0 +1,57 @@
+"""The bridges themselves: one encoder and one decoder per residual site (paper 3.3)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_model.activations import abs_topk
+
+DenseResid = Float[Tensor, "batch pos d_dense"]
+SparseResid = Float[Tensor, "batch pos d_sparse"]
+
+
+class BridgeSet(nn.Module):
+    """Encoders f_i = AbsTopK(linear), dense to sparse, and decoders g_i = linear, sparse to dense, at sites 0 .. 2L.
+
+    `encoder_k` entries survive each encoder's AbsTopK; d_sparse keeps all (the identity bridges of the tests).
+    """
+
+    rms_dense: Float[Tensor, " site"]
+    std_dense: Float[Tensor, " site"]
+    rms_sparse: Float[Tensor, " site"]
+
+    def __init__(self, n_sites: int, d_dense: int, d_sparse: int, encoder_k: int) -> None:
+        super().__init__()
+        if not 1 <= encoder_k <= d_sparse:
+            raise ValueError(f"encoder_k={encoder_k}: must lie in 1 .. d_sparse={d_sparse}")
+        self.n_sites, self.d_dense, self.d_sparse, self.encoder_k = n_sites, d_dense, d_sparse, encoder_k
+        self.encoders = nn.ModuleList(nn.Linear(d_dense, d_sparse) for _ in range(n_sites))
+        self.decoders = nn.ModuleList(nn.Linear(d_sparse, d_dense) for _ in range(n_sites))
+        for name in ("rms_dense", "std_dense", "rms_sparse"):
+            self.register_buffer(name, torch.full((n_sites,), torch.nan))
+        for bias in (m.bias for m in (*self.encoders, *self.decoders)):
+            nn.init.zeros_(bias)
+
+    def encode(self, site: int, resid: DenseResid) -> SparseResid:
+        """f_site: a dense residual stream as a sparse one."""
+        return abs_topk(self.encoders[site](resid), self.encoder_k)
+
+    def decode(self, site: int, resid: SparseResid) -> DenseResid:
+        """g_site: a sparse residual stream as a dense one."""
+        return self.decoders[site](resid)
+
+    def set_scales(
+        self,
+        rms_dense: Float[Tensor, " site"],
+        std_dense: Float[Tensor, " site"],
+        rms_sparse: Float[Tensor, " site"],
+    ) -> None:
+        """Set the streams' scales, averaged over a reference set; interventions convert units with them (A.4)."""
+        for name, value in (("rms_dense", rms_dense), ("std_dense", std_dense), ("rms_sparse", rms_sparse)):
+            getattr(self, name).copy_(value)
+
+    def directions(self, site: int) -> Float[Tensor, "d_sparse d_dense"]:
+        """What one unit of each sparse stream channel adds to the dense stream: the decoder's columns, without bias."""
+        weight = self.decoders[site].weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().T

@@ -1,0 +1,165 @@
+"""Configuration of a run, and its presets."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the joint loss' terms, each a sum over all sites (paper 3.3 gives none)."""
+
+    ce: float = 1.0
+    """Cross-entropy of the sparse model."""
+    nmse_encode: float = 1.0
+    """NMSE of the encoders."""
+    nmse_decode: float = 1.0
+    """NMSE of the decoders."""
+    kl_dense_to_sparse: float = 1 / 3
+    """KL of the hybrids that start dense and end sparse."""
+    kl_sparse_to_dense: float = 1 / 3
+    """KL of the hybrids that start sparse and end dense."""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            require(value >= 0, f"weights.{name}", value, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """Bridges and the hybrid losses."""
+
+    encoder_topk: float = 0.25
+    """Share of the sparse width that an encoder's AbsTopK keeps."""
+    lr: float = 1e-2
+    """Peak learning rate of bridges and bigram table."""
+    eps: float = 1e-8
+    """Adam's epsilon for them."""
+    clip: float = 1.0
+    """Clip their gradient norm to this."""
+    sites: Literal["all"] | int = 1
+    """Sites whose hybrids run each step, per direction: all, or this many drawn at random and re-weighted."""
+    kl_positions: float = 0.25
+    """Share of the positions at which the hybrid KLs are evaluated, drawn anew each step."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Weights of the loss terms."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.encoder_topk <= 1, "bridge.encoder_topk", self.encoder_topk, "must lie in (0, 1]")
+        require(0 < self.kl_positions <= 1, "bridge.kl_positions", self.kl_positions, "must lie in (0, 1]")
+        require(self.sites == "all" or self.sites >= 1, "bridge.sites", self.sites, "'all' or at least 1")
+        require(self.lr > 0, "bridge.lr", self.lr, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseTrainConfig:
+    """The small GPT-2 trained where no dense model is named; depth, context and vocabulary are the sparse model's."""
+
+    d_model: int = 64
+    """Width of the residual stream."""
+    n_heads: int = 4
+    """Attention heads per layer."""
+    steps: int = 800
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Blocks of n_ctx tokens per step."""
+    lr: float = 3e-3
+    """Peak learning rate (AdamW, 2 % warm-up, cosine decay)."""
+
+    def __post_init__(self) -> None:
+        require(self.d_model % self.n_heads == 0, "dense_train.n_heads", self.n_heads, "must divide d_model")
+        require(self.steps >= 1, "dense_train.steps", self.steps, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that shapes a run; saved as config.json in its folder."""
+
+    dense: str | None = None
+    """Local folder or hub name of the GPT-2 to bridge; unset: a small one is trained on the corpus."""
+    tokenizer: str | None = None
+    """Local folder or hub name; unset: the dense model's own, or a BPE trained on the corpus."""
+    corpus: str = "generated"
+    """Sources and token shares: generated, stdlib, a path, a hub dataset; e.g. generated:0.5,stdlib:0.5."""
+    corpus_tokens: int = 1_000_000
+    """Training tokens taken from the corpus."""
+    text_field: str | None = None
+    """Field that holds the text in .jsonl files and hub datasets; unset: text, content or code."""
+    seed: int = 0
+    """Seeds initial weights, batch order, sampled sites and positions."""
+    steps: int = 1500
+    """Optimizer steps of the joint training."""
+    batch_size: int = 16
+    """Blocks of n_ctx tokens per step and process."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    eval_tokens: int = 32_768
+    """Held-out tokens of the evaluation."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    """Architecture of the sparse model."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """Weight sparsity."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of the sparse model."""
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    """Bridges and hybrid losses."""
+    dense_train: DenseTrainConfig = field(default_factory=DenseTrainConfig)
+    """The small dense model, where one is trained."""
+
+    def __post_init__(self) -> None:
+        for name in ("corpus_tokens", "steps", "batch_size", "log_every", "checkpoint_every", "eval_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+
+PRESETS: dict[str, tuple[str, RunConfig]] = {
+    "demo": ("2 layers on generated Python; minutes on two CPU cores", RunConfig()),
+    "tiny": (
+        "the whole path in under a minute, for tests; too short to steer",
+        RunConfig(
+            corpus_tokens=60_000,
+            steps=60,
+            batch_size=8,
+            log_every=10,
+            checkpoint_every=25,
+            eval_tokens=2048,
+            sparse=SparseConfig(d_model=64, d_mlp=128, n_heads=4, n_ctx=48, d_vocab=384),
+            sparsity=SparsityConfig(nonzero_fraction=1 / 16),
+            dense_train=DenseTrainConfig(d_model=32, n_heads=2, steps=60, batch_size=16),
+        ),
+    ),
+    "stdlib": (
+        "4 layers, half generated Python, half the standard library's source; about an hour on two CPU cores",
+        RunConfig(
+            corpus="generated:0.5,stdlib:0.5",
+            corpus_tokens=8_000_000,
+            steps=12_000,
+            checkpoint_every=1000,
+            log_every=50,
+            sparse=SparseConfig(n_layers=4, d_model=256, d_mlp=1024, n_heads=16, n_ctx=128, d_vocab=2048),
+            dense_train=DenseTrainConfig(d_model=128, n_heads=4, steps=4000, batch_size=16),
+        ),
+    ),
+    "gpt2": (
+        "bridges into GPT-2 small on a GPU node",
+        RunConfig(
+            dense="gpt2",
+            corpus="codeparrot/codeparrot-clean",
+            corpus_tokens=100_000_000,
+            steps=100_000,
+            batch_size=32,
+            checkpoint_every=1000,
+            eval_tokens=131_072,
+            sparse=SparseConfig(
+                n_layers=12, d_model=1536, d_mlp=6144, n_heads=96, n_ctx=256, d_vocab=50257, bigram="none"
+            ),
+            sparsity=SparsityConfig(nonzero_fraction=1 / 128, min_per_neuron=4, anneal="linear", anneal_stop=0.5),
+            optim=OptimConfig(lr=1.28e-3),
+            bridge=BridgeConfig(lr=1e-3),
+        ),
+    ),
+}
+"""Named configurations with a line that says what each is for."""

@@ -1,0 +1,79 @@
+"""Training the small GPT-2 of the embedded default: a plain Hugging Face model, saved in Hugging Face format."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from bridges.config import RunConfig
+from bridges.losses import next_token_loss
+from sparse_model.batches import BatchOrder
+from sparse_model.files import replace_folder
+from sparse_model.tokenizer import save_tokenizer
+
+
+def train_dense(
+    config: RunConfig,
+    blocks: Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    *,
+    progress: bool = True,
+) -> GPT2LMHeadModel:
+    """Train a GPT-2 of the sparse model's depth, context and vocabulary on `blocks` [block, n_ctx].
+
+    AdamW 3e-3 by default, gradient norm clipped to 1, 2 % warm-up, cosine decay to a tenth. No dropout: with well
+    under one pass over enough text there is nothing to regularise, and the bridged model is used in eval mode.
+    """
+    options = config.dense_train
+    torch.manual_seed(config.seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.sparse.d_vocab,
+            n_positions=config.sparse.n_ctx,
+            n_embd=options.d_model,
+            n_layer=config.sparse.n_layers,
+            n_head=options.n_heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.to(device)  # type: ignore[arg-type]
+    model.set_attn_implementation("sdpa")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    order = BatchOrder(len(blocks), options.batch_size, config.seed)
+    warmup = max(1, round(0.02 * options.steps))
+    bar = tqdm(range(options.steps), desc="dense", unit="step", disable=not progress)
+    for step in bar:
+        rate = min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * rate
+        tokens = blocks[order(step)].long().to(device)
+        loss = next_token_loss(model(tokens).logits, tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % config.log_every == 0:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"dense loss is {value} at step {step}: lower dense_train.lr={options.lr:g}")
+            bar.set_postfix_str(f"ce {value:.3f}")
+    return model.eval()
+
+
+def save_dense(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write model and tokenizer as one Hugging Face folder, by way of a temporary name."""
+    with replace_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary / "tokenizer")
+        for file in (temporary / "tokenizer").iterdir():
+            file.rename(temporary / file.name)
+        (temporary / "tokenizer").rmdir()

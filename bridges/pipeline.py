@@ -1,0 +1,111 @@
+"""The main job up to the evaluation: tokenizer, corpus, dense model, joint training, metrics.
+
+1. Tokenizer, corpus blocks and dense model are made, or taken from the run folder where --resume finds them.
+2. Sparse model and bridges are trained jointly (`bridges.training`).
+3. The result is evaluated on held-out text and saved.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from bridges import run as run_folder
+from bridges.config import RunConfig
+from bridges.dense import DenseModel
+from bridges.evaluate import evaluate, table
+from bridges.training import CHECKPOINT, JointTrainer
+from sparse_model.config import from_json, to_json
+from sparse_model.transformer import SparseTransformer
+
+
+def train_run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    trackers: tuple[str, ...] = (),
+    progress: bool = True,
+) -> dict:
+    """Make the run in `folder`; returns the metrics that metrics.json holds.
+
+    Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
+    of another configuration, and what training raises.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=list(trackers) or None,
+        project_dir=folder if trackers else None,
+    )
+    if accelerator.is_main_process:
+        _claim(config, folder, resume)
+    with accelerator.main_process_first():
+        tokenizer = run_folder.prepare_tokenizer(config, folder)
+        blocks = run_folder.prepare_corpus(config, tokenizer, progress=progress and accelerator.is_main_process)
+        started = time.monotonic()
+        hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, accelerator.device, progress=progress)
+        dense_seconds = time.monotonic() - started
+    if (folder / "bridges").exists() and not (folder / CHECKPOINT).exists():
+        return _finish(folder, run_folder.open_run(folder), blocks.val, config, progress)
+    torch.manual_seed(config.seed)
+    dense = DenseModel(hf)
+    sparse = SparseTransformer(config.sparse)
+    bridges = run_folder.new_bridges(config, dense.d_model)
+    trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
+    if resume and trainer.load_checkpoint() and accelerator.is_main_process:
+        print(f"resuming at step {trainer.step} of {config.steps}")
+    if trackers:
+        accelerator.init_trackers("sparse-bridges", config={"run": str(folder)})
+    started = time.monotonic()
+    trainer.train()
+    joint_seconds = time.monotonic() - started
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return {}
+    run_folder.save_trained(folder, sparse, bridges)
+    trainer.remove_checkpoint()
+    run_folder.update_metrics(
+        folder,
+        training={
+            "dense_seconds": round(dense_seconds, 1),
+            "joint_seconds": round(joint_seconds, 1),
+            "steps": config.steps,
+            "processes": accelerator.num_processes,
+            "device": str(accelerator.device),
+            "threads": torch.get_num_threads(),
+            "corpus": blocks.report,
+        },
+    )
+    opened = run_folder.Run(folder, config, tokenizer, dense, sparse.eval(), bridges)
+    return _finish(folder, opened, blocks.val, config, progress)
+
+
+def _claim(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Write config.json, unless the folder holds a run that this one must not overwrite."""
+    path = folder / "config.json"
+    if path.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{folder} already holds a run: add --resume to go on with it, or name another folder with --run"
+            )
+        different = run_folder.same_config(from_json(RunConfig, path), config)
+        if different:
+            raise ValueError(f"{path} has other settings ({', '.join(different)}): resume with the same ones")
+    to_json(config, path)
+
+
+def _finish(folder: Path, run: run_folder.Run, val: Tensor, config: RunConfig, progress: bool) -> dict:
+    metrics = evaluate_run(run, val, config.eval_tokens, progress=progress)
+    print(table(metrics))
+    return metrics
+
+
+def evaluate_run(run: run_folder.Run, val: Tensor, eval_tokens: int, *, progress: bool = True) -> dict:
+    """Evaluate a run on held-out blocks, save its bridges' scales and metrics.json, and return the metrics."""
+    n_blocks = max(1, eval_tokens // val.shape[1])
+    metrics = evaluate(run.dense, run.sparse, run.bridges, val[:n_blocks], progress=progress)
+    run_folder.save_bridges(run.bridges, run.folder / "bridges")
+    run_folder.update_metrics(run.folder, **metrics)
+    return metrics

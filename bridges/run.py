@@ -1,0 +1,211 @@
+"""A run folder: what a run is made of, how it is prepared, saved and opened.
+
+config.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json  report.html
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from bridges.bridge import BridgeSet
+from bridges.config import RunConfig
+from bridges.dense import DenseModel, load_gpt2
+from bridges.dense_training import save_dense, train_dense
+from sparse_model.checkpoint import load_checked, load_sparse, read_tensors, save_sparse
+from sparse_model.config import from_json
+from sparse_model.corpus import CorpusBlocks, CorpusConfig, iter_documents, load_blocks
+from sparse_model.files import recover_folder, replace_folder, write_text
+from sparse_model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
+from sparse_model.transformer import SparseTransformer
+
+
+class Run(NamedTuple):
+    """A finished run, opened."""
+
+    folder: Path
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerFast
+    dense: DenseModel
+    sparse: SparseTransformer
+    bridges: BridgeSet
+
+
+def corpus_config(config: RunConfig) -> CorpusConfig:
+    """The corpus of a run."""
+    return CorpusConfig(
+        spec=config.corpus, max_tokens=config.corpus_tokens, seed=config.seed, text_field=config.text_field
+    )
+
+
+def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """The run's tokenizer: the run folder's, the one named, the dense model's, or a BPE trained on the corpus.
+
+    Raises ValueError when a named tokenizer differs from the dense model's own, or its size from sparse.d_vocab.
+    """
+    own = folder / "tokenizer"
+    recover_folder(own)
+    with_dense = (
+        config.dense
+        if config.dense and not (Path(config.dense).is_dir() and not (Path(config.dense) / "tokenizer.json").exists())
+        else None
+    )
+    if own.exists():
+        tokenizer = load_tokenizer(own)
+    elif config.tokenizer or with_dense:
+        tokenizer = load_tokenizer(config.tokenizer or with_dense or "")
+    elif config.dense:
+        raise ValueError(f"{config.dense} has no tokenizer.json: name its tokenizer with --tokenizer")
+    else:
+        tokenizer = train_tokenizer(_sample_documents(config), config.sparse.d_vocab)
+    if config.tokenizer and with_dense:
+        check_same_tokenizer(tokenizer, load_tokenizer(with_dense), config.tokenizer, with_dense)
+    if len(tokenizer) > config.sparse.d_vocab:
+        raise ValueError(
+            f"sparse.d_vocab={config.sparse.d_vocab}: the tokenizer has {len(tokenizer)} tokens, use at least that"
+        )
+    save_tokenizer(tokenizer, own)
+    return tokenizer
+
+
+def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, name_a: str, name_b: str) -> None:
+    """Raise ValueError unless two tokenizers are the same."""
+    if tokenizer_fingerprint(a) != tokenizer_fingerprint(b):
+        raise ValueError(
+            f"the tokenizer {name_a} is not that of {name_b}: token ids would mean different text; "
+            "use the tokenizer that the dense model was trained with"
+        )
+
+
+def _sample_documents(config: RunConfig, characters: int = 4_000_000):
+    """Documents for training the tokenizer: the head of the training split, at most so many characters."""
+    seen = 0
+    for document in iter_documents(corpus_config(config), "train"):
+        yield document
+        seen += len(document)
+        if seen >= characters:
+            return
+
+
+def prepare_corpus(config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> CorpusBlocks:
+    """The run's token blocks."""
+    return load_blocks(corpus_config(config), tokenizer, config.sparse.n_ctx, progress=progress)
+
+
+def prepare_dense(
+    config: RunConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    blocks: CorpusBlocks,
+    device: torch.device,
+    *,
+    progress: bool = True,
+) -> GPT2LMHeadModel:
+    """The run's dense model: its dense/ folder, the model named (copied there), or a small one trained now."""
+    own = folder / "dense"
+    recover_folder(own)
+    if own.exists():
+        check_same_tokenizer(tokenizer, load_tokenizer(own), str(folder / "tokenizer"), str(own))
+        return load_gpt2(own)
+    if config.dense:
+        model = load_gpt2(config.dense)
+    else:
+        model = train_dense(config, blocks.train, tokenizer, device, progress=progress)
+    save_dense(model, tokenizer, own)
+    return model
+
+
+def new_bridges(config: RunConfig, d_dense: int) -> BridgeSet:
+    """Untrained bridges of a run's shape."""
+    sparse = config.sparse
+    return BridgeSet(sparse.n_sites, d_dense, sparse.d_model, max(1, int(config.bridge.encoder_topk * sparse.d_model)))
+
+
+def save_bridges(bridges: BridgeSet, folder: Path) -> None:
+    """Write a BridgeSet: shape in config.json, weights and scales in safetensors."""
+    with replace_folder(folder) as temporary:
+        shape = {n: getattr(bridges, n) for n in ("n_sites", "d_dense", "d_sparse", "encoder_k")}
+        (temporary / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+        save_file(
+            {n: t.cpu().contiguous() for n, t in bridges.state_dict().items()},
+            temporary / "bridges.safetensors",
+        )
+
+
+def load_bridges(folder: Path) -> BridgeSet:
+    """Read a BridgeSet; missing or damaged files and misfits are errors that name them."""
+    recover_folder(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: has the run in {folder.parent} finished its training?")
+    try:
+        bridges = BridgeSet(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    load_checked(bridges, read_tensors(folder / "bridges.safetensors"), folder / "bridges.safetensors")
+    return bridges
+
+
+def save_trained(folder: Path, sparse: SparseTransformer, bridges: BridgeSet) -> None:
+    """Write sparse/ and bridges/."""
+    save_sparse(sparse, folder / "sparse")
+    save_bridges(bridges, folder / "bridges")
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a finished run.
+
+    Raises FileNotFoundError for a folder that is not one or whose training has not finished, ValueError for parts that
+    are damaged or do not belong together, each naming the file.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run at {folder}: train one with scripts/train_bridge.py --run {folder}")
+    config = from_json(RunConfig, folder / "config.json")
+    bridges = load_bridges(folder / "bridges")
+    sparse = load_sparse(folder / "sparse").eval()
+    dense = DenseModel(load_gpt2(folder / "dense"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
+    for name, found, wanted in (
+        ("sites", bridges.n_sites, 2 * dense.n_layers + 1),
+        ("dense width", bridges.d_dense, dense.d_model),
+        ("sparse width", bridges.d_sparse, sparse.d_model),
+        ("sparse layers", sparse.n_layers, dense.n_layers),
+    ):
+        if found != wanted:
+            raise ValueError(f"{folder / 'bridges'} does not fit the run's models: {name} {found}, expected {wanted}")
+    return Run(folder, config, tokenizer, dense, sparse, bridges)
+
+
+def fingerprint(run: Run) -> str:
+    """Hex digest of the weights of a run's dense and sparse models and bridges: what an intervention belongs to."""
+    digest = hashlib.sha256()
+    for part in (run.dense, run.sparse, run.bridges):
+        for name, t in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(t))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def update_metrics(folder: Path, **parts: object) -> None:
+    """Set top-level keys of RUN/metrics.json, keeping the others."""
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.exists() else {}
+    metrics |= {n: p._asdict() if hasattr(p, "_asdict") else p for n, p in parts.items()}
+    write_text(path, json.dumps(metrics, indent=1) + "\n")
+
+
+def same_config(a: RunConfig, b: RunConfig) -> list[str]:
+    """Names of the options in which two configurations differ."""
+    return [f.name for f in dataclasses.fields(RunConfig) if getattr(a, f.name) != getattr(b, f.name)]

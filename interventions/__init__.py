@@ -1,0 +1,7 @@
+"""Interventions on a dense model through a weight-sparse one: named channels, intervene(), steering experiments."""
+
+from interventions.bundle import load_dense
+from interventions.channels import Channel
+from interventions.intervene import Intervention, intervene, intervene_vector
+
+__all__ = ["Channel", "Intervention", "intervene", "intervene_vector", "load_dense"]

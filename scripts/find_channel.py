@@ -1,0 +1,50 @@
+"""Find the sparse channel that carries a task's feature and name it in RUN/channels.json.
+
+python scripts/find_channel.py --run runs/demo
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from cli import report_errors
+
+from bridges.run import open_run
+from interventions.channels import FILE, save_channel
+from interventions.find import find_channel
+from interventions.tasks import get_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Find the sparse channel that carries a task's feature and name it in RUN/channels.json."""
+
+    run: str = "runs/demo"
+    """Run folder."""
+    task: str = "single_double_quote"
+    """Task whose feature is wanted."""
+    name: str = "quote_type"
+    """Name for the channel."""
+    pairs: int = 64
+    """Selection prompt pairs."""
+    site: int | None = None
+    """Residual site; unset: the last one where the dense model still carries the answer."""
+
+
+def main(options: Options) -> None:
+    run = open_run(options.run)
+    task = get_task(options.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
+    batch = task.sample(options.pairs, split="selection", seed=run.config.seed)
+    channel = find_channel(run, options.name, options.task, batch, site=options.site)
+    save_channel(run.folder, channel)
+    for effect in channel.selection["site_effects"]:
+        mark = "  <- chosen" if effect["site"] == channel.site else ""
+        print(f"site {effect['site']} ({effect['label']}): patched P = {effect['p_counterfactual']:.3f}{mark}")
+    for n, share in channel.selection["share"].items():
+        print(f"best {n} channels {channel.selection['sets'][n]}: {share:.0%} of the whole read's effect")
+    print(f"{channel}\nsaved in {Path(options.run) / FILE}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main(tyro.cli(Options))

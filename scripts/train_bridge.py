@@ -1,0 +1,18 @@
+"""Train a sparse model and bridges beside a frozen dense GPT-2, and evaluate them.
+
+accelerate launch scripts/train_bridge.py                    # preset demo: minutes on a laptop
+accelerate launch scripts/train_bridge.py stdlib --run runs/stdlib
+accelerate launch scripts/train_bridge.py gpt2 --dense gpt2 --corpus codeparrot/codeparrot-clean
+accelerate launch scripts/train_bridge.py demo --resume      # after a kill
+"""
+
+from pathlib import Path
+
+from cli import parse_run, report_errors
+
+from bridges.pipeline import train_run
+
+if __name__ == "__main__":
+    with report_errors():
+        options = parse_run(__doc__)
+        train_run(options.config, Path(options.run), resume=options.resume, trackers=options.trackers)

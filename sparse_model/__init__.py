@@ -1,0 +1,1 @@
+"""Weight-sparse transformers: the model, its data, and its training."""

@@ -1,0 +1,111 @@
+"""Saving and loading weights: safetensors only, sparse matrices as their nonzeros, nothing half-written.
+
+A parameter with few nonzeros is stored as `NAME.values` and `NAME.indices` (flat, int32 or int64), so that a model
+folder is about as large as its L0; others are stored whole. Loading restores every weight bit for bit.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparse_model.config import SparseConfig, from_json, to_json
+from sparse_model.files import recover_folder, replace_folder
+from sparse_model.transformer import SparseTransformer
+
+WEIGHTS = "model.safetensors"
+
+
+def save_sparse(model: SparseTransformer, folder: Path, *, compress: bool = True) -> None:
+    """Write config.json and model.safetensors; `compress=False` stores every tensor whole."""
+    with replace_folder(folder) as temporary:
+        to_json(model.cfg, temporary / "config.json")
+        state = model.state_dict()
+        if model.cfg.tied:
+            del state["unembedding.weight"]
+        save_file(pack(state) if compress else _contiguous(state), temporary / WEIGHTS)
+
+
+def load_sparse(folder: Path) -> SparseTransformer:
+    """Read a model that `save_sparse` wrote.
+
+    Raises FileNotFoundError for a missing folder or file, ValueError for a damaged or truncated one or for tensors
+    that do not fit the config, naming the file and the tensor.
+    """
+    recover_folder(folder)
+    cfg = from_json(SparseConfig, folder / "config.json")
+    model = SparseTransformer(cfg)
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    state = unpack(read_tensors(folder / WEIGHTS), shapes, folder / WEIGHTS)
+    if cfg.tied:
+        state["unembedding.weight"] = state["token_embed.weight"]
+    load_checked(model, state, folder / WEIGHTS)
+    return model
+
+
+def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace each tensor that is smaller as nonzeros by its values and flat indices."""
+    packed = {}
+    for name, t in _contiguous(state).items():
+        # Compared as bits: -0.0 is a value that must come back.
+        flat = t.reshape(-1)
+        kept = ((flat != 0) | flat.signbit()).nonzero().squeeze(1)
+        index_type = torch.int32 if flat.numel() < 2**31 else torch.int64
+        index_bytes = torch.empty(0, dtype=index_type).element_size()
+        if kept.numel() * (flat.element_size() + index_bytes) < flat.numel() * flat.element_size():
+            packed[f"{name}.values"], packed[f"{name}.indices"] = flat[kept], kept.to(index_type)
+        else:
+            packed[name] = t
+    return packed
+
+
+def unpack(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: Path) -> dict[str, Tensor]:
+    """Invert `pack`. A packed tensor of unknown name or with indices out of range is a ValueError."""
+    state = {}
+    for name, t in tensors.items():
+        base = name.removesuffix(".values")
+        if name.endswith(".indices") and name.removesuffix(".indices") + ".values" in tensors:
+            continue
+        if base == name or f"{base}.indices" not in tensors:
+            state[name] = t
+            continue
+        indices = tensors[f"{base}.indices"].long()
+        if base not in shapes:
+            raise ValueError(f"{source}: unknown tensor {base}")
+        full = torch.zeros(shapes[base].numel(), dtype=t.dtype)
+        if indices.shape != t.shape or (len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(full)):
+            raise ValueError(f"{source}: the indices of {base} do not fit its shape {tuple(shapes[base])}")
+        full[indices] = t
+        state[base] = full.view(shapes[base])
+    return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; FileNotFoundError or ValueError (damaged, truncated) name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: is {path.parent} a complete model folder?")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}): copy or train it again") from error
+
+
+def load_checked(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load a state dict strictly; missing, unknown or misshaped tensors are one ValueError that names them."""
+    expected = module.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [f"unknown {name}" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(t.shape)}"
+        for name, t in expected.items()
+        if name in state and state[name].shape != t.shape
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit its config: {'; '.join(problems[:5])}")
+    module.load_state_dict(state)
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in state.items()}

@@ -1,0 +1,180 @@
+"""Configuration of the weight-sparse model and its training: frozen, keyword-only, validated."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sparse_model.files import write_text
+
+TOPK_LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out")
+"""The paper's eight AbsTopK locations: residual reads, q, k, v, residual writes, MLP neurons."""
+
+T = TypeVar("T")
+
+
+def require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise ValueError naming an option, its value and the remedy unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """Architecture of the weight-sparse transformer (paper 2.1, A.1)."""
+
+    n_layers: int = 2
+    """Transformer layers; a bridged model has as many as its dense model."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    d_mlp: int = 512
+    """MLP neurons per layer."""
+    n_heads: int = 8
+    """Attention heads per layer."""
+    d_head: int = 16
+    """Width of a head; the paper's is 16."""
+    n_ctx: int = 64
+    """Longest sequence, in tokens."""
+    d_vocab: int = 512
+    """Vocabulary size."""
+    positions: Literal["none", "learned", "concat_learned", "concat_sinusoidal"] = "none"
+    """Position information: none, added to the embedding, or concatenated to every residual read, read-only."""
+    d_pos: int = 0
+    """Width of concatenated positions."""
+    sink: bool = False
+    """One learned logit per head that enters only the softmax denominator."""
+    bigram: Literal["none", "learned", "fixed"] = "learned"
+    """Dense d_vocab x d_vocab table whose row of the current token is added to the logits."""
+    act_fn: Literal["gelu", "relu"] = "gelu"
+    """MLP non-linearity (exact GELU)."""
+    topk_fraction: float = 0.25
+    """Share of each location's width that AbsTopK keeps (rounded down)."""
+    topk_locations: tuple[str, ...] = TOPK_LOCATIONS
+    """Where AbsTopK acts."""
+    bias: bool = True
+    """Whether linear maps have biases."""
+    tied: bool = False
+    """Whether the unembedding is the embedding."""
+    embed_std: float = 0.1
+    """Standard deviation of the initial embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "d_mlp", "n_heads", "d_head", "n_ctx", "d_vocab"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(0 < self.topk_fraction <= 1, "topk_fraction", self.topk_fraction, "must lie in (0, 1]")
+        known = (*TOPK_LOCATIONS, "resid_post_attn", "resid_post_mlp")
+        for location in self.topk_locations:
+            require(location in known, "topk_locations", location, f"use any of {', '.join(known)}")
+        concat = self.positions.startswith("concat")
+        require(concat == (self.d_pos > 0), "d_pos", self.d_pos, "positive for concatenated positions, else 0")
+        require(
+            int(self.topk_fraction * min(self.d_model, self.n_heads * self.d_head, self.d_mlp)) >= 1,
+            "topk_fraction",
+            self.topk_fraction,
+            "keeps no entry at all of the narrowest location",
+        )
+
+    @property
+    def n_sites(self) -> int:
+        """Residual sites: before each sublayer and after the last (paper 3.3)."""
+        return 2 * self.n_layers + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Weight sparsity and its annealing (paper A.2)."""
+
+    nonzero_fraction: float = 1 / 64
+    """Share of each matrix's entries that stay nonzero at the end."""
+    embed_fraction: float | None = None
+    """The same for embedding and unembedding; nonzero_fraction where unset."""
+    bias_fraction: float | None = None
+    """The same for biases; nonzero_fraction where unset."""
+    min_per_neuron: int = 1
+    """j: the fewest nonzeros of any neuron or attention channel."""
+    anneal: Literal["linear", "log"] = "log"
+    """Course of the kept fraction from 1 to its target: linear, or linear in the logarithm."""
+    anneal_start: float = 0.0
+    """Share of the steps after which annealing starts."""
+    anneal_stop: float = 0.35
+    """Share of the steps after which the target is reached."""
+
+    def __post_init__(self) -> None:
+        for name in ("nonzero_fraction", "embed_fraction", "bias_fraction"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, name, value, "must lie in (0, 1]")
+        require(self.min_per_neuron >= 0, "min_per_neuron", self.min_per_neuron, "must not be negative")
+        require(
+            0 <= self.anneal_start <= self.anneal_stop <= 1,
+            "anneal_start, anneal_stop",
+            (self.anneal_start, self.anneal_stop),
+            "need 0 <= start <= stop <= 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW as the paper runs it for sparse parameters (A.2)."""
+
+    lr: float = 4e-3
+    """Learning rate at a kept fraction of 1."""
+    sharkfin: bool = True
+    """Multiply the rate by 1/sqrt(kept fraction)."""
+    warmup: float = 0.01
+    """Share of the steps over which the rate rises linearly; it then falls linearly to zero."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 0.1
+    """Large on purpose: with the gradient's RMS near 1, entries of small gradient hardly move."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    grad_rms: Literal["always", "clip"] = "always"
+    """Divide the gradient by its RMS over all sparse parameters: always, or only where that exceeds 1."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "lr", self.lr, "must be positive")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "must lie in [0, 1)")
+        require(self.eps > 0, "eps", self.eps, "must be positive")
+
+
+def to_json(config: Any, path: Path) -> None:
+    """Write a config dataclass as JSON, by way of a temporary name."""
+    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def from_json(cls: type[T], path: Path) -> T:
+    """Read a config back, strictly.
+
+    Raises FileNotFoundError for a missing file and ValueError, naming file and key, for anything unknown.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: is {path.parent} a run or model folder?")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return from_dict(cls, data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a valid {cls.__name__}: {error}") from error
+
+
+def from_dict(cls: type[T], data: dict[str, Any]) -> T:
+    """Build a (nested) config dataclass; an unknown key is a ValueError, lists become tuples."""
+    if not isinstance(data, dict):
+        raise ValueError(f"expected an object, found {data!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(unknown)}; known are {', '.join(hints)}")
+    return cls(**{name: _convert(hints[name], value) for name, value in data.items()})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value)
+    return tuple(value) if isinstance(value, list) else value

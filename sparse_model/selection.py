@@ -1,0 +1,260 @@
+"""Exact selection of the largest magnitudes, shared by AbsTopK and the weight projection.
+
+Both need "the k entries of largest magnitude, ties broken by the lower index". The magnitude order of IEEE floats is
+the integer order of their bit patterns with the sign bit cleared, so the k-th largest magnitude is found exactly by
+bisecting integers and counting; nothing is sorted and nothing is written until the threshold is known (paper
+appendix B names library top-k, which sorts, as the cost of a naive implementation).
+
+1. Clear the sign bit; a pattern above infinity's is NaN and is refused (on the CPU).
+2. Bisect for the largest threshold t with #(pattern >= t) >= k; stop early when the count is exactly k.
+3. Keep every pattern above t and, of those equal to t, the first by index until k are kept.
+
+CPU tensors use a numba kernel that releases the GIL, split over torch's threads; every other device uses the same
+bisection in torch operations, without a host sync. There NaN cannot be refused without one: it counts as the largest
+magnitude, survives, and turns the loss into NaN, which the trainers stop at.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_INT_TYPE = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+# Splitting less work than this over threads costs more than it gains.
+_MIN_PER_THREAD = 1 << 19
+_pool: ThreadPoolExecutor | None = None
+
+
+def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "row width"], Bool[Tensor, "row width"]]:
+    """Keep the k largest magnitudes of each row of a contiguous matrix.
+
+    Returns (kept, mask): `kept` equals x where `mask` is true and is zero elsewhere; every row of `mask` has exactly
+    k true entries. Raises ValueError for NaN (CPU only) or for k outside 0 .. width.
+    """
+    width = x.shape[-1]
+    check_k(k, width)
+    if k == width:
+        _refuse_nan(x)
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    if k == 0:
+        _refuse_nan(x)
+        return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+    if x.device.type != "cpu":
+        mask = _rows_mask_torch(magnitude_bits(x), k)
+        return x.masked_fill(~mask, 0), mask
+    kept, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    ints = _INT_TYPE[x.dtype]
+    bits, out, mask_np = x.detach().view(ints).numpy(), kept.view(ints).numpy(), mask.numpy()
+    sign, infinity = _bit_constants(x.dtype)
+    bad = _in_row_chunks(
+        lambda rows: _select_rows_numba(bits[rows], k, out[rows], mask_np[rows], sign, infinity), *x.shape
+    )
+    if bad:
+        raise ValueError(f"NaN among the values given to top-k (shape {tuple(x.shape)}, k={k})")
+    return kept, mask
+
+
+def keep_masked(x: Float[Tensor, "row width"], mask: Bool[Tensor, "row width"]) -> Float[Tensor, "row width"]:
+    """x where the mask is true, zero elsewhere (also where x is not finite)."""
+    if x.device.type != "cpu":
+        return x.masked_fill(~mask, 0)
+    out, ints = torch.empty_like(x, memory_format=torch.contiguous_format), _INT_TYPE[x.dtype]
+    bits = x.detach().contiguous().view(ints).numpy()
+    _keep_masked_numba(bits.reshape(-1), mask.numpy().reshape(-1), out.view(ints).numpy().reshape(-1))
+    return out
+
+
+def top_mask_flat(x: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
+    """Mask of the k largest magnitudes of a flat tensor, ties to the lower index. Same errors as `select_rows`."""
+    n = x.numel()
+    check_k(k, n)
+    if k == n or k == 0:
+        _refuse_nan(x)
+        return torch.full((n,), k == n, dtype=torch.bool, device=x.device)
+    if x.device.type != "cpu":
+        return _rows_mask_torch(magnitude_bits(x)[None], k)[0]
+    mask = torch.empty(n, dtype=torch.bool)
+    sign, infinity = _bit_constants(x.dtype)
+    if not _top_mask_numba(x.detach().view(_INT_TYPE[x.dtype]).numpy(), k, mask.numpy(), sign, infinity):
+        raise ValueError(f"NaN among the {n} values given to top-k (k={k})")
+    return mask
+
+
+def magnitude_bits(x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Bit patterns with the sign cleared: integers in the order of |x| (NaN above infinity)."""
+    return x.detach().view(_INT_TYPE[x.dtype]) & int(_bit_constants(x.dtype)[0])
+
+
+def check_k(k: int, width: int) -> None:
+    """Raise ValueError unless 0 <= k <= width."""
+    if not 0 <= k <= width:
+        raise ValueError(f"k={k} is outside 0 .. {width}, the number of values to choose from")
+
+
+def _bit_constants(dtype: torch.dtype) -> tuple[Any, Any]:
+    """Numpy scalars of the pattern's own integer type: the mask that clears the sign, and infinity's pattern."""
+    ints = _INT_TYPE[dtype]
+    infinity = torch.tensor(float("inf"), dtype=dtype).view(ints).numpy()[()]
+    return infinity.dtype.type(torch.iinfo(ints).max), infinity
+
+
+def _refuse_nan(x: Tensor) -> None:
+    if x.device.type == "cpu" and torch.isnan(x).any():
+        raise ValueError(f"NaN among the values given to top-k (shape {tuple(x.shape)})")
+
+
+def _in_row_chunks(work, n_rows: int, width: int) -> bool:
+    """Run `work(slice)` over the rows, on several threads where that pays; true if any call returned true."""
+    global _pool
+    threads = min(torch.get_num_threads(), max(1, n_rows * width // _MIN_PER_THREAD), n_rows)
+    if threads <= 1:
+        return bool(work(slice(0, n_rows)))
+    if _pool is None:
+        _pool = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="topk")
+    edges = [n_rows * t // threads for t in range(threads + 1)]
+    return any(list(_pool.map(work, [slice(a, b) for a, b in pairwise(edges)])))
+
+
+def _rows_mask_torch(bits: Int[Tensor, "row width"], k: int) -> Bool[Tensor, "row width"]:
+    """The bisection in torch operations; as many steps as the pattern has bits, so always exact."""
+    low = torch.zeros_like(bits[:, :1])
+    for bit in reversed(range(torch.iinfo(bits.dtype).bits - 1)):
+        candidate = low | (1 << bit)
+        low = torch.where((bits >= candidate).sum(-1, keepdim=True) >= k, candidate, low)
+    above, equal = bits > low, bits == low
+    room = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_at_least(values, threshold):  # pragma: no cover - compiled
+    count = 0
+    for i in range(values.shape[0]):
+        count += values[i] >= threshold
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _threshold(values, k, low, high):  # pragma: no cover - compiled
+    """(t, exact): the k-th largest value, or an earlier t with exactly k values >= t, when `exact`."""
+    a, b = np.int64(low), np.int64(high) + 1
+    while b - a > 1:
+        middle = a + (b - a) // 2
+        count = _count_at_least(values, values.dtype.type(middle))
+        if count == k:
+            return middle, True
+        if count > k:
+            a = middle
+        else:
+            b = middle
+    return a, False
+
+
+@numba.njit(cache=True, nogil=True)
+def _keep_masked_numba(bits, mask, out):  # pragma: no cover - compiled
+    for i in range(bits.shape[0]):
+        out[i] = bits[i] if mask[i] else 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _select_rows_numba(bits, k, out, mask, sign, infinity):  # pragma: no cover - compiled
+    """Fill out and mask; true when a NaN was met."""
+    n_rows, width = bits.shape
+    values = np.empty(width, bits.dtype)
+    for r in range(n_rows):
+        low = high = bits[r, 0] & sign
+        for i in range(width):
+            value = bits[r, i] & sign
+            values[i] = value
+            low, high = min(low, value), max(high, value)
+        if high > infinity:
+            return True
+        found, exact = _threshold(values, k, low, high)
+        t = bits.dtype.type(found)
+        if exact:
+            for i in range(width):
+                keep = values[i] >= t
+                mask[r, i] = keep
+                out[r, i] = bits[r, i] if keep else 0
+            continue
+        room = k
+        for i in range(width):
+            room -= values[i] > t
+        for i in range(width):
+            keep = values[i] > t
+            if values[i] == t and room > 0:
+                keep = True
+                room -= 1
+            mask[r, i] = keep
+            out[r, i] = bits[r, i] if keep else 0
+    return False
+
+
+@numba.njit(cache=True, nogil=True)
+def _at_least(bits, floor, sign):  # pragma: no cover - compiled
+    """The patterns >= floor, compacted. Blocks without any are skipped after one vectorised maximum."""
+    block = 64
+    n = bits.shape[0]
+    found = np.empty(n, bits.dtype)
+    m = 0
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        highest = bits.dtype.type(0)
+        for i in range(start, stop):
+            highest = max(highest, bits[i] & sign)
+        if highest >= floor:
+            for i in range(start, stop):
+                value = bits[i] & sign
+                found[m] = value
+                m += value >= floor
+    return found[:m]
+
+
+@numba.njit(cache=True, nogil=True)
+def _top_mask_numba(bits, k, mask, sign, infinity):  # pragma: no cover - compiled
+    """Fill mask; false when a NaN was met.
+
+    A strided sample guesses a floor a little below the threshold; the exact search then runs on the few patterns
+    above that floor. A guess that leaves fewer than k is replaced by no floor at all, so the result never depends
+    on it.
+    """
+    n = bits.shape[0]
+    stride = max(1, n // 8192)
+    sample = np.empty((n + stride - 1) // stride, bits.dtype)
+    for i in range(sample.shape[0]):
+        sample[i] = bits[i * stride] & sign
+    wanted = int(sample.shape[0] * (k / n) * 1.25) + 32
+    floor = bits.dtype.type(0)
+    if wanted < sample.shape[0]:
+        guess, _ = _threshold(sample, wanted, bits.dtype.type(0), sign)
+        floor = bits.dtype.type(guess)
+    values = _at_least(bits, floor, sign)
+    if values.shape[0] < k:
+        values = _at_least(bits, bits.dtype.type(0), sign)
+    high = np.max(values)
+    if high > infinity:
+        return False
+    found, exact = _threshold(values, k, np.min(values), high)
+    t = bits.dtype.type(found)
+    room = n if exact else k
+    if not exact:
+        for i in range(values.shape[0]):
+            room -= values[i] > t
+    for i in range(n):
+        mask[i] = (bits[i] & sign) >= t
+    if not exact:
+        for i in range(n):
+            if (bits[i] & sign) == t:
+                mask[i] = room > 0
+                room -= 1
+    return True

@@ -1,0 +1,168 @@
+"""A small byte-level BPE for Python, and loading or saving any Hugging Face tokenizer.
+
+Quote tasks compare the next-token probabilities of `")` and `')`, so those pairs (and the opening ones) must
+be single tokens wherever they stand in the text. They are cut out before BPE sees its input:
+
+1. Split off every occurrence of the four pairs in `QUOTE_TOKENS`.
+2. Split the rest into words with their leading space, digits, punctuation, and newline-plus-indentation runs.
+3. Learn merges inside those pieces only, with the quote pairs removed; then give each pair an id of its own.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+QUOTE_TOKENS = ('("', "('", '")', "')")
+EOT = "<|endoftext|>"
+
+_QUOTE_PATTERN = r"""\(["']|["']\)"""
+_PIECE_PATTERN = "|".join(
+    (
+        r"(?:\r?\n)+[ \t]*",  # line ends together with the indentation that follows them
+        r" ?_*[\p{L}\p{M}]+",  # a word; snake_case falls apart before each underscore
+        r" ?\p{N}",  # one digit
+        r" ?_+",
+        r" ?[^\s\p{L}\p{M}\p{N}_]+",  # punctuation
+        r"[^\S\r\n]+(?!\S)",  # blanks, less the one that belongs to the next word
+        r"\s",
+    )
+)
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+_SMALLEST_VOCAB = 1 + len(_BYTES) + len(QUOTE_TOKENS)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with exactly `vocab_size` tokens; the same documents give the same tokenizer.
+
+    Ids: 0 is `EOT` (also bos, eos and pad), then the 256 bytes, the four quote pairs, and the learned merges.
+    Decoding an encoded text gives that text back, whatever it holds.
+
+    Raises:
+        ValueError: `vocab_size` is below 261, or the documents hold too few repeated pairs to fill it.
+    """
+    if vocab_size < _SMALLEST_VOCAB:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {len(_BYTES)} bytes, {len(QUOTE_TOKENS)} quote tokens and"
+            f" {EOT} already need {_SMALLEST_VOCAB}; choose a larger one, e.g. 512"
+        )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = _pre_tokenizer(quotes="removed")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(QUOTE_TOKENS) - 1, initial_alphabet=_BYTES, show_progress=False
+    )
+    learner.train_from_iterator(documents, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    merges = [(left, right) for left, right in learned["merges"]]
+    by_id = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    names = [EOT, *_BYTES, *QUOTE_TOKENS, *(name for name in by_id if len(name) > 1)]
+    if len(names) < vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}, but the documents only yield {len(names)} tokens;"
+            f" lower vocab_size to {len(names)} or train on more text"
+        )
+    vocab = {name: index for index, name in enumerate(names)}
+    quote_merges = [(pair[0], pair[1]) for pair in QUOTE_TOKENS]
+
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=quote_merges + merges))
+    backend.pre_tokenizer = _pre_tokenizer(quotes="isolated")
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=EOT,
+        eos_token=EOT,
+        pad_token=EOT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pre_tokenizer(quotes: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QUOTE_PATTERN), behavior=quotes),
+            pre_tokenizers.Split(Regex(_PIECE_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def check_quote_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that each of `QUOTE_TOKENS` encodes to one id.
+
+    Raises:
+        ValueError: one of them does not; the message names it and shows its pieces.
+    """
+    for token in QUOTE_TOKENS:
+        ids = tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer encodes {token!r} as {tokenizer.convert_ids_to_tokens(ids)},"
+                " but the quote tasks need it to be one token; use train_tokenizer() or a tokenizer that has"
+                " it, such as gpt2's"
+            )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hex digest of all that decides a tokenizer's ids: vocabulary, merges, pre-tokenizer, end-of-text id.
+
+    Equal after saving and loading; independent of the padding or truncation of the last call.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+    text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write `tokenizer` into `folder`, creating it. Other files there stay; no file is ever half written."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp's folders are private; a run folder is not
+        if not folder.exists():
+            temporary.rename(folder)
+            return
+        # tokenizer.json last: a folder that has it has the rest.
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "tokenizer.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder that holds `tokenizer.json`, or by its name on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: a local path (one that exists, starts with `.`, `/` or `~`, or has more than one
+            slash) that is not a folder with `tokenizer.json`.
+        OSError: a name that the hub does not know, or cannot be asked for.
+        ValueError: a tokenizer without a fast (Rust) form.
+    """
+    name = str(name_or_folder)
+    folder = Path(name).expanduser()
+    looks_local = isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local or folder.exists():
+        if not (folder / "tokenizer.json").is_file():
+            missing = "has no tokenizer.json" if folder.is_dir() else "is not a folder"
+            raise FileNotFoundError(
+                f"no tokenizer at {name}: it {missing}; give a folder of save_tokenizer() or a hub name"
+            )
+        name = str(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub client raises a dozen types, none of which names the remedy
+        raise OSError(
+            f"cannot load tokenizer {name!r}: it is no local folder, and the hub gave {type(error).__name__};"
+            " check the spelling and the network, or give a folder that holds tokenizer.json"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer {name!r} has no fast form (tokenizer.json); choose one that has")
+    return tokenizer
