@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
-from bridges.dense import DenseModel, Sublayered
+from bridges.dense import Sublayered
 from bridges.hybrid import residuals, suffix
 from bridges.losses import kl, next_token_loss
 from bridges.sites import Site
@@ -82,7 +82,7 @@ class Moments:
 
 @torch.no_grad()
 def evaluate(
-    dense: DenseModel,
+    dense: Sublayered,
     sparse: SparseTransformer,
     bridges: BridgeSet,
     blocks: Int[Tensor, "block pos"],
@@ -120,7 +120,7 @@ def evaluate(
 
         for tokens in batches:
             h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
-            target = dense.unembed(h_dense[-1])
+            target = dense.unembed(h_dense[-1], tokens)
             note("dense", next_token_loss(target, tokens))
             note("sparse", next_token_loss(sparse.unembed(h_sparse[-1], tokens), tokens))
             to_sparse = suffix(sparse, i, bridges.encode(i, h_dense[i]), tokens)

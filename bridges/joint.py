@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.config import BridgeConfig, LossWeights
-from bridges.dense import DenseModel, Sublayered
+from bridges.dense import Sublayered
 from bridges.hybrid import advance, residuals
 from bridges.losses import kl, next_token_loss, nmse
 from sparse_model.transformer import SparseTransformer
@@ -70,7 +70,7 @@ def draw(config: BridgeConfig, n_sites: int, n_positions: int, seed: int, step: 
 
 
 def joint_backward(
-    dense: DenseModel,
+    dense: Sublayered,
     sparse: SparseTransformer,
     bridges: BridgeSet,
     tokens: Int[Tensor, "batch pos"],
@@ -81,7 +81,7 @@ def joint_backward(
     positions = drawn.positions.to(tokens.device)
     with torch.no_grad():
         h_dense = residuals(dense, tokens)
-        target = dense.unembed(h_dense[-1][:, positions])
+        target = dense.unembed(h_dense[-1][:, positions], tokens[:, positions])
     h_sparse = residuals(sparse, tokens)
     ce = next_token_loss(sparse.unembed(h_sparse[-1], tokens), tokens)
     leaves = [h.detach().requires_grad_() for h in h_sparse]

@@ -1,7 +1,6 @@
 """The joint trainer: sparse model and bridges beside a frozen dense model, on accelerate."""
 
 import json
-import math
 import shutil
 import signal
 import time
@@ -103,9 +102,9 @@ class JointTrainer:
                 losses = self.train_step()
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or self.step == 1 or last:
+                    self._check_finite(losses)
                     record = self._record(losses)
                     self.accelerator.log(flat(record), step=self.step)
-                    self._check_finite(record)
                     if metrics:
                         record["seconds"] = round(time.monotonic() - start, 2)
                         metrics.write(record)
@@ -124,8 +123,13 @@ class JointTrainer:
         progress = self.step / config.steps
         tokens = self.blocks[self.order(self.step)].long().to(accelerator.device)
         drawn = draw(config.bridge, self.bridges.n_sites, tokens.shape[1], config.seed, self.step)
-        with accelerator.autocast():
-            losses = joint_backward(self.dense, self.sparse, self.bridges, tokens, drawn, config.bridge.weights)
+        try:
+            with accelerator.autocast():
+                losses = joint_backward(self.dense, self.sparse, self.bridges, tokens, drawn, config.bridge.weights)
+        except ValueError as error:  # on the CPU, AbsTopK refuses NaN at once
+            raise TrainingDiverged(self._diverged(f"an activation became NaN ({error})")) from error
+        if accelerator.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
+            self._check_finite(losses)
         self._reduce_gradients()
         self.grad_rms = normalize_grad_rms_(self.main, config.optim.grad_rms)
         nn.utils.clip_grad_norm_(self.free, config.bridge.clip, foreach=True)
@@ -169,16 +173,18 @@ class JointTrainer:
         )
         return record
 
-    def _check_finite(self, record: dict) -> None:
-        for name in JointLosses._fields:
-            values = record[name] if isinstance(record[name], list) else [record[name]]
-            for site, value in enumerate(values):
-                if not math.isfinite(value):
-                    where = f" at site {site}" if len(values) > 1 else ""
-                    raise TrainingDiverged(
-                        f"{name}{where} is {value} at step {self.step}; the last checkpoint of {self.folder} is whole. "
-                        f"Lower optim.lr={self.config.optim.lr:g} or bridge.lr={self.config.bridge.lr:g} and train again"
-                    )
+    def _check_finite(self, losses: JointLosses) -> None:
+        for name, value in losses._asdict().items():
+            finite = value.isfinite()
+            if not finite.all():
+                site = f" at site {int((~finite).nonzero()[0])}" if value.ndim else ""
+                raise TrainingDiverged(self._diverged(f"{name}{site} is no longer finite"))
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"{what} in step {self.step + 1}; the last checkpoint in {self.folder} is as it was. Train again with a lower "
+            f"optim.lr (now {self.config.optim.lr:g}) or bridge.lr (now {self.config.bridge.lr:g})"
+        )
 
     def save_checkpoint(self) -> None:
         """Write RUN/checkpoint: weights, moments, step. The previous one stays until the new one is whole."""
@@ -273,9 +279,9 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def flat(record: dict) -> dict[str, float]:
+def flat(record: dict) -> dict[str, int | float]:
     """A record for trackers: per-site lists become name/site."""
-    out: dict[str, float] = {}
+    out: dict[str, int | float] = {}
     for name, value in record.items():
         if isinstance(value, list):
             out |= {f"{name}/{site}": v for site, v in enumerate(value)}

@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-import numba
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from sparse_model import kernels
 
 _INT_TYPE = {
     torch.float16: torch.int16,
@@ -57,7 +57,7 @@ def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "r
     bits, out, mask_np = x.detach().view(ints).numpy(), kept.view(ints).numpy(), mask.numpy()
     sign, infinity = _bit_constants(x.dtype)
     bad = _in_row_chunks(
-        lambda rows: _select_rows_numba(bits[rows], k, out[rows], mask_np[rows], sign, infinity), *x.shape
+        lambda rows: kernels.select_rows(bits[rows], k, out[rows], mask_np[rows], sign, infinity), *x.shape
     )
     if bad:
         raise ValueError(f"NaN among the values given to top-k (shape {tuple(x.shape)}, k={k})")
@@ -70,7 +70,7 @@ def keep_masked(x: Float[Tensor, "row width"], mask: Bool[Tensor, "row width"]) 
         return x.masked_fill(~mask, 0)
     out, ints = torch.empty_like(x, memory_format=torch.contiguous_format), _INT_TYPE[x.dtype]
     bits = x.detach().contiguous().view(ints).numpy()
-    _keep_masked_numba(bits.reshape(-1), mask.numpy().reshape(-1), out.view(ints).numpy().reshape(-1))
+    kernels.keep_masked(bits.reshape(-1), mask.numpy().reshape(-1), out.view(ints).numpy().reshape(-1))
     return out
 
 
@@ -85,7 +85,7 @@ def top_mask_flat(x: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
         return _rows_mask_torch(magnitude_bits(x)[None], k)[0]
     mask = torch.empty(n, dtype=torch.bool)
     sign, infinity = _bit_constants(x.dtype)
-    if not _top_mask_numba(x.detach().view(_INT_TYPE[x.dtype]).numpy(), k, mask.numpy(), sign, infinity):
+    if not kernels.top_mask(x.detach().view(_INT_TYPE[x.dtype]).numpy(), k, mask.numpy(), sign, infinity):
         raise ValueError(f"NaN among the {n} values given to top-k (k={k})")
     return mask
 
@@ -134,127 +134,3 @@ def _rows_mask_torch(bits: Int[Tensor, "row width"], k: int) -> Bool[Tensor, "ro
     above, equal = bits > low, bits == low
     room = k - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1) <= room))
-
-
-@numba.njit(cache=True, nogil=True)
-def _count_at_least(values, threshold):  # pragma: no cover - compiled
-    count = 0
-    for i in range(values.shape[0]):
-        count += values[i] >= threshold
-    return count
-
-
-@numba.njit(cache=True, nogil=True)
-def _threshold(values, k, low, high):  # pragma: no cover - compiled
-    """(t, exact): the k-th largest value, or an earlier t with exactly k values >= t, when `exact`."""
-    a, b = np.int64(low), np.int64(high) + 1
-    while b - a > 1:
-        middle = a + (b - a) // 2
-        count = _count_at_least(values, values.dtype.type(middle))
-        if count == k:
-            return middle, True
-        if count > k:
-            a = middle
-        else:
-            b = middle
-    return a, False
-
-
-@numba.njit(cache=True, nogil=True)
-def _keep_masked_numba(bits, mask, out):  # pragma: no cover - compiled
-    for i in range(bits.shape[0]):
-        out[i] = bits[i] if mask[i] else 0
-
-
-@numba.njit(cache=True, nogil=True)
-def _select_rows_numba(bits, k, out, mask, sign, infinity):  # pragma: no cover - compiled
-    """Fill out and mask; true when a NaN was met."""
-    n_rows, width = bits.shape
-    values = np.empty(width, bits.dtype)
-    for r in range(n_rows):
-        low = high = bits[r, 0] & sign
-        for i in range(width):
-            value = bits[r, i] & sign
-            values[i] = value
-            low, high = min(low, value), max(high, value)
-        if high > infinity:
-            return True
-        found, exact = _threshold(values, k, low, high)
-        t = bits.dtype.type(found)
-        if exact:
-            for i in range(width):
-                keep = values[i] >= t
-                mask[r, i] = keep
-                out[r, i] = bits[r, i] if keep else 0
-            continue
-        room = k
-        for i in range(width):
-            room -= values[i] > t
-        for i in range(width):
-            keep = values[i] > t
-            if values[i] == t and room > 0:
-                keep = True
-                room -= 1
-            mask[r, i] = keep
-            out[r, i] = bits[r, i] if keep else 0
-    return False
-
-
-@numba.njit(cache=True, nogil=True)
-def _at_least(bits, floor, sign):  # pragma: no cover - compiled
-    """The patterns >= floor, compacted. Blocks without any are skipped after one vectorised maximum."""
-    block = 64
-    n = bits.shape[0]
-    found = np.empty(n, bits.dtype)
-    m = 0
-    for start in range(0, n, block):
-        stop = min(start + block, n)
-        highest = bits.dtype.type(0)
-        for i in range(start, stop):
-            highest = max(highest, bits[i] & sign)
-        if highest >= floor:
-            for i in range(start, stop):
-                value = bits[i] & sign
-                found[m] = value
-                m += value >= floor
-    return found[:m]
-
-
-@numba.njit(cache=True, nogil=True)
-def _top_mask_numba(bits, k, mask, sign, infinity):  # pragma: no cover - compiled
-    """Fill mask; false when a NaN was met.
-
-    A strided sample guesses a floor a little below the threshold; the exact search then runs on the few patterns
-    above that floor. A guess that leaves fewer than k is replaced by no floor at all, so the result never depends
-    on it.
-    """
-    n = bits.shape[0]
-    stride = max(1, n // 8192)
-    sample = np.empty((n + stride - 1) // stride, bits.dtype)
-    for i in range(sample.shape[0]):
-        sample[i] = bits[i * stride] & sign
-    wanted = int(sample.shape[0] * (k / n) * 1.25) + 32
-    floor = bits.dtype.type(0)
-    if wanted < sample.shape[0]:
-        guess, _ = _threshold(sample, wanted, bits.dtype.type(0), sign)
-        floor = bits.dtype.type(guess)
-    values = _at_least(bits, floor, sign)
-    if values.shape[0] < k:
-        values = _at_least(bits, bits.dtype.type(0), sign)
-    high = np.max(values)
-    if high > infinity:
-        return False
-    found, exact = _threshold(values, k, np.min(values), high)
-    t = bits.dtype.type(found)
-    room = n if exact else k
-    if not exact:
-        for i in range(values.shape[0]):
-            room -= values[i] > t
-    for i in range(n):
-        mask[i] = (bits[i] & sign) >= t
-    if not exact:
-        for i in range(n):
-            if (bits[i] & sign) == t:
-                mask[i] = room > 0
-                room -= 1
-    return True
