@@ -67,6 +67,10 @@ class DenseTrainConfig:
     """Blocks of n_ctx tokens per step."""
     lr: float = 3e-3
     """Peak learning rate (AdamW, 2 % warm-up, cosine decay)."""
+    positions: bool = False
+    """Learned position embeddings; without, they are zero, as in the paper's models and in the sparse one."""
+    seed: int = 0
+    """Seeds initial weights and batch order of the dense model."""
 
     def __post_init__(self) -> None:
         require(self.d_model % self.n_heads == 0, "dense_train.n_heads", self.n_heads, "must divide d_model")

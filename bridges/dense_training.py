@@ -29,7 +29,7 @@ def train_dense(
     under one pass over enough text there is nothing to regularise, and the bridged model is used in eval mode.
     """
     options = config.dense_train
-    torch.manual_seed(config.seed)
+    torch.manual_seed(options.seed)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.sparse.d_vocab,
@@ -44,11 +44,15 @@ def train_dense(
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+    if not options.positions:
+        model.transformer.wpe.weight.data.zero_()
+        model.transformer.wpe.requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     model.set_attn_implementation("sdpa")
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    order = BatchOrder(len(blocks), options.batch_size, config.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    order = BatchOrder(len(blocks), options.batch_size, options.seed)
     warmup = max(1, round(0.02 * options.steps))
     bar = tqdm(range(options.steps), desc="dense", unit="step", disable=not progress)
     for step in bar:
@@ -58,7 +62,7 @@ def train_dense(
         tokens = blocks[order(step)].long().to(device)
         loss = next_token_loss(model(tokens).logits, tokens)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % config.log_every == 0:

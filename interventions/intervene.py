@@ -161,10 +161,10 @@ def intervene(
     dense: TransformerBridge,
     channel: str | Channel,
     *,
-    delta: float | Float[Tensor, " batch"] | None = None,
-    set_to: float | None = None,
+    delta: int | float | Float[Tensor, " batch"] | None = None,
+    set_to: int | float | None = None,
     toward: Int[Tensor, "batch pos"] | None = None,
-    strength: float = 1.0,
+    strength: int | float = 1.0,
     positions: Positions = None,
     where: Where = "read",
 ) -> Intervention:
@@ -210,7 +210,7 @@ def intervene_vector(
     site: int,
     vector: Float[Tensor, "*batch_pos d_dense"],
     *,
-    strength: float = 1.0,
+    strength: int | float = 1.0,
     positions: Positions = None,
     where: Where = "read",
 ) -> Intervention:

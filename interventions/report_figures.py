@@ -20,7 +20,7 @@ MOST_POINTS = 400
 """Points of a curve; longer ones are averaged, or a long run's report would be mostly paths."""
 
 _INK = "#010203"  # stands for currentColor, which matplotlib cannot write
-_BLUE, _ORANGE, _RED, _GREY = "#4585d8", "#d98324", "#cf4d5c", "#8a8f98"
+_BLUE, _ORANGE, _GREY = "#4585d8", "#d98324", "#8a8f98"
 # Of middling lightness from end to end: legible on white and on black.
 _DEPTH = LinearSegmentedColormap.from_list("depth", ["#4f7fe0", "#1fa09a", "#d08a1e", "#d0527f"])
 _STYLE: Any = {
@@ -79,6 +79,7 @@ def smooth(values: Curve) -> Curve:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
+@mpl.rc_context(_STYLE)
 def training_pictures(past: History, labels: Sequence[str]) -> list[Picture]:
     """The training curves; `labels` name the sites."""
     both = (
@@ -111,6 +112,7 @@ def training_pictures(past: History, labels: Sequence[str]) -> list[Picture]:
     return pictures
 
 
+@mpl.rc_context(_STYLE)
 def steering_picture(result: Steering, name: str) -> Picture:
     """Strength curves of one task with their controls; `name` tells figures on the same page apart."""
     figure, axes = _figure("mean P(counterfactual answer)", size=(7.4, 4))
@@ -121,7 +123,7 @@ def steering_picture(result: Steering, name: str) -> Picture:
     )
     axes.plot(strength, result.random_mean, color=_GREY, label="random directions, mean")
     axes.plot(strength, result.random_channels_p95, color=_GREY, ls=":", label="random channels, 95th percentile")
-    axes.plot(strength, result.difference_of_means, color=_RED, ls="--", label="difference of means (dense)")
+    axes.plot(strength, result.difference_of_means, color=_INK, ls="--", label="difference of means (dense)")
     for at, (n, curve) in enumerate(sorted(result.channels.items(), key=lambda entry: int(entry[0]))):
         colour = _DEPTH(at / max(1, len(result.channels) - 1))
         axes.plot(strength, curve, color=colour, marker="o", ms=3, label=f"{n} sparse channel{'s' * (n != '1')}")
@@ -144,14 +146,13 @@ def _site_curves(axes: Axes, step: Curve, values: Float[np.ndarray, "step site"]
 
 
 def _figure(ylabel: str, *, log: bool = False, size: tuple[float, float] = (5.2, 2.9)) -> tuple[Figure, Axes]:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
-        if log:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
+    if log:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     return figure, axes
 
 
@@ -161,8 +162,7 @@ def _svg(figure: Figure, name: str) -> Markup:
     for axes in figure.axes:
         axes.patch.set_visible(False)
     out = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)

@@ -58,7 +58,7 @@ class Delta:
 
     direction: Float[Tensor, " d_dense"]
     """Stream change per unit of the channel."""
-    delta: float | Float[Tensor, " batch"]
+    delta: int | float | Float[Tensor, " batch"]
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
         direction = self.direction.to(stream)
@@ -77,7 +77,7 @@ class SetTo:
 
     run: Run
     channel: Channel
-    value: float
+    value: int | float
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
         site, weights = self.channel.site, torch.tensor(self.channel.weights).to(stream)
@@ -94,16 +94,18 @@ class Toward:
     delta is the sparse model's activation on the counterfactual minus that on the tokens presented, times strength.
     """
 
-    def __init__(self, run: Run, channel: Channel, tokens: Int[Tensor, "batch pos"], strength: float) -> None:
+    def __init__(self, run: Run, channel: Channel, tokens: Int[Tensor, "batch pos"], strength: int | float) -> None:
         self.run, self.channel, self.tokens, self.strength = run, channel, tokens, strength
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
         assert seen.tokens is not None
         presented = seen.tokens[:, : self.tokens.shape[1]]
-        if presented.shape != self.tokens.shape:
+        # Longer is right only when this prompt was seen before and has been continued since.
+        continued = self._last is not None and torch.equal(self._last[0], presented)
+        if not continued and seen.tokens.shape != self.tokens.shape:
             raise ValueError(
-                f"toward has shape {tuple(self.tokens.shape)} but the prompt {tuple(presented.shape)}: give "
+                f"toward has shape {tuple(self.tokens.shape)} but the prompt {tuple(seen.tokens.shape)}: give "
                 "counterfactual tokens of the same batch and length, aligned token by token"
             )
         change = self.strength * self._difference(presented).to(stream)
@@ -128,7 +130,7 @@ class Fixed:
     """A dense vector of one's own: the same everywhere [d_dense], or one per token [batch, pos, d_dense]."""
 
     vector: Float[Tensor, "*batch_pos d_dense"]
-    strength: float
+    strength: int | float
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
         vector = self.strength * self.vector.to(stream)

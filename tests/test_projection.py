@@ -163,7 +163,9 @@ def test_check_budgets_refuses_exactly_the_impossible_and_its_remedies_work(
     neurons, inputs = (rows, columns) if axis == "row" else (columns, rows)
 
     def check(fraction: float, j: int) -> None:
-        check_budgets([SparseParameter("blocks.0.mlp.fc.weight", weight, fraction, axis)], SparsityConfig(min_per_neuron=j))
+        check_budgets(
+            [SparseParameter("blocks.0.mlp.fc.weight", weight, fraction, axis)], SparsityConfig(min_per_neuron=j)
+        )
 
     if budget(rows * columns, fraction) >= neurons * min(j, inputs):
         check(fraction, j)
@@ -222,7 +224,12 @@ MODELS = {
 
 def is_exempt(name: str, cfg: SparseConfig) -> bool:
     """Gains, sinks, the bigram table and concatenated positions are never sparsified."""
-    return ".ln" in f".{name}" or "sink_logit" in name or name == "bigram" or (name == "pos_embed.weight" and cfg.d_pos > 0)
+    return (
+        ".ln" in f".{name}"
+        or "sink_logit" in name
+        or name == "bigram"
+        or (name == "pos_embed.weight" and cfg.d_pos > 0)
+    )
 
 
 def expected_axis(name: str) -> str | None:
