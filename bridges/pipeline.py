@@ -16,6 +16,7 @@ from bridges import run as run_folder
 from bridges.config import RunConfig
 from bridges.dense import DenseModel
 from bridges.evaluate import evaluate, table
+from bridges.losses import next_token_loss
 from bridges.training import CHECKPOINT, JointTrainer
 from sparse_model.config import from_json, to_json
 from sparse_model.transformer import SparseTransformer
@@ -41,9 +42,10 @@ def train_run(
     )
     if accelerator.is_main_process:
         _claim(config, folder, resume)
+    progress = progress and accelerator.is_main_process
     with accelerator.main_process_first():
         tokenizer = run_folder.prepare_tokenizer(config, folder)
-        blocks = run_folder.prepare_corpus(config, tokenizer, progress=progress and accelerator.is_main_process)
+        blocks = run_folder.prepare_corpus(config, tokenizer, progress=progress)
         started = time.monotonic()
         hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, accelerator.device, progress=progress)
         dense_seconds = time.monotonic() - started
@@ -80,6 +82,20 @@ def train_run(
     )
     opened = run_folder.Run(folder, config, tokenizer, dense, sparse.eval(), bridges)
     return _finish(folder, opened, blocks.val, config, progress)
+
+
+@torch.no_grad()
+def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> float:
+    """Make the run's tokenizer and dense model only; returns its cross-entropy on held-out text, nats."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = run_folder.prepare_tokenizer(config, folder)
+    blocks = run_folder.prepare_corpus(config, tokenizer, progress=progress)
+    with torch.enable_grad():
+        hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, device, progress=progress)
+    dense = DenseModel(hf).to(device)
+    batches = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)].long().split(32)
+    losses = [next_token_loss(dense(tokens.to(device)), tokens.to(device)) * len(tokens) for tokens in batches]
+    return float(torch.stack(losses).sum() / sum(len(tokens) for tokens in batches))
 
 
 def _claim(config: RunConfig, folder: Path, resume: bool) -> None:

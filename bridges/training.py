@@ -182,8 +182,8 @@ class JointTrainer:
 
     def _diverged(self, what: str) -> str:
         return (
-            f"{what} in step {self.step + 1}; the last checkpoint in {self.folder} is as it was. Train again with a lower "
-            f"optim.lr (now {self.config.optim.lr:g}) or bridge.lr (now {self.config.bridge.lr:g})"
+            f"{what} in step {self.step + 1}; the last checkpoint in {self.folder} is as it was. Train again with a "
+            f"lower optim.lr (now {self.config.optim.lr:g}) or bridge.lr (now {self.config.bridge.lr:g})"
         )
 
     def save_checkpoint(self) -> None:

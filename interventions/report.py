@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from bridges.evaluate import SiteReport
 from bridges.run import Run, open_run
@@ -27,6 +27,7 @@ from sparse_model.files import write_text
 REPORT = "report.html"
 
 _TEMPLATE = "report.html.jinja"
+_RECOVERED = "Share of the loss that the hybrid recovers: 0 is the site replaced by its mean, 1"
 
 
 class Column(NamedTuple):
@@ -43,32 +44,18 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("site", "site", "Residual site: 0 is the embedding, 2L the input of the unembedding", "d"),
     Column("label", "read by", "What reads the residual stream at this site", "s"),
-    Column(
-        "nmse_encode", "NMSE encoder", "Error of the dense → sparse bridge; 1 predicts the mean", heat=True
-    ),
-    Column(
-        "nmse_decode", "NMSE decoder", "Error of the sparse → dense bridge; 1 predicts the mean", heat=True
-    ),
+    Column("nmse_encode", "NMSE encoder", "Error of the dense → sparse bridge; 1 predicts the mean", heat=True),
+    Column("nmse_decode", "NMSE decoder", "Error of the sparse → dense bridge; 1 predicts the mean", heat=True),
     Column("explained_variance_encode", "EV encoder", "Explained variance: 1 − NMSE, but a constant error is free"),
     Column("explained_variance_decode", "EV decoder", "Explained variance: 1 − NMSE, but a constant error is free"),
-    Column(
-        "kl_dense_to_sparse", "KL d→s", "KL(dense ‖ hybrid that starts dense, ends sparse), nats per token", heat=True
-    ),
-    Column(
-        "kl_sparse_to_dense", "KL s→d", "KL(dense ‖ hybrid that starts sparse, ends dense), nats per token", heat=True
-    ),
-    Column("ce_dense_to_sparse", "CE d→s", "Next-token loss of the dense → sparse hybrid, nats per token"),
-    Column("ce_sparse_to_dense", "CE s→d", "Next-token loss of the sparse → dense hybrid, nats per token"),
-    Column(
-        "recovered_dense_to_sparse", "recovered d→s",
-        "Share of the sparse model's loss that the hybrid keeps; 0 is mean ablation of the site, 1 the model itself",
-    ),
-    Column(
-        "recovered_sparse_to_dense", "recovered s→d",
-        "Share of the dense model's loss that the hybrid keeps; 0 is mean ablation of the site, 1 the model itself",
-    ),
+    Column("kl_dense_to_sparse", "KL d→s", "KL(dense ‖ hybrid that starts dense, ends sparse), nats", heat=True),
+    Column("kl_sparse_to_dense", "KL s→d", "KL(dense ‖ hybrid that starts sparse, ends dense), nats", heat=True),
+    Column("ce_dense_to_sparse", "CE d→s", "Next-token loss of the dense → sparse hybrid, nats"),
+    Column("ce_sparse_to_dense", "CE s→d", "Next-token loss of the sparse → dense hybrid, nats"),
+    Column("recovered_dense_to_sparse", "recovered d→s", f"{_RECOVERED} the sparse model alone"),
+    Column("recovered_sparse_to_dense", "recovered s→d", f"{_RECOVERED} the dense model alone"),
     Column("dead_reads", "dead reads", "Channels of the sparse read that are zero at every held-out token", "d"),
-)  # fmt: skip
+)
 """All fields of `SiteReport`."""
 
 
@@ -103,19 +90,23 @@ def write_report(folder: Path) -> Path:
     steering = _steering_pages(run.folder, metrics)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"fixed": format, "count": "{:,}".format, "json_text": _json_text}
-    html = environment.from_string(files("interventions").joinpath(_TEMPLATE).read_text(encoding="utf-8")).render(
-        run=run,
-        command=f"--run {shlex.quote(str(folder))}",
-        config=dataclasses.asdict(run.config),
-        metrics=metrics,
-        columns=COLUMNS,
-        cards=_cards(metrics),
-        means=_means(metrics),
-        curves=_training_pictures(run),
-        pages=channel_pages(run, channels),
-        steering=steering,
-        warnings=warnings(run, metrics, channels, [page.result for page in steering]),
-    )
+    template = environment.from_string(files("interventions").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
+    try:
+        html = template.render(
+            run=run,
+            command=f"--run {shlex.quote(str(folder))}",
+            config=dataclasses.asdict(run.config),
+            metrics=metrics,
+            columns=COLUMNS,
+            cards=_cards(metrics),
+            means=_means(metrics),
+            curves=_training_pictures(run),
+            pages=channel_pages(run, channels),
+            steering=steering,
+            warnings=warnings(run, metrics, channels, [page.result for page in steering]),
+        )
+    except UndefinedError as error:
+        raise ValueError(f"metrics.json or channels.json in {run.folder} is incomplete: {error}") from error
     path = run.folder / REPORT
     write_text(path, html)
     return path
@@ -159,24 +150,41 @@ def warnings(run: Run, metrics: dict[str, Any], channels: dict[str, Channel], st
                 f"The dense model does not solve {task}: it gets both prompts of only "
                 f"{baseline['pair_accuracy']:.0%} of the pairs right, so there is little to steer."
             )
-    for name, channel in channels.items():
-        share = channel.selection.get("share", {})
-        carried = share.get(str(len(channel.indices)))
-        if len(channel.indices) > 4:
-            found.append(f"Channel {name} needs {len(channel.indices)} indices, more than 4.")
-        if carried is not None and carried < ENOUGH:
-            enough = next((n for n, value in share.items() if value >= ENOUGH), None)
-            more = f"{enough} would carry {share[enough]:.0%}" if enough else "no larger set tried carries more"
-            found.append(
-                f"Channel {name}: its {len(channel.indices)} indices carry only {carried:.0%} of the effect of the "
-                f"whole read ({more})."
-            )
+    for channel in channels.values():
+        found += _channel_warnings(channel)
     for result in steering:
-        if result.random_p95[-1] > 0.1:
+        found += _steering_warnings(result, channels)
+    return found
+
+
+def _channel_warnings(channel: Channel) -> list[str]:
+    count, share = len(channel.indices), channel.selection.get("share", {})
+    found = [f"Channel {channel.name} needs {count} indices, more than 4."] if count > 4 else []
+    carried = share.get(str(count), 1.0)
+    if carried < ENOUGH:
+        enough = next((n for n, value in share.items() if value >= ENOUGH), None)
+        more = f"{enough} would carry {share[enough]:.0%}" if enough else "nor does any larger set that was tried"
+        found.append(
+            f"Channel {channel.name}: its {count} ind{'ices' if count > 1 else 'ex'} do not carry {ENOUGH:.0%} of the "
+            f"effect of the whole read but {carried:.0%} ({more})."
+        )
+    return found
+
+
+def _steering_warnings(result: Steering, channels: dict[str, Channel]) -> list[str]:
+    found = []
+    p95 = result.random_p95[-1]
+    if p95 > 0.1:
+        found.append(
+            f"{result.task}: at full strength random directions of the same norm reach P = {p95:.3f} (95th "
+            "percentile), above 0.1: the edit is large enough to do something in any direction."
+        )
+    for channel in channels.values():
+        curve = result.channels.get(str(len(channel.indices)))
+        if channel.selection.get("task") == result.task and curve is not None and curve[-1] <= p95:
             found.append(
-                f"{result.task}: at full strength random directions of the same norm reach P = "
-                f"{result.random_p95[-1]:.3f} (95th percentile), above 0.1. The edit is large enough to do something "
-                "in any direction."
+                f"{result.task}: at full strength channel {channel.name} reaches P = {curve[-1]:.3f}, no more than "
+                f"the 95th percentile of random directions, {p95:.3f}."
             )
     return found
 

@@ -101,6 +101,7 @@ def training_pictures(past: History, labels: Sequence[str]) -> list[Picture]:
     for name, title in (("nmse_encode", "NMSE of the encoders"), ("nmse_decode", "NMSE of the decoders")):
         figure, axes = _figure("NMSE", log=True)
         _site_curves(axes, past.step, getattr(past, name), labels)
+        figure.legend(loc="outside right center")
         pictures.append(Picture(title, "One curve per site; 1 is predicting the mean.", _svg(figure, name)))
     figure, axes = _figure("share of weights", log=True)
     axes.plot(past.step, past.nonzero_fraction, color=_BLUE)
@@ -115,7 +116,7 @@ def training_pictures(past: History, labels: Sequence[str]) -> list[Picture]:
 @mpl.rc_context(_STYLE)
 def steering_picture(result: Steering, name: str) -> Picture:
     """Strength curves of one task with their controls; `name` tells figures on the same page apart."""
-    figure, axes = _figure("mean P(counterfactual answer)", size=(7.4, 4))
+    figure, axes = _figure("mean P(counterfactual answer)", size=(7.4, 4.0))
     strength = result.strength
     band = f"{result.random_draws} random directions, 5–95 %"
     axes.fill_between(
@@ -142,7 +143,6 @@ def _site_curves(axes: Axes, step: Curve, values: Float[np.ndarray, "step site"]
     for site in range(n_sites):
         shown = labels[site] if site % every == 0 or site == n_sites - 1 else None
         axes.plot(step, values[:, site], color=_DEPTH(site / max(1, n_sites - 1)), label=shown)
-    axes.legend(ncols=2)
 
 
 def _figure(ylabel: str, *, log: bool = False, size: tuple[float, float] = (5.2, 2.9)) -> tuple[Figure, Axes]:

@@ -20,9 +20,7 @@ from sparse_model.config import SparseConfig
 from sparse_model.transformer import SparseTransformer
 
 SHAPE = SparseConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=12, d_vocab=40)
-WEIGHTS = LossWeights(
-    ce=0.7, nmse_encode=1.3, nmse_decode=0.4, kl_dense_to_sparse=0.6, kl_sparse_to_dense=1.1
-)
+WEIGHTS = LossWeights(ce=0.7, nmse_encode=1.3, nmse_decode=0.4, kl_dense_to_sparse=0.6, kl_sparse_to_dense=1.1)
 
 
 def identity_bridges(n_sites: int, d: int) -> BridgeSet:
@@ -123,9 +121,7 @@ def naive_loss(
 
 
 @pytest.mark.parametrize(("to_sparse", "to_dense"), [(range(5), range(5)), ([1], [3]), ([0, 4], [2])])
-def test_gradient_equals_that_of_one_naive_graph(
-    tmp_path: Path, to_sparse: list[int], to_dense: list[int]
-) -> None:
+def test_gradient_equals_that_of_one_naive_graph(tmp_path: Path, to_sparse: list[int], to_dense: list[int]) -> None:
     run = make_tiny_run(tmp_path / "run")
     dense, sparse, bridges = run.dense.double(), run.sparse.double(), run.bridges.double()
     tokens = torch.randint(384, (2, 10))

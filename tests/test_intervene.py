@@ -238,9 +238,8 @@ def test_positions_select_tokens(dense, run: Run, tokens: torch.Tensor) -> None:
     for positions in (mask, [5, 6], slice(5, 7), [-7, -6], lambda t: mask):
         with intervene_vector(dense, 2, v, where="stream", positions=positions):
             assert torch.allclose(dense(tokens), predicted, atol=3e-5), positions
-    with pytest.raises(ValueError, match="out of range for 12 tokens"):
-        with intervene_vector(dense, 2, v, positions=40):
-            dense(tokens)
+    with pytest.raises(ValueError, match="out of range for 12 tokens"), intervene_vector(dense, 2, v, positions=40):
+        dense(tokens)
 
 
 def test_generation_with_and_without_cache_agree(dense, tokens: torch.Tensor) -> None:
@@ -273,12 +272,12 @@ def test_bad_requests_are_named(dense, tokens: torch.Tensor, tmp_path: Path) -> 
         intervene_vector(dense, 0, torch.zeros(5))
     with pytest.raises(ValueError, match="aligned token by token"), intervene(dense, "pair", toward=tokens[:, :5]):
         dense(tokens)
-    with pytest.raises(ValueError, match="delta has 3 rows but the batch has 2"):
-        with intervene(dense, "pair", delta=torch.ones(3)):
-            dense(tokens)
+    rows = intervene(dense, "pair", delta=torch.ones(3))
+    with pytest.raises(ValueError, match="delta has 3 rows but the batch has 2"), rows:
+        dense(tokens)
+    foreign = intervene(load_dense(make_tiny_run(tmp_path / "other").folder), "attn.0.read.1", delta=1)
     with pytest.raises(ValueError, match="belong to different models"):
-        other = load_dense(make_tiny_run(tmp_path / "other").folder)
-        intervene(dense, "pair", delta=1) + intervene(other, "attn.0.read.1", delta=1)
+        _ = intervene(dense, "pair", delta=1) + foreign
     (tmp_path / "other" / "channels.json").write_text('{"x": {"name"')
     with pytest.raises(ValueError, match=r"channels\.json is damaged"):
         load_channels(tmp_path / "other")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import projection_kept
 from torch import nn
@@ -156,6 +156,8 @@ def test_budget_rounds_and_keeps_at_least_one(entries: int, fraction: float, kep
     axis=st.sampled_from(AXES),
     fraction=st.floats(1e-4, 1),
 )
+@example(rows=10, columns=2, j=3, axis="row", fraction=0.75)  # j above the number of inputs
+@example(rows=4, columns=300, j=4, axis="column", fraction=0.5)
 def test_check_budgets_refuses_exactly_the_impossible_and_its_remedies_work(
     rows: int, columns: int, j: int, axis: str, fraction: float
 ) -> None:
@@ -275,6 +277,15 @@ def test_projection_of_a_model_leaves_exactly_the_budget_in_every_parameter(cfg:
 def test_unset_fractions_fall_back_to_the_matrices() -> None:
     parameters = SparseTransformer(MODELS["plain"]).sparse_parameters(1 / 8)
     assert {p.fraction for p in parameters} == {1 / 8}
+
+
+def test_a_budget_that_check_budgets_accepts_can_be_projected() -> None:
+    """A fraction that lies exactly on a rounding boundary."""
+    p = nn.Parameter(torch.arange(14.0).view(2, 7))
+    parameter, config = SparseParameter("p", p, 1.5 / 14, "row"), SparsityConfig(anneal="linear")
+    check_budgets([parameter], config)
+    project_([parameter], config)
+    assert p.count_nonzero() == 2
 
 
 def test_projection_follows_the_annealing() -> None:

@@ -165,6 +165,23 @@ def test_zero_valued_survivors_carry_gradient() -> None:
     assert x.grad.tolist() == [[1.0, 1.0, 1.0, 0.0]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_is_not_finite_stays_with_the_survivors(dtype: torch.dtype) -> None:
+    x = torch.tensor([[4.0, 1.0, -3.0, 0.5]], dtype=dtype, requires_grad=True)
+    upstream = torch.tensor([[INF, INF, 1.0, NAN]], dtype=dtype)
+    abs_topk(x, 2).backward(upstream)
+    assert x.grad.tolist() == [[INF, 0.0, 1.0, 0.0]]
+
+
+def test_the_gradients_memory_layout_does_not_matter() -> None:
+    x, upstream = torch.randn(5, 3, 8), torch.randn(8, 3, 5)
+    survives = abs_topk(x, 3) != 0
+    for grad in (upstream.transpose(0, 2), upstream[0, 0, 0].expand(5, 3, 8), upstream.flip(0).permute(2, 1, 0)):
+        leaf = x.clone().requires_grad_(True)
+        abs_topk(leaf, 3).backward(grad)
+        assert torch.equal(leaf.grad, torch.where(survives, grad, torch.zeros_like(grad)))
+
+
 def sample_trap(n: int, stride: int, offset: int) -> torch.Tensor:
     """Huge values on a regular grid: a strided sample sees only them, or none of them."""
     x = torch.randn(n)

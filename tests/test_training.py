@@ -154,7 +154,7 @@ def make_trainer_with_j(run: Run, folder: Path, j: int) -> JointTrainer:
 
 
 def test_broken_run_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no run at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no run at .*nowhere"):
         open_run(tmp_path / "nowhere")
     run = make_tiny_run(tmp_path / "run")
     bridges = run.folder / "bridges" / "bridges.safetensors"

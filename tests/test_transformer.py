@@ -268,7 +268,7 @@ def test_patterns_sum_to_one_or_with_a_sink_to_less(cfg: SparseConfig) -> None:
 
 
 @every_config
-@pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 1, 1, 1, 1], [3, 4, 2], [9]])
+@pytest.mark.parametrize("chunks", [[1] * 9, [3, 1, 4, 1]])
 @torch.no_grad()
 def test_cached_logits_equal_uncached_at_every_step(cfg: SparseConfig, chunks: list[int]) -> None:
     model, tokens = random_model(cfg), some_tokens(cfg)
