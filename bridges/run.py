@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -198,11 +198,11 @@ def _bytes(t: Tensor) -> bytes:
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def update_metrics(folder: Path, **parts: object) -> None:
-    """Set top-level keys of RUN/metrics.json, keeping the others."""
+def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:
+    """Set top-level keys of RUN/metrics.json, keeping the others; `merge` keeps the keys below them too."""
     path = folder / "metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    metrics |= {n: p._asdict() if hasattr(p, "_asdict") else p for n, p in parts.items()}
+    metrics |= {name: metrics.get(name, {}) | part if merge else part for name, part in parts.items()}
     write_text(path, json.dumps(metrics, indent=1) + "\n")
 
 

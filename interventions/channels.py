@@ -49,6 +49,11 @@ class Channel:
                 "and at least one"
             )
 
+    def value(self, reads: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch"]:
+        """The channel's activation, sum_c w_c x_c / sum_c w_c^2, in the unit in which `delta` moves it."""
+        weights = torch.tensor(self.weights).to(reads)
+        return reads[..., list(self.indices)] @ weights / weights.square().sum()
+
     def __str__(self) -> str:
         parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))
         count = f"{len(self.indices)} channel{'s' if len(self.indices) > 1 else ''}"

@@ -27,7 +27,7 @@ from bridges.run import Run
 from bridges.sites import Site
 from interventions.bundle import get_bundle
 from interventions.channels import Channel, resolve
-from interventions.sources import Delta, Fixed, Seen, SetTo, Source, Toward, unit_directions
+from interventions.sources import Delta, Fixed, Seen, SetTo, Source, Toward, channel_direction
 
 Where = Literal["read", "stream"]
 Positions = int | slice | Sequence[int] | Tensor | Callable[[Tensor], Tensor] | None
@@ -192,9 +192,7 @@ def intervene(
     direction = None
     source: Source
     if delta is not None:
-        per_unit = torch.tensor(channel.weights).to(bundle.run.bridges.rms_sparse) @ unit_directions(
-            bundle.run, channel
-        )
+        per_unit = channel_direction(bundle.run, channel)
         source = Delta(per_unit, delta)
         direction = per_unit * delta if isinstance(delta, int | float) else None
     elif set_to is not None:

@@ -118,13 +118,13 @@ def _cards(metrics: dict[str, Any]) -> list[Card]:
     dense, sparse, mean = metrics["dense"]["ce"], metrics["sparse"], _means(metrics)
     over = f"mean over {len(metrics['sites'])} sites"
     return [
-        Card("dense cross-entropy", f"{dense:.3f}", "nats per held-out token"),
-        Card("sparse cross-entropy", f"{sparse['ce']:.3f}", f"{sparse['ce'] - dense:+.3f} against dense"),
+        Card("dense loss", f"{dense:.3f}", "nats per held-out token"),
+        Card("sparse loss", f"{sparse['ce']:.3f}", f"{sparse['ce'] - dense:+.3f} against dense"),
         Card("nonzero weights", f"{sparse['nonzeros']:,}", f"1 in {1 / sparse['nonzero_fraction']:.3g}"),
-        Card("NMSE dense → sparse", f"{mean['nmse_encode']:.3f}", f"{over}; 1 predicts the mean"),
-        Card("NMSE sparse → dense", f"{mean['nmse_decode']:.3f}", f"{over}; 1 predicts the mean"),
-        Card("KL dense → sparse", f"{mean['kl_dense_to_sparse']:.3f}", f"nats per token, {over}"),
-        Card("KL sparse → dense", f"{mean['kl_sparse_to_dense']:.3f}", f"nats per token, {over}"),
+        Card("NMSE to sparse", f"{mean['nmse_encode']:.3f}", over),
+        Card("NMSE to dense", f"{mean['nmse_decode']:.3f}", over),
+        Card("KL to sparse", f"{mean['kl_dense_to_sparse']:.3f}", f"nats, {over}"),
+        Card("KL to dense", f"{mean['kl_sparse_to_dense']:.3f}", f"nats, {over}"),
     ]
 
 

@@ -64,18 +64,11 @@ class Text(NamedTuple):
 def activations(
     run: Run, channel: Channel, tokens: Int[Tensor, " pos"]
 ) -> tuple[Float[Tensor, " pos"], Float[Tensor, "pos index"]]:
-    """A channel's activation at each token, and that of each of its indices.
-
-        a = sum_c w_c x_c / sum_c w_c^2
-
-    with x the sparse model's residual reads: the multiple of the weights that is nearest to the reads.
-    """
+    """A channel's activation at each token (`Channel.value`), and that of each of its indices."""
     device = next(run.sparse.parameters()).device
     with torch.no_grad():
         nodes = read_nodes(run.sparse, tokens[None].to(device), channel.site)[0].cpu()
-    parts = nodes[:, list(channel.indices)]
-    weights = torch.tensor(channel.weights)
-    return parts @ weights / weights.square().sum(), parts
+    return channel.value(nodes), nodes[:, list(channel.indices)]
 
 
 def channel_pages(run: Run, channels: dict[str, Channel]) -> list[ChannelPage]:

@@ -52,6 +52,12 @@ def unit_directions(run: Run, channel: Channel) -> Float[Tensor, "channel d_dens
     return run.bridges.rms_sparse[channel.site] * run.bridges.directions(channel.site)[list(channel.indices)]
 
 
+def channel_direction(run: Run, channel: Channel) -> Float[Tensor, " d_dense"]:
+    """The stream change per unit of a channel: its indices' directions, weighted."""
+    directions = unit_directions(run, channel)
+    return torch.tensor(channel.weights).to(directions) @ directions
+
+
 @dataclass(frozen=True)
 class Delta:
     """Move a channel by a fixed amount, or by one amount per batch row."""
@@ -80,12 +86,10 @@ class SetTo:
     value: int | float
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
-        site, weights = self.channel.site, torch.tensor(self.channel.weights).to(stream)
-        encoded = self.run.bridges.encode(site, stream)
+        encoded = self.run.bridges.encode(self.channel.site, stream)
         normalized = encoded / encoded.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
-        now = normalized[..., list(self.channel.indices)] @ weights / weights.square().sum()
-        directions = unit_directions(self.run, self.channel).to(stream)
-        return (self.value - now)[..., None] * (weights @ directions)
+        change = self.value - self.channel.value(normalized)
+        return change[..., None] * channel_direction(self.run, self.channel).to(stream)
 
 
 class Toward:

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from bridges.hybrid import residuals
 from interventions.bundle import get_bundle
 from interventions.channels import Channel
-from interventions.intervene import Intervention, Where, intervene, intervene_vector
+from interventions.intervene import Intervention, Where, intervene_vector
 from interventions.sources import Seen, Toward
 from interventions.tasks.base import TaskBatch
 
@@ -135,28 +135,28 @@ def steer(
     named = {n: Channel(name=f"set{n}", site=site, indices=tuple(s), weights=(1.0,) * len(s)) for n, s in sets.items()}
     curves: dict[str, list[float]] = {str(n): [] for n in named}
     two_way: dict[str, list[float]] = {str(n): [] for n in named}
-    norm_of = named[4] if 4 in named else named[max(named)]
-    norm = toward_vector(dense, norm_of, prompts).norm(dim=-1, keepdim=True)
+    moved = {n: toward_vector(dense, c, prompts) for n, c in named.items()}
+    norm = moved[4 if 4 in moved else max(moved)].norm(dim=-1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
     columns = get_bundle(dense).run.bridges.directions(site)
     random_units = torch.randn(draws, columns.shape[1], generator=generator)
-    others = torch.stack([_random_columns(columns, sets, len(norm_of.indices), generator) for _ in range(draws)])
+    others = torch.stack([_random_columns(columns, sets, 4, generator) for _ in range(draws)])
     means = difference_of_means(dense, selection, site, prompts)
     random_p, channel_p, means_p = [], [], []
 
-    def p(vector: Tensor, strength: float) -> float:
+    def run(vector: Tensor, strength: float) -> tuple[float, float]:
         handle = intervene_vector(dense, site, vector, strength=strength, where=where)
-        return float(probabilities(dense, prompts, handle)[0].mean())
+        full, relative = probabilities(dense, prompts, handle)
+        return float(full.mean()), float(relative.mean())
 
     for strength in tqdm(strengths, desc=f"steer {task}", unit="strength", disable=not progress):
-        for n, c in named.items():
-            handle = intervene(dense, c, toward=prompts.counterfactual, strength=strength, where=where)
-            full, relative = probabilities(dense, prompts, handle)
-            curves[str(n)].append(float(full.mean()))
-            two_way[str(n)].append(float(relative.mean()))
-        random_p.append([p(norm * u / u.norm(), strength) for u in random_units])
-        channel_p.append([p(norm * u / u.norm(), strength) for u in others])
-        means_p.append(p(means, strength))
+        for n, vector in moved.items():
+            full, relative = run(vector, strength)
+            curves[str(n)].append(full)
+            two_way[str(n)].append(relative)
+        random_p.append([run(norm * u / u.norm(), strength)[0] for u in random_units])
+        channel_p.append([run(norm * u / u.norm(), strength)[0] for u in others])
+        means_p.append(run(means, strength)[0])
     random_t, channel_t = torch.tensor(random_p), torch.tensor(channel_p)
     return Steering(
         task=task,

@@ -52,7 +52,7 @@ def main(options: Options) -> None:
     }
     sets = {int(n): s for n, s in channel.selection["sets"].items() if n in ("1", "2", "4", "8")}
     result = steer(dense, task.name, sets, channel, evaluation, selection, where=options.where, draws=options.draws)
-    update_metrics(run.folder, dense_task={task.name: baseline}, steering={task.name: result._asdict()})
+    update_metrics(run.folder, merge=True, dense_task={task.name: baseline}, steering={task.name: result._asdict()})
     plot = plot_steering(result, run.folder / "steering.png")
     print(f"dense model on {task.name}: " + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items()))
     print(f"P(counterfactual answer) on {result.prompts} evaluation prompts, strength 0 -> 1:")

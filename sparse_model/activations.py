@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparse_model.selection import keep_masked, select_rows
 
@@ -28,6 +29,7 @@ class _AbsTopK(torch.autograd.Function):
         return kept.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (grad,) = grad_outputs
         (mask,) = ctx.saved_tensors

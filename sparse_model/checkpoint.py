@@ -39,7 +39,7 @@ def load_sparse(folder: Path) -> SparseTransformer:
     model = SparseTransformer(cfg)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     state = unpack(read_tensors(folder / WEIGHTS), shapes, folder / WEIGHTS)
-    if cfg.tied:
+    if cfg.tied and "token_embed.weight" in state:
         state["unembedding.weight"] = state["token_embed.weight"]
     load_checked(model, state, folder / WEIGHTS)
     return model

@@ -22,6 +22,14 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{name}={value!r}: {remedy}")
 
 
+def check_choices(config: Any) -> None:
+    """Raise ValueError for a field whose annotation lists its values and which has another one."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            require(getattr(config, name) in choices, name, getattr(config, name), f"use one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparseConfig:
     """Architecture of the weight-sparse transformer (paper 2.1, A.1)."""
@@ -62,6 +70,7 @@ class SparseConfig:
     """Standard deviation of the initial embedding."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("n_layers", "d_model", "d_mlp", "n_heads", "d_head", "n_ctx", "d_vocab"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(0 < self.topk_fraction <= 1, "topk_fraction", self.topk_fraction, "must lie in (0, 1]")
@@ -69,7 +78,12 @@ class SparseConfig:
         for location in self.topk_locations:
             require(location in known, "topk_locations", location, f"use any of {', '.join(known)}")
         concat = self.positions.startswith("concat")
-        require(concat == (self.d_pos > 0), "d_pos", self.d_pos, "positive for concatenated positions, else 0")
+        require(
+            self.d_pos >= 0 and concat == (self.d_pos > 0),
+            "d_pos",
+            self.d_pos,
+            "positive for concatenated positions, else 0",
+        )
         require(
             int(self.topk_fraction * min(self.d_model, self.n_heads * self.d_head, self.d_mlp)) >= 1,
             "topk_fraction",
@@ -103,6 +117,7 @@ class SparsityConfig:
     """Share of the steps after which the target is reached."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("nonzero_fraction", "embed_fraction", "bias_fraction"):
             value = getattr(self, name)
             require(value is None or 0 < value <= 1, name, value, "must lie in (0, 1]")
@@ -137,6 +152,7 @@ class OptimConfig:
     """Divide the gradient by its RMS over all sparse parameters: always, or only where that exceeds 1."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.lr > 0, "lr", self.lr, "must be positive")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "must lie in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "must be positive")

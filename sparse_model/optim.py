@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from sparse_model.config import OptimConfig
 
 
-def adamw(
-    parameters: Iterable[nn.Parameter],
-    config: OptimConfig,
-    *,
-    lr: float | None = None,
-    eps: float | None = None,
-) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with decoupled decay on matrices only. Vectors (biases, gains, sinks) are not decayed."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -28,9 +22,9 @@ def adamw(
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ],
-        lr=lr or config.lr,
+        lr=config.lr,
         betas=(config.beta1, config.beta2),
-        eps=eps or config.eps,
+        eps=config.eps,
         fused=True,
     )
 

@@ -94,7 +94,7 @@ def project_(parameters: list[SparseParameter], config: SparsityConfig, progress
             min_per_neuron=config.min_per_neuron,
             neuron_axis=p.neuron_axis,
         )
-        p.tensor.mul_(mask)
+        p.tensor.masked_fill_(~mask, 0)
 
 
 def smallest_budget(p: SparseParameter, config: SparsityConfig) -> int:
@@ -110,10 +110,11 @@ def check_budgets(parameters: list[SparseParameter], config: SparsityConfig) -> 
     for p in parameters:
         k, need = budget(p.tensor.numel(), p.fraction), smallest_budget(p, config)
         if p.neuron_axis is not None and k < need:
+            neurons = p.tensor.shape[0 if p.neuron_axis == "row" else 1]
             raise ValueError(
                 f"nonzero_fraction={p.fraction:g} leaves {k} of {p.tensor.numel()} entries of {p.name}, but "
                 f"min_per_neuron={config.min_per_neuron} needs {need}: raise the fraction to at least "
-                f"{need / p.tensor.numel():.6g} or lower min_per_neuron to {k // max(1, need // config.min_per_neuron)}"
+                f"{need / p.tensor.numel():.6g} or lower min_per_neuron to {k // neurons}"
             )
 
 
@@ -124,7 +125,11 @@ def annealed_fraction(final: float, config: SparsityConfig, progress: float) -> 
     ("log"), flat at `final` from `anneal_stop` on.
     """
     start, stop = config.anneal_start, config.anneal_stop
-    share = 1.0 if progress >= stop else max(0.0, (progress - start) / max(stop - start, 1e-12))
+    if progress >= stop:
+        return final
+    if progress <= start:
+        return 1.0
+    share = (progress - start) / (stop - start)
     if config.anneal == "linear":
         return 1 + share * (final - 1)
     return math.exp(share * math.log(final))

@@ -99,8 +99,8 @@ def test_one_step_by_hand() -> None:
     torch.testing.assert_close(vector.detach(), torch.tensor([-0.01 * 0.1 / 0.2, 0.01 * 3 / 3.1]))
 
 
-def test_overrides_and_set_lr() -> None:
-    optimizer = adamw([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], OptimConfig(), lr=0.3, eps=1e-3)
+def test_settings_and_set_lr() -> None:
+    optimizer = adamw([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], OptimConfig(lr=0.3, eps=1e-3))
     assert {(g["lr"], g["eps"], g["betas"]) for g in optimizer.param_groups} == {(0.3, 1e-3, (0.9, 0.95))}
     set_lr(optimizer, 0.7)
     assert {g["lr"] for g in optimizer.param_groups} == {0.7}
