@@ -15,7 +15,7 @@ setup: .venv/.installed
 
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		scripts/train_bridge.py demo --run $(RUN)
+		scripts/train_bridge.py demo --run $(RUN) --resume
 	$(BIN)/python scripts/find_channel.py --run $(RUN)
 	$(BIN)/python scripts/steer.py --run $(RUN)
 	$(BIN)/python scripts/report.py --run $(RUN)

@@ -40,6 +40,9 @@ def train_run(
         log_with=list(trackers) or None,
         project_dir=folder if trackers else None,
     )
+    missing = set(trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:  # accelerate would go on without them
+        raise ValueError(f"trackers={', '.join(missing)}: unknown or not installed; pip install it or leave it out")
     if accelerator.is_main_process:
         _claim(config, folder, resume)
     progress = progress and accelerator.is_main_process
@@ -59,7 +62,9 @@ def train_run(
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
         print(f"resuming at step {trainer.step} of {config.steps}")
     if trackers:
-        accelerator.init_trackers("sparse-bridges", config={"run": str(folder)})
+        accelerator.init_trackers(
+            "sparse-bridges", config={"run": str(folder)}, init_kwargs={"wandb": {"dir": str(folder)}}
+        )
     started = time.monotonic()
     trainer.train()
     joint_seconds = time.monotonic() - started

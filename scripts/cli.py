@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+from transformers.utils import logging as transformers_logging
 
 from bridges.config import PRESETS, RunConfig
 from bridges.training import Interrupted, TrainingDiverged
+
+# transformers' bars for loading a few small files would only hide ours.
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, kw_only=True)
