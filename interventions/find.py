@@ -4,7 +4,8 @@ Only *selection* prompts and, for the choice of channels, only the sparse model 
 
 1. Site. At every residual site the dense model's stream is replaced by its counterfactual's at all tokens but the
    last; the last site where that still flips the answer is where the feature still waits to be read. (An attention
-   that comes later has already moved it to the last token.)
+   that comes later has already moved it to the last token.) Sites where patching the next sublayer's read alone also
+   flips it go first: elsewhere several sublayers read the feature, and a read-only edit cannot move it.
 2. Candidates. Each channel of the sparse model's read at that site alone is set to its counterfactual value at every
    token; its effect is the gain in log P(counterfactual answer). The strongest by effect, and by activation difference
    times decoder norm, go on.
@@ -31,12 +32,14 @@ ENOUGH = 0.9
 
 
 class SiteEffect(NamedTuple):
-    """What patching the dense stream at one site does."""
+    """What patching the dense model at one site, at all tokens but the last, does."""
 
     site: int
     label: str
     p_counterfactual: float
-    """Mean P(the counterfactual's answer) after the patch."""
+    """Mean P(the counterfactual's answer) after patching the stream."""
+    p_read: float
+    """The same after patching only what the next sublayer reads."""
 
 
 class ChannelSearch(NamedTuple):
@@ -74,30 +77,36 @@ def log_p(
 
 @torch.no_grad()
 def site_effects(dense: Sublayered, batch: TaskBatch) -> list[SiteEffect]:
-    """P(counterfactual answer) after patching the dense stream at each site, at all tokens but the last."""
+    """P(counterfactual answer) after patching the dense stream, or the next read alone, at each site."""
     tokens, other, answers, last = flipped(batch)
     here, there = residuals(dense, tokens), residuals(dense, other)
     before_last = torch.arange(tokens.shape[1]) < last[:, None]
     effects = []
     for site in range(2 * dense.n_layers + 1):
         patched = torch.where(before_last[..., None], there[site], here[site])
-        p = log_p(suffix(dense, site, patched, tokens), answers, last).exp().mean()
-        effects.append(SiteEffect(site, Site(site, dense.n_layers).label, float(p)))
+        label = Site(site, dense.n_layers).label
+        p_stream = p_read = float(log_p(suffix(dense, site, patched, tokens), answers, last).exp().mean())
+        if site < 2 * dense.n_layers:
+            after = here[site] + dense.sublayer(site, patched) - patched
+            p_read = float(log_p(suffix(dense, site + 1, after, tokens), answers, last).exp().mean())
+        effects.append(SiteEffect(site, label, p_stream, p_read))
     return effects
 
 
 def choose_site(effects: list[SiteEffect]) -> int:
-    """The last site where the patch gives the counterfactual answer more than half of the probability.
+    """The last site where both patches give the counterfactual answer more than half of the probability.
 
-    Where no site does, the one with the largest effect.
+    Where no site does, the last where the stream's patch does; failing that, the one with the largest effect.
     """
-    good = [e.site for e in effects if e.p_counterfactual > 0.5]
-    return good[-1] if good else max(effects, key=lambda e: e.p_counterfactual).site
+    both = [e.site for e in effects if min(e.p_counterfactual, e.p_read) > 0.5]
+    stream = [e.site for e in effects if e.p_counterfactual > 0.5]
+    return (both or stream or [max(effects, key=lambda e: e.p_counterfactual).site])[-1]
 
 
 class ReadPatch:
     """Runs the sparse model from a site with some channels of its read set to their counterfactual values."""
 
+    @torch.no_grad()
     def __init__(self, run: Run, batch: TaskBatch, site: int) -> None:
         self.sparse, self.site = run.sparse, site
         self.hook = Site(site, run.sparse.n_layers).read_hook
@@ -116,6 +125,7 @@ class ReadPatch:
             channels = mask
         return self._score(channels) - self.base
 
+    @torch.no_grad()
     def _score(self, mask: Bool[Tensor, " width"]) -> float:
         def patch(value: Tensor, hook: object) -> Tensor:
             return torch.where(mask, self.counterfactual, value)
@@ -126,23 +136,28 @@ class ReadPatch:
 
 
 @torch.no_grad()
-def search_channels(run: Run, batch: TaskBatch, site: int, *, largest: int = 8, beam: int = 4) -> ChannelSearch:
-    """Best sets of 1 .. `largest` channels of the sparse read at a site, by joint patching on selection prompts."""
+def search_channels(
+    run: Run, batch: TaskBatch, site: int, *, largest: int = 8, beam: int = 4, candidates: int = 16
+) -> ChannelSearch:
+    """Best sets of 1 .. `largest` channels of the sparse read at a site, by joint patching on selection prompts.
+
+    `candidates` are kept by each of the two rankings, `beam` sets go on from each size to the next.
+    """
     patch = ReadPatch(run, batch, site)
     nodes = [read_nodes(run.sparse, batch.tokens[:, member], site) for member in (0, 1)]
     differs = (nodes[0] != nodes[1]).any(-1)
     difference = (nodes[0] - nodes[1])[differs].mean(0) if differs.any() else torch.zeros(run.sparse.d_model)
     size = (nodes[0] - nodes[1]).abs().sum((0, 1)) * run.bridges.directions(site).norm(dim=1)
     single = torch.tensor([patch.effect([c]) for c in range(run.sparse.d_model)])
-    ranked = [single.argsort(descending=True)[:16], size.argsort(descending=True)[:16]]
-    candidates = sorted({int(c) for ranking in ranked for c in ranking if size[int(c)] > 0})
-    if not candidates:
+    ranked = [single.argsort(descending=True)[:candidates], size.argsort(descending=True)[:candidates]]
+    pool = sorted({int(c) for ranking in ranked for c in ranking if size[int(c)] > 0})
+    if not pool:
         raise ValueError(f"site {site}: no channel of the sparse read differs between the task's prompts")
     sets: dict[int, list[int]] = {}
     share: dict[int, float] = {}
     beams: list[list[int]] = [[]]
-    for count in range(1, min(largest, len(candidates)) + 1):
-        grown = {tuple(sorted([*b, c])): [*b, c] for b in beams for c in candidates if c not in b}
+    for count in range(1, min(largest, len(pool)) + 1):
+        grown = {tuple(sorted([*b, c])): [*b, c] for b in beams for c in pool if c not in b}
         scored = sorted(((patch.effect(s), s) for s in grown.values()), reverse=True)
         beams = [s for _, s in scored[:beam]]
         sets[count], share[count] = scored[0][1], scored[0][0] / patch.whole

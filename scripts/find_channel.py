@@ -39,7 +39,10 @@ def main(options: Options) -> None:
     save_channel(run.folder, channel)
     for effect in channel.selection["site_effects"]:
         mark = "  <- chosen" if effect["site"] == channel.site else ""
-        print(f"site {effect['site']} ({effect['label']}): patched P = {effect['p_counterfactual']:.3f}{mark}")
+        print(
+            f"site {effect['site']} ({effect['label']}): P after patching the stream {effect['p_counterfactual']:.3f}, "
+            f"the read alone {effect['p_read']:.3f}{mark}"
+        )
     for n, share in channel.selection["share"].items():
         print(f"best {n} channels {channel.selection['sets'][n]}: {share:.0%} of the whole read's effect")
     print(f"{channel}\nsaved in {Path(options.run) / FILE}")
