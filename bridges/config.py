@@ -93,13 +93,13 @@ class RunConfig:
     """Field that holds the text in .jsonl files and hub datasets; unset: text, content or code."""
     seed: int = 0
     """Seeds initial weights, batch order, sampled sites and positions."""
-    steps: int = 1500
+    steps: int = 8000
     """Optimizer steps of the joint training."""
-    batch_size: int = 16
+    batch_size: int = 4
     """Blocks of n_ctx tokens per step and process."""
-    log_every: int = 20
+    log_every: int = 50
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 1000
     """Steps between checkpoints."""
     eval_tokens: int = 32_768
     """Held-out tokens of the evaluation."""
@@ -140,10 +140,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         RunConfig(
             corpus="generated:0.45,stdlib:0.55",
             corpus_tokens=6_000_000,
-            steps=10_000,
-            batch_size=4,
-            checkpoint_every=1000,
-            log_every=50,
+            steps=7000,
             sparse=SparseConfig(n_layers=4, d_model=256, d_mlp=1024, n_heads=16, n_ctx=128, d_vocab=2048),
             dense_train=DenseTrainConfig(d_model=128, n_heads=4, steps=3000, batch_size=16),
         ),

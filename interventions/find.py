@@ -1,17 +1,19 @@
 """Finding the channel that carries a task's feature (paper 3.3 and A.4; the choices are ours).
 
-Only *selection* prompts and, for the choice of channels, only the sparse model are looked at:
+Only *selection* prompts are looked at, and steering not at all:
 
-1. Site. At every residual site the dense model's stream is replaced by its counterfactual's at all tokens but the
-   last; the last site where that still flips the answer is where the feature still waits to be read. (An attention
-   that comes later has already moved it to the last token.) Sites where patching the next sublayer's read alone also
-   flips it go first: elsewhere several sublayers read the feature, and a read-only edit cannot move it.
-2. Candidates. Each channel of the sparse model's read at that site alone is set to its counterfactual value at every
+1. Sites, in the dense model. Its own activations are patched with the counterfactual's: the stream at all tokens but
+   the last (where does the feature still wait to be read?), and what the next sublayer reads, at all tokens (does that
+   read alone decide the answer?). Sites before a sublayer whose read decides it are eligible; where several sublayers
+   share the work no read does, and the last site where the stream still flips the answer is taken.
+2. Candidates, in the sparse model. Each channel of its read at a site is set alone to its counterfactual value at every
    token; its effect is the gain in log P(counterfactual answer). The strongest by effect, and by activation difference
    times decoder norm, go on.
 3. Sets. A beam search adds channels one at a time, by the joint effect of patching the whole set.
-4. The channel is the smallest set (at most 4) with 90 % of the effect of patching the whole read. Its weights are the
-   mean activation differences, largest magnitude 1, positive for member 0 of the task's pairs.
+4. Of the eligible sites the one whose smallest sufficient set is smallest is taken (then the one whose set carries
+   more); sufficient means 90 % of the effect of patching the whole read.
+5. The channel is that set, at most 4 indices. Its weights are the mean activation differences, largest magnitude 1,
+   positive for member 0 of the task's pairs.
 """
 
 from typing import NamedTuple
@@ -23,23 +25,25 @@ from torch import Tensor
 from bridges.dense import Sublayered
 from bridges.hybrid import residuals, suffix
 from bridges.run import Run
-from bridges.sites import Site
+from bridges.sites import Site, all_sites
 from interventions.channels import Channel, read_nodes
 from interventions.tasks.base import TaskBatch
 
 ENOUGH = 0.9
 """Share of the whole read's effect that a named channel must carry."""
+MOST = 4
+"""Most indices of a named channel."""
 
 
 class SiteEffect(NamedTuple):
-    """What patching the dense model at one site, at all tokens but the last, does."""
+    """Mean P(the counterfactual's answer) in the dense model after patching it at one site."""
 
     site: int
     label: str
-    p_counterfactual: float
-    """Mean P(the counterfactual's answer) after patching the stream."""
+    p_stream: float
+    """The stream patched at all tokens but the last."""
     p_read: float
-    """The same after patching only what the next sublayer reads."""
+    """Only what the next sublayer reads patched, at all tokens."""
 
 
 class ChannelSearch(NamedTuple):
@@ -80,27 +84,30 @@ def site_effects(dense: Sublayered, batch: TaskBatch) -> list[SiteEffect]:
     """P(counterfactual answer) after patching the dense stream, or the next read alone, at each site."""
     tokens, other, answers, last = flipped(batch)
     here, there = residuals(dense, tokens), residuals(dense, other)
-    before_last = torch.arange(tokens.shape[1]) < last[:, None]
+    before_last = (torch.arange(tokens.shape[1]) < last[:, None])[..., None]
+
+    def p(site: int, resid: Tensor) -> float:
+        return float(log_p(suffix(dense, site, resid, tokens), answers, last).exp().mean())
+
     effects = []
-    for site in range(2 * dense.n_layers + 1):
-        patched = torch.where(before_last[..., None], there[site], here[site])
-        label = Site(site, dense.n_layers).label
-        p_stream = p_read = float(log_p(suffix(dense, site, patched, tokens), answers, last).exp().mean())
-        if site < 2 * dense.n_layers:
-            after = here[site] + dense.sublayer(site, patched) - patched
-            p_read = float(log_p(suffix(dense, site + 1, after, tokens), answers, last).exp().mean())
-        effects.append(SiteEffect(site, label, p_stream, p_read))
+    for site in all_sites(dense.n_layers):
+        i = site.index
+        p_stream = p(i, torch.where(before_last, there[i], here[i]))
+        p_read = p(i, there[i])  # the unembedding reads all there is
+        if not site.is_final:
+            p_read = p(i + 1, here[i] + dense.sublayer(i, there[i]) - there[i])
+        effects.append(SiteEffect(i, site.label, p_stream, p_read))
     return effects
 
 
-def choose_site(effects: list[SiteEffect]) -> int:
-    """The last site where both patches give the counterfactual answer more than half of the probability.
+def eligible_sites(effects: list[SiteEffect]) -> list[int]:
+    """Sites before a sublayer whose read alone gives the counterfactual answer more than half of the probability.
 
-    Where no site does, the last where the stream's patch does; failing that, the one with the largest effect.
+    Where there is none, the last whose stream does; failing that, the one with the largest effect.
     """
-    both = [e.site for e in effects if min(e.p_counterfactual, e.p_read) > 0.5]
-    stream = [e.site for e in effects if e.p_counterfactual > 0.5]
-    return (both or stream or [max(effects, key=lambda e: e.p_counterfactual).site])[-1]
+    reads = [e.site for e in effects[:-1] if e.p_read > 0.5]
+    streams = [e.site for e in effects[:-1] if e.p_stream > 0.5]
+    return reads or streams[-1:] or [max(effects[:-1], key=lambda e: e.p_stream).site]
 
 
 class ReadPatch:
@@ -164,13 +171,30 @@ def search_channels(
     return ChannelSearch(sets[max(sets)], sets, share, single, patch.whole, difference)
 
 
+def sufficient(search: ChannelSearch) -> tuple[int, float]:
+    """(size, share) of the smallest set with enough of the whole read's effect; of at most 4 channels."""
+    sizes = [n for n in search.sets if n <= MOST]
+    size = next((n for n in sizes if search.share[n] >= ENOUGH), sizes[-1])
+    return size, search.share[size]
+
+
 @torch.no_grad()
 def find_channel(run: Run, name: str, task: str, batch: TaskBatch, *, site: int | None = None) -> Channel:
-    """The named channel of a task's feature; `batch` holds selection prompts. See the module's docstring."""
+    """The named channel of a task's feature; `batch` holds selection prompts. See the module's docstring.
+
+    `site` skips the choice of one. Raises ValueError for a site out of range or without differing channels.
+    """
     effects = site_effects(run.dense, batch)
-    chosen = choose_site(effects) if site is None else Site(site, run.dense.n_layers).index
+    sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
+    quick = {i: search_channels(run, batch, i, largest=MOST, beam=2) for i in sites}
+
+    def merit(i: int) -> tuple[bool, int, float]:
+        size, share = sufficient(quick[i])
+        return share >= ENOUGH, -size, share
+
+    chosen = max(sites, key=merit)
     search = search_channels(run, batch, chosen)
-    count = next((n for n in range(1, 5) if search.share.get(n, 0) >= ENOUGH), max(n for n in search.sets if n <= 4))
+    count, _ = sufficient(search)
     indices = search.sets[count]
     weights = search.difference[indices] / search.difference[indices].abs().max().clamp(min=1e-12)
     nodes = [read_nodes(run.sparse, batch.tokens[:, m], chosen)[..., indices] for m in (0, 1)]
@@ -191,6 +215,7 @@ def find_channel(run: Run, name: str, task: str, batch: TaskBatch, *, site: int 
             "pairs": len(batch.last),
             "site_effects": [e._asdict() for e in effects],
             "criterion": f"joint patching of the sparse read, at least {ENOUGH:.0%} of the whole read's effect",
+            "site_shares": {str(i): [round(s, 4) for s in q.share.values()] for i, q in quick.items()},
             "whole_effect_nats": search.whole,
             "sets": {str(n): s for n, s in search.sets.items()},
             "share": {str(n): round(s, 4) for n, s in search.share.items()},

@@ -28,7 +28,7 @@ class Options:
     pairs: int = 64
     """Selection prompt pairs."""
     site: int | None = None
-    """Residual site; unset: the last one where the dense model still carries the answer."""
+    """Residual site; unset: of those where the dense model's read decides the answer, the one with the smallest set."""
 
 
 def main(options: Options) -> None:
@@ -40,8 +40,8 @@ def main(options: Options) -> None:
     for effect in channel.selection["site_effects"]:
         mark = "  <- chosen" if effect["site"] == channel.site else ""
         print(
-            f"site {effect['site']} ({effect['label']}): P after patching the stream {effect['p_counterfactual']:.3f}, "
-            f"the read alone {effect['p_read']:.3f}{mark}"
+            f"site {effect['site']} ({effect['label']}): dense P(counterfactual answer) with the stream patched "
+            f"{effect['p_stream']:.3f}, the read alone {effect['p_read']:.3f}{mark}"
         )
     for n, share in channel.selection["share"].items():
         print(f"best {n} channels {channel.selection['sets'][n]}: {share:.0%} of the whole read's effect")

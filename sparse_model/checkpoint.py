@@ -92,8 +92,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or truncated ({error}): copy or train it again") from error
 
 
-def load_checked(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load a state dict strictly; missing, unknown or misshaped tensors are one ValueError that names them."""
+def load_checked(module: nn.Module, state: dict[str, Tensor], source: Path, *, assign: bool = False) -> None:
+    """Load a state dict strictly; missing, unknown or misshaped tensors are one ValueError that names them.
+
+    `assign` takes the tensors themselves instead of copying them, which a module on the meta device needs.
+    """
     expected = module.state_dict()
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unknown {name}" for name in state if name not in expected]
@@ -104,7 +107,7 @@ def load_checked(module: nn.Module, state: dict[str, Tensor], source: Path) -> N
     ]
     if problems:
         raise ValueError(f"{source} does not fit its config: {'; '.join(problems[:5])}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from interventions.find import (
     ENOUGH,
     ReadPatch,
     SiteEffect,
-    choose_site,
+    eligible_sites,
     find_channel,
     flipped,
     log_p,
@@ -72,21 +72,26 @@ def test_named_channel_is_positive_for_member_0_and_the_smallest_sufficient_set(
 
 
 def test_site_test_sees_where_the_answer_is(run: Run, batch: TaskBatch) -> None:
-    """Patching the embedding's stream but the last token gives the counterfactual prompt itself, site 2L nothing."""
+    """Patching all but the last token of the embedding gives the counterfactual prompt itself, of site 2L nothing."""
     tokens, other, answers, last = flipped(batch)
     effects = site_effects(run.dense, batch)
+    body = run.dense.hf.transformer
     with torch.no_grad():
         full = float(log_p(run.dense(other), answers, last).exp().mean())
         none = float(log_p(run.dense(tokens), answers, last).exp().mean())
-    assert effects[0].p_counterfactual == pytest.approx(full, rel=1e-4)
-    assert effects[4].p_counterfactual == pytest.approx(none, rel=1e-4)
-    assert effects[3].p_read == pytest.approx(none, rel=1e-4)
+        here, there = residuals(run.dense, tokens)[3], residuals(run.dense, other)[3]
+        logits = run.dense.unembed(here + body.h[1].mlp(body.h[1].ln_2(there)))
+        read = float(log_p(logits, answers, last).exp().mean())
+    assert effects[0].p_stream == pytest.approx(full, rel=1e-4)
+    assert effects[4].p_stream == pytest.approx(none, rel=1e-4)
+    assert effects[4].p_read == pytest.approx(full, rel=1e-4)
+    assert effects[3].p_read == pytest.approx(read, rel=1e-4)
 
 
-def test_choice_of_site() -> None:
+def test_eligible_sites() -> None:
     def effects(*pairs: tuple[float, float]) -> list[SiteEffect]:
         return [SiteEffect(i, str(i), stream, read) for i, (stream, read) in enumerate(pairs)]
 
-    assert choose_site(effects((0.9, 0.9), (0.8, 0.7), (0.8, 0.1), (0.1, 0.1))) == 1
-    assert choose_site(effects((0.9, 0.2), (0.8, 0.3), (0.1, 0.1))) == 1
-    assert choose_site(effects((0.3, 0.2), (0.2, 0.3), (0.1, 0.1))) == 0
+    assert eligible_sites(effects((0.9, 0.9), (0.1, 0.7), (0.1, 0.1), (0.0, 1.0))) == [0, 1]
+    assert eligible_sites(effects((0.9, 0.2), (0.8, 0.3), (0.1, 0.1), (0.0, 1.0))) == [1]
+    assert eligible_sites(effects((0.3, 0.2), (0.2, 0.3), (0.1, 0.1), (0.0, 1.0))) == [0]
