@@ -1,6 +1,7 @@
 """Evaluate a run on held-out text: the per-site table, saved in RUN/metrics.json.
 
-python scripts/evaluate.py --run runs/demo
+Example:
+    python scripts/evaluate.py --run runs/demo
 """
 
 from dataclasses import dataclass

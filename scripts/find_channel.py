@@ -1,6 +1,7 @@
 """Find the sparse channel that carries a task's feature and name it in RUN/channels.json.
 
-python scripts/find_channel.py --run runs/demo
+Example:
+    python scripts/find_channel.py --run runs/demo
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Write a run's report: one HTML file, RUN/report.html, that opens in any browser and needs nothing else.
 
-python scripts/report.py --run runs/demo
+Example:
+    python scripts/report.py --run runs/demo
 """
 
 from dataclasses import dataclass

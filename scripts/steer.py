@@ -1,6 +1,7 @@
 """Steer the dense model through a named channel: strength curves with their controls, a plot, and the numbers.
 
-python scripts/steer.py --run runs/demo
+Example:
+    python scripts/steer.py --run runs/demo
 """
 
 from dataclasses import dataclass

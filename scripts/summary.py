@@ -1,6 +1,7 @@
 """Put the figures of several runs side by side, as a Markdown table with medians.
 
-python scripts/summary.py runs/demo runs/demo-1 runs/demo-2
+Example:
+    python scripts/summary.py runs/demo runs/demo-1 runs/demo-2
 """
 
 import json

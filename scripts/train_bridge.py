@@ -1,9 +1,10 @@
 """Train a sparse model and bridges beside a frozen dense GPT-2, and evaluate them.
 
-accelerate launch scripts/train_bridge.py                    # preset demo: minutes on a laptop
-accelerate launch scripts/train_bridge.py stdlib --run runs/stdlib
-accelerate launch scripts/train_bridge.py gpt2 --dense gpt2 --corpus codeparrot/codeparrot-clean
-accelerate launch scripts/train_bridge.py demo --resume      # after a kill
+Examples:
+    accelerate launch scripts/train_bridge.py                    # preset demo: minutes on a laptop
+    accelerate launch scripts/train_bridge.py stdlib --run runs/stdlib
+    accelerate launch scripts/train_bridge.py gpt2 --dense gpt2 --corpus codeparrot/codeparrot-clean
+    accelerate launch scripts/train_bridge.py demo --resume      # after a kill
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
 """Train the small dense GPT-2 of a preset and save it, with its tokenizer, in Hugging Face format in RUN/dense.
 
-python scripts/train_dense.py demo --run runs/demo
-accelerate launch scripts/train_bridge.py demo --run runs/demo        # goes on with it
-accelerate launch scripts/train_bridge.py demo --dense runs/demo/dense --run runs/second
+Examples:
+    python scripts/train_dense.py demo --run runs/demo
+    accelerate launch scripts/train_bridge.py demo --run runs/demo        # goes on with it
+    accelerate launch scripts/train_bridge.py demo --dense runs/demo/dense --run runs/second
 """
 
 from pathlib import Path
