@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, require
+from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,8 @@ class LossWeights:
     """Cross-entropy of the sparse model."""
     nmse_encode: float = 1.0
     """NMSE of the encoders."""
+    nmse_through_target: bool = False
+    """Let the encoders' NMSE also move the sparse stream that they predict (numerator and denominator)."""
     nmse_decode: float = 1.0
     """NMSE of the decoders."""
     kl_dense_to_sparse: float = 1 / 3
@@ -78,45 +80,15 @@ class DenseTrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(TrainConfig):
     """Everything that shapes a run; saved as config.json in its folder."""
 
     dense: str | None = None
     """Local folder or hub name of the GPT-2 to bridge; unset: a small one is trained on the corpus."""
-    tokenizer: str | None = None
-    """Local folder or hub name; unset: the dense model's own, or a BPE trained on the corpus."""
-    corpus: str = "generated"
-    """Sources and token shares: generated, stdlib, a path, a hub dataset; e.g. generated:0.5,stdlib:0.5."""
-    corpus_tokens: int = 1_000_000
-    """Training tokens taken from the corpus."""
-    text_field: str | None = None
-    """Field that holds the text in .jsonl files and hub datasets; unset: text, content or code."""
-    seed: int = 0
-    """Seeds initial weights, batch order, sampled sites and positions."""
-    steps: int = 8000
-    """Optimizer steps of the joint training."""
-    batch_size: int = 4
-    """Blocks of n_ctx tokens per step and process."""
-    log_every: int = 50
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
-    eval_tokens: int = 32_768
-    """Held-out tokens of the evaluation."""
-    sparse: SparseConfig = field(default_factory=SparseConfig)
-    """Architecture of the sparse model."""
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    """Weight sparsity."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer of the sparse model."""
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     """Bridges and hybrid losses."""
     dense_train: DenseTrainConfig = field(default_factory=DenseTrainConfig)
     """The small dense model, where one is trained."""
-
-    def __post_init__(self) -> None:
-        for name in ("corpus_tokens", "steps", "batch_size", "log_every", "checkpoint_every", "eval_tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {

@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridges.config import RunConfig
-from bridges.losses import next_token_loss
 from sparse_model.batches import BatchOrder
 from sparse_model.files import replace_folder
+from sparse_model.losses import next_token_loss
 from sparse_model.tokenizer import save_tokenizer
 
 

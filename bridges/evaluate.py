@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from bridges.bridge import BridgeSet
 from bridges.dense import Sublayered
 from bridges.hybrid import residuals, suffix
-from bridges.losses import kl, next_token_loss
+from bridges.losses import kl
 from bridges.sites import Site
+from sparse_model.losses import next_token_loss
 from sparse_model.projection import count_nonzeros
 from sparse_model.transformer import SparseTransformer
 

@@ -27,7 +27,8 @@ from bridges.bridge import BridgeSet
 from bridges.config import BridgeConfig, LossWeights
 from bridges.dense import Sublayered
 from bridges.hybrid import advance, residuals
-from bridges.losses import kl, next_token_loss, nmse
+from bridges.losses import kl, nmse
+from sparse_model.losses import next_token_loss
 from sparse_model.transformer import SparseTransformer
 
 
@@ -95,7 +96,7 @@ def joint_backward(
     nmse_encode, nmse_decode, kl_to_sparse, kl_to_dense = [], [], [], []
     for site, (dense_resid, leaf) in enumerate(zip(h_dense, leaves, strict=True)):
         encoded = bridges.encode(site, dense_resid)
-        loss = nmse(encoded, leaf)
+        loss = nmse(encoded, leaf, through_target=weights.nmse_through_target)
         nmse_encode.append(loss.detach())
         total = weights.nmse_encode * loss
         if site in drawn.to_sparse:

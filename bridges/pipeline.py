@@ -16,9 +16,11 @@ from bridges import run as run_folder
 from bridges.config import RunConfig
 from bridges.dense import DenseModel
 from bridges.evaluate import evaluate, table
-from bridges.losses import next_token_loss
-from bridges.training import CHECKPOINT, JointTrainer
-from sparse_model.config import from_json, to_json
+from bridges.training import JointTrainer
+from sparse_model.config import claim_folder
+from sparse_model.losses import next_token_loss
+from sparse_model.prepare import prepare_corpus
+from sparse_model.training import CHECKPOINT
 from sparse_model.transformer import SparseTransformer
 
 
@@ -44,11 +46,11 @@ def train_run(
     if missing:  # accelerate would go on without them
         raise ValueError(f"trackers={', '.join(missing)}: unknown or not installed; pip install it or leave it out")
     if accelerator.is_main_process:
-        _claim(config, folder, resume)
+        claim_folder(config, folder, resume)
     progress = progress and accelerator.is_main_process
     with accelerator.main_process_first():
         tokenizer = run_folder.prepare_tokenizer(config, folder)
-        blocks = run_folder.prepare_corpus(config, tokenizer, progress=progress)
+        blocks = prepare_corpus(config, tokenizer, progress=progress)
         started = time.monotonic()
         hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, accelerator.device, progress=progress)
         dense_seconds = time.monotonic() - started
@@ -94,27 +96,13 @@ def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> flo
     """Make the run's tokenizer and dense model only; returns its cross-entropy on held-out text, nats."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = run_folder.prepare_tokenizer(config, folder)
-    blocks = run_folder.prepare_corpus(config, tokenizer, progress=progress)
+    blocks = prepare_corpus(config, tokenizer, progress=progress)
     with torch.enable_grad():
         hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, device, progress=progress)
     dense = DenseModel(hf).to(device)
     batches = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)].long().split(32)
     losses = [next_token_loss(dense(tokens.to(device)), tokens.to(device)) * len(tokens) for tokens in batches]
     return float(torch.stack(losses).sum() / sum(len(tokens) for tokens in batches))
-
-
-def _claim(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Write config.json, unless the folder holds a run that this one must not overwrite."""
-    path = folder / "config.json"
-    if path.exists():
-        if not resume:
-            raise FileExistsError(
-                f"{folder} already holds a run: add --resume to go on with it, or name another folder with --run"
-            )
-        different = run_folder.same_config(from_json(RunConfig, path), config)
-        if different:
-            raise ValueError(f"{path} has other settings ({', '.join(different)}): resume with the same ones")
-    to_json(config, path)
 
 
 def _finish(folder: Path, run: run_folder.Run, val: Tensor, config: RunConfig, progress: bool) -> dict:

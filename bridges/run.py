@@ -3,7 +3,6 @@
 config.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json  report.html
 """
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -20,8 +19,9 @@ from bridges.dense import DenseModel, load_gpt2
 from bridges.dense_training import save_dense, train_dense
 from sparse_model.checkpoint import load_checked, load_sparse, read_tensors, save_sparse
 from sparse_model.config import from_json
-from sparse_model.corpus import CorpusBlocks, CorpusConfig, iter_documents, load_blocks
+from sparse_model.corpus import CorpusBlocks
 from sparse_model.files import recover_folder, replace_folder, write_text
+from sparse_model.prepare import tokenizer_documents
 from sparse_model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.transformer import SparseTransformer
 
@@ -35,13 +35,6 @@ class Run(NamedTuple):
     dense: DenseModel
     sparse: SparseTransformer
     bridges: BridgeSet
-
-
-def corpus_config(config: RunConfig) -> CorpusConfig:
-    """The corpus of a run."""
-    return CorpusConfig(
-        spec=config.corpus, max_tokens=config.corpus_tokens, seed=config.seed, text_field=config.text_field
-    )
 
 
 def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
@@ -63,7 +56,7 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFas
     elif config.dense:
         raise ValueError(f"{config.dense} has no tokenizer.json: name its tokenizer with --tokenizer")
     else:
-        tokenizer = train_tokenizer(_sample_documents(config), config.sparse.d_vocab)
+        tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
     if config.tokenizer and with_dense:
         check_same_tokenizer(tokenizer, load_tokenizer(with_dense), config.tokenizer, with_dense)
     if len(tokenizer) > config.sparse.d_vocab:
@@ -81,21 +74,6 @@ def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast,
             f"the tokenizer {name_a} is not that of {name_b}: token ids would mean different text; "
             "use the tokenizer that the dense model was trained with"
         )
-
-
-def _sample_documents(config: RunConfig, characters: int = 4_000_000):
-    """Documents for training the tokenizer: the head of the training split, at most so many characters."""
-    seen = 0
-    for document in iter_documents(corpus_config(config), "train"):
-        yield document
-        seen += len(document)
-        if seen >= characters:
-            return
-
-
-def prepare_corpus(config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> CorpusBlocks:
-    """The run's token blocks."""
-    return load_blocks(corpus_config(config), tokenizer, config.sparse.n_ctx, progress=progress)
 
 
 def prepare_dense(
@@ -204,8 +182,3 @@ def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:
     metrics = json.loads(path.read_text()) if path.exists() else {}
     metrics |= {name: metrics.get(name, {}) | part if merge else part for name, part in parts.items()}
     write_text(path, json.dumps(metrics, indent=1) + "\n")
-
-
-def same_config(a: RunConfig, b: RunConfig) -> list[str]:
-    """Names of the options in which two configurations differ."""
-    return [f.name for f in dataclasses.fields(RunConfig) if getattr(a, f.name) != getattr(b, f.name)]

@@ -16,13 +16,13 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from bridges.evaluate import SiteReport
 from bridges.run import Run, open_run
 from bridges.sites import all_sites
-from bridges.training import read_metrics
 from interventions.channels import Channel, load_channels
 from interventions.find import ENOUGH
 from interventions.report_channels import channel_pages
 from interventions.report_figures import Picture, history, steering_picture, training_pictures
 from interventions.steering import Steering
 from sparse_model.files import write_text
+from sparse_model.metrics import read_metrics
 
 REPORT = "report.html"
 

@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bridges.run import Run, corpus_config
+from bridges.run import Run
 from bridges.sites import Site
 from interventions.channels import FILE, Channel, read_nodes
 from interventions.tasks import get_task
 from sparse_model.corpus import iter_documents
 from sparse_model.generated import generate_document
+from sparse_model.prepare import corpus_config
 
 _MOST_TOKENS = 96  # of a document; a few hundred coloured tokens are a page
 _DOCUMENTS = 3

@@ -2,54 +2,68 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Generic, NamedTuple, TypeVar
 
 import tyro
 from transformers.utils import logging as transformers_logging
 
-from bridges.config import PRESETS, RunConfig
-from bridges.training import Interrupted, TrainingDiverged
+from sparse_model.config import TrainConfig
+from sparse_model.training import Interrupted, TrainingDiverged
 
 # transformers' bars for loading a few small files would only hide ours.
 transformers_logging.disable_progress_bar()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+class RunOptions(NamedTuple, Generic[Config]):
     """A preset with overrides, and where the run goes."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    config: Config
     run: str
-    """Run folder."""
-    resume: bool = False
-    """Go on from the run's last checkpoint (and keep what it has already made)."""
-    trackers: tuple[str, ...] = ()
-    """Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio, ..."""
+    resume: bool
+    trackers: tuple[str, ...]
 
 
-def parse_run(description: str | None, argv: list[str] | None = None) -> RunOptions:
-    """Parse `[PRESET] [--option value ...]`; the preset may also be given as --preset NAME."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    preset = "demo"
+def parse_run(description: str | None, presets: Mapping[str, tuple[str, Config]]) -> RunOptions[Config]:
+    """Parse `[PRESET] [--option value ...]`; the preset may also be given as --preset NAME, the first is the default.
+
+    Raises ValueError for an unknown preset.
+    """
+    args = sys.argv[1:]
+    preset = next(iter(presets))
     if "--preset" in args[:-1]:
         at = args.index("--preset")
         preset = args[at + 1]
         del args[at : at + 2]
     elif args and not args[0].startswith("-"):
         preset = args.pop(0)
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-    presets = "\n".join(f"    {name:8} {what}" for name, (what, _) in PRESETS.items())
-    return tyro.cli(
-        RunOptions,
+    if preset not in presets:
+        raise ValueError(f"preset {preset!r} is unknown: use one of {', '.join(presets)}")
+    chosen = presets[preset][1]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        run: str = f"runs/{preset}"
+        """Run folder."""
+        resume: bool = False
+        """Go on from the run's last checkpoint (and keep what it has already made)."""
+        trackers: tuple[str, ...] = ()
+        """Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio, ..."""
+        config: Annotated[type(chosen), tyro.conf.arg(name="")] = chosen  # type: ignore[valid-type]
+
+    lines = "\n".join(f"    {name:8} {what}" for name, (what, _) in presets.items())
+    options = tyro.cli(
+        Options,
         prog=f"{os.path.basename(sys.argv[0])} {preset}",
-        description=f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{presets}",
-        default=RunOptions(config=PRESETS[preset][1], run=f"runs/{preset}"),
+        description=f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{lines}",
         args=args,
     )
+    return RunOptions(options.config, options.run, options.resume, options.trackers)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from cli import report_errors
 
 from bridges.evaluate import table
 from bridges.pipeline import evaluate_run
-from bridges.run import open_run, prepare_corpus
+from bridges.run import open_run
+from sparse_model.prepare import prepare_corpus
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from cli import parse_run, report_errors
 
+from bridges.config import PRESETS
 from bridges.pipeline import train_run
 
 if __name__ == "__main__":
     with report_errors():
-        options = parse_run(__doc__)
+        options = parse_run(__doc__, PRESETS)
         train_run(options.config, Path(options.run), resume=options.resume, trackers=options.trackers)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from cli import parse_run, report_errors
 
+from bridges.config import PRESETS
 from bridges.pipeline import make_dense
 
 if __name__ == "__main__":
     with report_errors():
-        options = parse_run(__doc__)
+        options = parse_run(__doc__, PRESETS)
         folder = Path(options.run)
         loss = make_dense(options.config, folder)
         print(f"dense CE on held-out text: {loss:.4f} nats per token; saved in {folder / 'dense'}")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -158,6 +158,47 @@ class OptimConfig:
         require(self.eps > 0, "eps", self.eps, "must be positive")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What training a sparse model takes, alone or beside a dense one."""
+
+    tokenizer: str | None = None
+    """Local folder or hub name; unset: the dense model's own where there is one, or a BPE trained on the corpus."""
+    corpus: str = "generated"
+    """Sources and token shares: generated, stdlib, a path, a hub dataset; e.g. generated:0.5,stdlib:0.5."""
+    corpus_tokens: int = 1_000_000
+    """Training tokens taken from the corpus."""
+    text_field: str | None = None
+    """Field that holds the text in .jsonl files and hub datasets; unset: text, content or code."""
+    seed: int = 0
+    """Seeds initial weights, batch order and everything else that is drawn."""
+    steps: int = 8000
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Blocks of n_ctx tokens per step and process."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    eval_tokens: int = 32_768
+    """Held-out tokens of the evaluation."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    """Architecture of the sparse model."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """Weight sparsity."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of the sparse model."""
+
+    def __post_init__(self) -> None:
+        for name in ("corpus_tokens", "steps", "batch_size", "log_every", "checkpoint_every", "eval_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+
+def differing(a: Any, b: Any) -> list[str]:
+    """Names of the fields in which two configurations of one class differ."""
+    return [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)]
+
+
 def to_json(config: Any, path: Path) -> None:
     """Write a config dataclass as JSON, by way of a temporary name."""
     write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -194,3 +235,20 @@ def _convert(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def claim_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Write config.json into a run folder, unless it holds a run that this one must not overwrite.
+
+    Raises FileExistsError for a folder in use without `resume`, ValueError for one of other settings.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{folder} already holds a run: add --resume to go on with it, or name another folder with --run"
+            )
+        different = differing(from_json(type(config), path), config)
+        if different:
+            raise ValueError(f"{path} has other settings ({', '.join(different)}): resume with the same ones")
+    to_json(config, path)

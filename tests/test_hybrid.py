@@ -15,8 +15,9 @@ from bridges.dense import DenseModel
 from bridges.evaluate import Moments, evaluate
 from bridges.hybrid import mixed_path, residuals, suffix
 from bridges.joint import Draw, draw, joint_backward
-from bridges.losses import kl, next_token_loss, nmse
+from bridges.losses import kl, nmse
 from sparse_model.config import SparseConfig
+from sparse_model.losses import next_token_loss
 from sparse_model.transformer import SparseTransformer
 
 SHAPE = SparseConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=12, d_vocab=40)

@@ -96,6 +96,36 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tiny: Path, cache: Pa
     assert not (folder / "checkpoint").exists()
 
 
+def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/train_sparse.py", "tiny", "--steps", "300", "--checkpoint-every", "150"]
+    process = subprocess.Popen(
+        [*command, "--run", str(tmp_path / "stopped")],
+        cwd=ROOT,
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "go on with --resume" in errors
+    resumed = call(cache, *command, "--run", str(tmp_path / "stopped"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stdout
+    assert call(cache, *command, "--run", str(tmp_path / "whole")).returncode == 0
+    a, b = (load_file(tmp_path / name / "sparse" / "model.safetensors") for name in ("stopped", "whole"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["step"] for r in records if "val_ce" in r] == [150, 300]
+    assert records[-1]["val_ce"] < records[0]["ce"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

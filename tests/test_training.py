@@ -12,9 +12,11 @@ from helpers import make_tiny_run
 from bridges.config import RunConfig
 from bridges.dense import DenseModel, load_gpt2
 from bridges.run import Run, load_bridges, new_bridges, open_run
-from bridges.training import CHECKPOINT, JointTrainer, TrainingDiverged, check_fit, read_metrics
+from bridges.training import JointTrainer, check_fit
 from sparse_model.config import SparsityConfig
+from sparse_model.metrics import read_metrics
 from sparse_model.projection import budget
+from sparse_model.training import CHECKPOINT, TrainingDiverged
 from sparse_model.transformer import SparseTransformer
 
 
@@ -123,9 +125,9 @@ def test_checkpoint_of_other_settings_or_damaged_is_refused(tmp_path: Path) -> N
     trainer.save_checkpoint()
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         make_trainer(run, tmp_path / "out", seed=9).load_checkpoint()
-    path = tmp_path / "out" / CHECKPOINT / "sparse_optimizer.pt"
+    path = tmp_path / "out" / CHECKPOINT / "main_optimizer.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"sparse_optimizer\.pt is damaged"):
+    with pytest.raises(ValueError, match=r"main_optimizer\.pt is damaged"):
         make_trainer(run, tmp_path / "out").load_checkpoint()
     path = tmp_path / "out" / CHECKPOINT / "sparse.safetensors"
     path.write_bytes(path.read_bytes()[:-10])

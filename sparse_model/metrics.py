@@ -1,0 +1,40 @@
+"""metrics.jsonl: one record of a training run per line."""
+
+import json
+from pathlib import Path
+
+
+class MetricsLog:
+    """metrics.jsonl, appended line by line; on resume, lines after the checkpoint's step are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_metrics(path) if r["step"] <= step] if step and path.exists() else []
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self.path = path
+
+    def write(self, record: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def flat(record: dict) -> dict[str, int | float]:
+    """A record for trackers: per-site lists become name/site."""
+    out: dict[str, int | float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            out |= {f"{name}/{site}": v for site, v in enumerate(value)}
+        else:
+            out[name] = value
+    return out

@@ -1,0 +1,93 @@
+"""Training a weight-sparse model alone: tokenizer, corpus, training with validation, the saved model.
+
+A folder holds `config.json`, `tokenizer/`, `sparse/` (weights and their config), `metrics.jsonl` and `metrics.json`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
+
+from sparse_model.checkpoint import save_sparse
+from sparse_model.config import TrainConfig, claim_folder
+from sparse_model.files import write_text
+from sparse_model.losses import next_token_loss
+from sparse_model.prepare import prepare_corpus, tokenizer_documents
+from sparse_model.projection import count_nonzeros
+from sparse_model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from sparse_model.training import SparseTrainer, projected_parameters
+from sparse_model.transformer import SparseTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Training a sparse model alone."""
+
+
+class ValidatedTrainer(SparseTrainer):
+    """A `SparseTrainer` that also records the loss on held-out blocks at every checkpoint and at the end."""
+
+    def __init__(self, *args, validation: Int[Tensor, "block pos"], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.validation = validation
+
+    def extra_record(self) -> dict[str, float]:
+        """`val_ce` where a checkpoint is due."""
+        if self.step % self.config.checkpoint_every and self.step != self.config.steps:
+            return {}
+        return {"val_ce": held_out_loss(self.sparse, self.validation)}
+
+
+@torch.no_grad()
+def held_out_loss(model: SparseTransformer, blocks: Int[Tensor, "block pos"], batch_size: int = 32) -> float:
+    """Next-token cross-entropy on blocks of tokens, nats, mean over tokens."""
+    device = next(model.parameters()).device
+    losses = [
+        next_token_loss(model(b.long().to(device)), b.long().to(device)) * len(b) for b in blocks.split(batch_size)
+    ]
+    return float(torch.stack(losses).sum() / len(blocks))
+
+
+def pretrain(config: PretrainConfig, folder: Path, *, resume: bool = False, progress: bool = True) -> dict:
+    """Train a sparse model in `folder`; returns what metrics.json holds.
+
+    Raises FileExistsError where the folder holds a model and `resume` is not set, ValueError where it holds one of
+    other settings or a tokenizer does not fit, and what training raises.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.is_main_process:
+        claim_folder(config, folder, resume)
+    with accelerator.main_process_first():
+        own = folder / "tokenizer"
+        if own.exists() or config.tokenizer:
+            tokenizer = load_tokenizer(own if own.exists() else config.tokenizer or "")
+        else:
+            tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
+        if len(tokenizer) > config.sparse.d_vocab:
+            raise ValueError(f"sparse.d_vocab={config.sparse.d_vocab}: the tokenizer has {len(tokenizer)} tokens")
+        save_tokenizer(tokenizer, own)
+        blocks = prepare_corpus(config, tokenizer, progress=progress and accelerator.is_main_process)
+    validation = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
+    torch.manual_seed(config.seed)
+    model = SparseTransformer(config.sparse)
+    trainer = ValidatedTrainer(config, model, blocks.train, folder, accelerator, validation=validation)
+    if resume and trainer.load_checkpoint() and accelerator.is_main_process:
+        print(f"resuming at step {trainer.step} of {config.steps}")
+    trainer.train()
+    if not accelerator.is_main_process:
+        return {}
+    save_sparse(model, folder / "sparse")
+    trainer.remove_checkpoint()
+    counts = count_nonzeros(projected_parameters(model, config))
+    metrics = {
+        "val_ce": held_out_loss(model, validation),
+        "nonzeros": sum(c.nonzeros for c in counts),
+        "nonzero_fraction": sum(c.nonzeros for c in counts) / sum(c.entries for c in counts),
+        "corpus": blocks.report,
+    }
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return metrics
