@@ -15,7 +15,7 @@ class LossWeights:
     """Cross-entropy of the sparse model."""
     nmse_encode: float = 1.0
     """NMSE of the encoders."""
-    nmse_through_target: bool = False
+    nmse_through_target: bool = True
     """Let the encoders' NMSE also move the sparse stream that they predict (numerator and denominator)."""
     nmse_decode: float = 1.0
     """NMSE of the decoders."""
@@ -112,7 +112,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         RunConfig(
             corpus="generated:0.45,stdlib:0.55",
             corpus_tokens=6_000_000,
-            steps=7000,
+            steps=5000,
             sparse=SparseConfig(n_layers=4, d_model=256, d_mlp=1024, n_heads=16, n_ctx=128, d_vocab=2048),
             dense_train=DenseTrainConfig(d_model=128, n_heads=4, steps=3000, batch_size=16),
         ),

@@ -10,19 +10,17 @@ import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from interventions.plots import DEPTH, draw_steering
 from interventions.steering import Steering
 
 MOST_POINTS = 400
 """Points of a curve; longer ones are averaged, or a long run's report would be mostly paths."""
 
 _INK = "#010203"  # stands for currentColor, which matplotlib cannot write
-_BLUE, _ORANGE, _GREY = "#4585d8", "#d98324", "#8a8f98"
-# Of middling lightness from end to end: legible on white and on black.
-_DEPTH = LinearSegmentedColormap.from_list("depth", ["#4f7fe0", "#1fa09a", "#d08a1e", "#d0527f"])
+_BLUE, _ORANGE = "#4585d8", "#d98324"
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -117,18 +115,7 @@ def training_pictures(past: History, labels: Sequence[str]) -> list[Picture]:
 def steering_picture(result: Steering, name: str) -> Picture:
     """Strength curves of one task with their controls; `name` tells figures on the same page apart."""
     figure, axes = _figure("mean P(counterfactual answer)", size=(7.4, 4.0))
-    strength = result.strength
-    band = f"{result.random_draws} random directions, 5–95 %"
-    axes.fill_between(
-        strength, result.random_p05, result.random_p95, color=_GREY, alpha=0.3, lw=0, label=band, gid="random-band"
-    )
-    axes.plot(strength, result.random_mean, color=_GREY, label="random directions, mean")
-    axes.plot(strength, result.random_channels_p95, color=_GREY, ls=":", label="random channels, 95th percentile")
-    axes.plot(strength, result.difference_of_means, color=_INK, ls="--", label="difference of means (dense)")
-    for at, (n, curve) in enumerate(sorted(result.channels.items(), key=lambda entry: int(entry[0]))):
-        colour = _DEPTH(at / max(1, len(result.channels) - 1))
-        axes.plot(strength, curve, color=colour, marker="o", ms=3, label=f"{n} sparse channel{'s' * (n != '1')}")
-    axes.set(xlabel="steering strength (1: fully patched)", ylim=(-0.02, 1.02))
+    draw_steering(axes, result, _INK)
     figure.legend(loc="outside right center")
     caption = (
         f"Site {result.site}, where={result.where}, {result.prompts} evaluation prompts. Random directions and random "
@@ -142,7 +129,7 @@ def _site_curves(axes: Axes, step: Curve, values: Float[np.ndarray, "step site"]
     every = -(-n_sites // 9)  # a legend of at most nine
     for site in range(n_sites):
         shown = labels[site] if site % every == 0 or site == n_sites - 1 else None
-        axes.plot(step, values[:, site], color=_DEPTH(site / max(1, n_sites - 1)), label=shown)
+        axes.plot(step, values[:, site], color=DEPTH(site / max(1, n_sites - 1)), label=shown)
 
 
 def _figure(ylabel: str, *, log: bool = False, size: tuple[float, float] = (5.2, 2.9)) -> tuple[Figure, Axes]:

@@ -172,7 +172,7 @@ class TrainConfig:
     """Field that holds the text in .jsonl files and hub datasets; unset: text, content or code."""
     seed: int = 0
     """Seeds initial weights, batch order and everything else that is drawn."""
-    steps: int = 8000
+    steps: int = 6000
     """Optimizer steps."""
     batch_size: int = 4
     """Blocks of n_ctx tokens per step and process."""

@@ -1,6 +1,7 @@
 """Hybrids and the joint step: identity bridges, exactness of suffixes, gradients against one naive graph."""
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -102,34 +103,48 @@ def test_mixed_path_crosses_through_the_right_bridges(tokens: torch.Tensor) -> N
 
 
 def naive_loss(
-    dense: DenseModel, sparse: SparseTransformer, bridges: BridgeSet, tokens: torch.Tensor, drawn: Draw
+    dense: DenseModel,
+    sparse: SparseTransformer,
+    bridges: BridgeSet,
+    tokens: torch.Tensor,
+    drawn: Draw,
+    weights: LossWeights,
 ) -> torch.Tensor:
     """The summed loss of the paper in one graph, written down term by term."""
+    through = weights.nmse_through_target
     h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
     target = dense(tokens).detach()
-    loss = WEIGHTS.ce * next_token_loss(sparse(tokens), tokens)
+    loss = weights.ce * next_token_loss(sparse(tokens), tokens)
     n, at = bridges.n_sites, drawn.positions
     for i in range(n):
         f, g = bridges.encode(i, h_dense[i]), bridges.decode(i, h_sparse[i])
-        loss = loss + WEIGHTS.nmse_encode * nmse(f, h_sparse[i]) + WEIGHTS.nmse_decode * nmse(g, h_dense[i])
+        loss = (
+            loss
+            + weights.nmse_encode * nmse(f, h_sparse[i], through_target=through)
+            + weights.nmse_decode * nmse(g, h_dense[i])
+        )
         if i in drawn.to_sparse:
             term = kl(target[:, at], suffix(sparse, i, f, tokens)[:, at])
-            loss = loss + WEIGHTS.kl_dense_to_sparse * n / len(drawn.to_sparse) * term
+            loss = loss + weights.kl_dense_to_sparse * n / len(drawn.to_sparse) * term
         if i in drawn.to_dense:
             term = kl(target[:, at], suffix(dense, i, g, tokens)[:, at])
-            loss = loss + WEIGHTS.kl_sparse_to_dense * n / len(drawn.to_dense) * term
+            loss = loss + weights.kl_sparse_to_dense * n / len(drawn.to_dense) * term
     return loss
 
 
+@pytest.mark.parametrize("through_target", [False, True])
 @pytest.mark.parametrize(("to_sparse", "to_dense"), [(range(5), range(5)), ([1], [3]), ([0, 4], [2])])
-def test_gradient_equals_that_of_one_naive_graph(tmp_path: Path, to_sparse: list[int], to_dense: list[int]) -> None:
+def test_gradient_equals_that_of_one_naive_graph(
+    tmp_path: Path, to_sparse: list[int], to_dense: list[int], through_target: bool
+) -> None:
+    weights = dataclasses.replace(WEIGHTS, nmse_through_target=through_target)
     run = make_tiny_run(tmp_path / "run")
     dense, sparse, bridges = run.dense.double(), run.sparse.double(), run.bridges.double()
     tokens = torch.randint(384, (2, 10))
     drawn = Draw(list(to_sparse), list(to_dense), torch.tensor([1, 4, 9]))
     parameters = [*sparse.parameters(), *bridges.parameters()]
-    wanted = torch.autograd.grad(naive_loss(dense, sparse, bridges, tokens, drawn), parameters)
-    joint_backward(dense, sparse, bridges, tokens, drawn, WEIGHTS)
+    wanted = torch.autograd.grad(naive_loss(dense, sparse, bridges, tokens, drawn, weights), parameters)
+    joint_backward(dense, sparse, bridges, tokens, drawn, weights)
     for p, grad in zip(parameters, wanted, strict=True):
         assert p.grad is not None
         assert (p.grad - grad).norm() <= 1e-9 * grad.norm().clamp(min=1e-12)

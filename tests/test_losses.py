@@ -36,6 +36,17 @@ def test_nmse_sends_no_gradient_into_its_target() -> None:
     assert torch.allclose(prediction.grad, 2 * (prediction - target) / denominator)
 
 
+def test_nmse_through_its_target_does_not_reward_shrinking() -> None:
+    """Scaling prediction and target together changes nothing, so the gradients along that direction cancel."""
+    target = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    prediction = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(nmse(prediction, target, through_target=True), nmse(prediction, target))
+    nmse(prediction, target, through_target=True).backward()
+    along = (prediction.grad * prediction).sum() + (target.grad * target).sum()
+    assert along.item() == pytest.approx(0, abs=1e-12)
+    assert target.grad.norm() > 0
+
+
 def test_kl_by_hand() -> None:
     target, logits = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, 0.0]])
     assert kl(target, logits).item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
