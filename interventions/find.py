@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from bridges.dense import Sublayered
-from bridges.hybrid import residuals, suffix
+from bridges.hybrid import advance, residuals, suffix
 from bridges.run import Run
 from bridges.sites import Site, all_sites
 from interventions.channels import Channel, read_nodes
@@ -138,13 +139,23 @@ class ReadPatch:
             return torch.where(mask, self.counterfactual, value)
 
         with self.sparse.hooks(fwd_hooks=[(self.hook, patch)]):
-            logits = suffix(self.sparse, self.site, self.resid, self.tokens)
-        return float(log_p(logits, self.answers, self.last).mean())
+            end = advance(self.sparse, self.site, self.resid)
+        # Only the last position's logits count, and unembedding all of them would cost as much as the rest.
+        row = torch.arange(len(self.last))
+        logits = self.sparse.unembed(end[row, self.last][:, None], self.tokens[row, self.last][:, None])
+        return float(log_p(logits, self.answers, torch.zeros_like(self.last)).mean())
 
 
 @torch.no_grad()
 def search_channels(
-    run: Run, batch: TaskBatch, site: int, *, largest: int = 8, beam: int = 4, candidates: int = 16
+    run: Run,
+    batch: TaskBatch,
+    site: int,
+    *,
+    largest: int = 8,
+    beam: int = 4,
+    candidates: int = 12,
+    progress: bool = False,
 ) -> ChannelSearch:
     """Best sets of 1 .. `largest` channels of the sparse read at a site, by joint patching on selection prompts.
 
@@ -155,7 +166,12 @@ def search_channels(
     differs = (nodes[0] != nodes[1]).any(-1)
     difference = (nodes[0] - nodes[1])[differs].mean(0) if differs.any() else torch.zeros(run.sparse.d_model)
     size = (nodes[0] - nodes[1]).abs().sum((0, 1)) * run.bridges.directions(site).norm(dim=1)
-    single = torch.tensor([patch.effect([c]) for c in range(run.sparse.d_model)])
+    single = torch.zeros(run.sparse.d_model)
+    # A channel that never differs has no effect to measure.
+    for c in tqdm(
+        size.nonzero().flatten().tolist(), desc=f"site {site}", unit="channel", leave=False, disable=not progress
+    ):
+        single[c] = patch.effect([c])
     ranked = [single.argsort(descending=True)[:candidates], size.argsort(descending=True)[:candidates]]
     pool = sorted({int(c) for ranking in ranked for c in ranking if size[int(c)] > 0})
     if not pool:
@@ -163,7 +179,8 @@ def search_channels(
     sets: dict[int, list[int]] = {}
     share: dict[int, float] = {}
     beams: list[list[int]] = [[]]
-    for count in range(1, min(largest, len(pool)) + 1):
+    sizes = range(1, min(largest, len(pool)) + 1)
+    for count in tqdm(sizes, desc=f"site {site}: sets", unit="size", leave=False, disable=not progress):
         grown = {tuple(sorted([*b, c])): [*b, c] for b in beams for c in pool if c not in b}
         scored = sorted(((patch.effect(s), s) for s in grown.values()), reverse=True)
         beams = [s for _, s in scored[:beam]]
@@ -179,21 +196,23 @@ def sufficient(search: ChannelSearch) -> tuple[int, float]:
 
 
 @torch.no_grad()
-def find_channel(run: Run, name: str, task: str, batch: TaskBatch, *, site: int | None = None) -> Channel:
+def find_channel(
+    run: Run, name: str, task: str, batch: TaskBatch, *, site: int | None = None, progress: bool = False
+) -> Channel:
     """The named channel of a task's feature; `batch` holds selection prompts. See the module's docstring.
 
     `site` skips the choice of one. Raises ValueError for a site out of range or without differing channels.
     """
     effects = site_effects(run.dense, batch)
     sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
-    quick = {i: search_channels(run, batch, i, largest=MOST, beam=2) for i in sites}
+    quick = {i: search_channels(run, batch, i, largest=MOST, beam=2, progress=progress) for i in sites}
 
     def merit(i: int) -> tuple[bool, int, float]:
         size, share = sufficient(quick[i])
         return share >= ENOUGH, -size, share
 
     chosen = max(sites, key=merit)
-    search = search_channels(run, batch, chosen)
+    search = search_channels(run, batch, chosen, progress=progress)
     count, _ = sufficient(search)
     indices = search.sets[count]
     weights = search.difference[indices] / search.difference[indices].abs().max().clamp(min=1e-12)

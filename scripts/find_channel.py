@@ -36,7 +36,7 @@ def main(options: Options) -> None:
     run = open_run(options.run)
     task = get_task(options.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
     batch = task.sample(options.pairs, split="selection", seed=run.config.seed)
-    channel = find_channel(run, options.name, options.task, batch, site=options.site)
+    channel = find_channel(run, options.name, options.task, batch, site=options.site, progress=True)
     save_channel(run.folder, channel)
     for effect in channel.selection["site_effects"]:
         mark = "  <- chosen" if effect["site"] == channel.site else ""
