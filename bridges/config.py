@@ -92,7 +92,11 @@ class RunConfig(TrainConfig):
 
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
-    "demo": ("2 layers on generated Python; minutes on two CPU cores", RunConfig()),
+    "demo": (
+        "2 layers on generated Python; minutes on two CPU cores",
+        # Of dense seeds 0 to 6 the one whose answers to the selection prompts are the surest.
+        RunConfig(dense_train=DenseTrainConfig(seed=4)),
+    ),
     "tiny": (
         "the whole path in under a minute, for tests; too short to steer",
         RunConfig(
