@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridges.run import Run, fingerprint, open_run
 from interventions.channels import Channel, load_channels
+from sparse_model.transformer import check_length
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,23 @@ def boot(
 ) -> TransformerBridge:
     """A TransformerLens view of an HF model that shares its tensors and leaves the HF object as it was.
 
-    Booting changes the object it is given (modules renamed, attention made eager), hence the copy.
+    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. A sequence longer
+    than the context is a ValueError.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     name = tokenizer.name_or_path or "dense"
-    return TransformerBridge.boot_transformers(
+    dense = TransformerBridge.boot_transformers(
         name, hf_model=copy.deepcopy(model, shared), tokenizer=tokenizer, device=str(device)
     ).eval()
+    n_ctx = model.config.n_positions
+
+    def refuse_long(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ids = inputs[0]
+        # Reading a position's value waits for a device; there only the length of one call is checked.
+        check_length(int(ids.max()) + 1 if ids.device.type == "cpu" and ids.numel() else ids.shape[-1], n_ctx)
+
+    dense.pos_embed.register_forward_pre_hook(refuse_long)
+    return dense
 
 
 def get_bundle(dense: TransformerBridge) -> Bundle:

@@ -257,6 +257,13 @@ def test_generation_with_and_without_cache_agree(dense, tokens: torch.Tensor) ->
         assert torch.equal(cached, uncached)
 
 
+def test_a_prompt_longer_than_the_context_is_named(dense) -> None:
+    with pytest.raises(ValueError, match="has 65 tokens but the model's context holds 64"):
+        dense(torch.randint(384, (1, 65)))
+    with pytest.raises(ValueError, match="has 65 tokens but the model's context holds 64"):
+        dense.generate(torch.randint(384, (1, 60)), max_new_tokens=8, verbose=False, stop_at_eos=False)
+
+
 def test_bad_requests_are_named(dense, tokens: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="unknown channel 'pear': did you mean pair"):
         intervene(dense, "pear", delta=1)
