@@ -20,6 +20,7 @@ from bridges.training import JointTrainer
 from sparse_model.config import claim_folder
 from sparse_model.losses import next_token_loss
 from sparse_model.prepare import prepare_corpus
+from sparse_model.projection import prove_sparsity
 from sparse_model.training import CHECKPOINT
 from sparse_model.transformer import SparseTransformer
 
@@ -73,6 +74,7 @@ def train_run(
     accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
+    prove_sparsity(trainer.projected, config.sparsity)
     run_folder.save_trained(folder, sparse, bridges)
     trainer.remove_checkpoint()
     run_folder.update_metrics(

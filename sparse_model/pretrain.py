@@ -17,7 +17,7 @@ from sparse_model.config import TrainConfig, claim_folder
 from sparse_model.files import write_text
 from sparse_model.losses import next_token_loss
 from sparse_model.prepare import prepare_corpus, tokenizer_documents
-from sparse_model.projection import count_nonzeros
+from sparse_model.projection import prove_sparsity
 from sparse_model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.training import SparseTrainer, projected_parameters
 from sparse_model.transformer import SparseTransformer
@@ -82,7 +82,7 @@ def pretrain(config: PretrainConfig, folder: Path, *, resume: bool = False, prog
         return {}
     save_sparse(model, folder / "sparse")
     trainer.remove_checkpoint()
-    counts = count_nonzeros(projected_parameters(model, config))
+    counts = prove_sparsity(projected_parameters(model, config), config.sparsity)
     metrics = {
         "val_ce": held_out_loss(model, validation),
         "nonzeros": sum(c.nonzeros for c in counts),

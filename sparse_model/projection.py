@@ -150,3 +150,23 @@ class NonzeroCount(NamedTuple):
 def count_nonzeros(parameters: list[SparseParameter]) -> list[NonzeroCount]:
     """Nonzeros of every parameter under projection."""
     return [NonzeroCount(p.name, int(p.tensor.count_nonzero()), p.tensor.numel()) for p in parameters]
+
+
+def prove_sparsity(parameters: list[SparseParameter], config: SparsityConfig) -> list[NonzeroCount]:
+    """Count the nonzeros of a finished model and check them against its budgets.
+
+    Raises ValueError, naming the parameter, where one has more nonzeros than its budget or a neuron has fewer than
+    min_per_neuron.
+    """
+    counts = count_nonzeros(parameters)
+    for p, count in zip(parameters, counts, strict=True):
+        allowed = budget(count.entries, p.fraction)
+        if count.nonzeros > allowed:
+            raise ValueError(f"{p.name} has {count.nonzeros} nonzeros, its budget is {allowed}")
+        if p.neuron_axis is not None:
+            axis = 1 if p.neuron_axis == "row" else 0
+            j = min(config.min_per_neuron, p.tensor.shape[axis])
+            fewest, neuron = p.tensor.count_nonzero(axis).min(0)
+            if fewest < j:
+                raise ValueError(f"neuron {int(neuron)} of {p.name} has {int(fewest)} nonzeros, fewer than {j}")
+    return counts

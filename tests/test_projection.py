@@ -20,6 +20,7 @@ from sparse_model.projection import (
     count_nonzeros,
     project_,
     projection_mask,
+    prove_sparsity,
 )
 from sparse_model.transformer import SparseTransformer
 
@@ -303,3 +304,24 @@ def test_removed_entries_are_plain_zeros() -> None:
     p = nn.Parameter(-torch.rand(20, 20) - 1)
     project_([SparseParameter("p", p, 0.1, None)], SparsityConfig())
     assert int(p.signbit().sum()) == 40
+
+
+def test_prove_sparsity_passes_a_projected_model_and_names_what_breaks_it() -> None:
+    model = SparseTransformer(SparseConfig(d_model=32, d_mlp=48, n_heads=2, n_ctx=8, d_vocab=20))
+    config = SparsityConfig(nonzero_fraction=1 / 4, min_per_neuron=3)
+    parameters = model.sparse_parameters(1 / 4)
+    for p in parameters:
+        nn.init.normal_(p.tensor)
+    project_(parameters, config)
+    counts = prove_sparsity(parameters, config)
+    assert all(c.nonzeros == budget(c.entries, 1 / 4) for c in counts)
+    weight = model.blocks[0].mlp.out.weight
+    with torch.no_grad():
+        saved = weight[:, 5].clone()
+        weight[:, 5] = 0
+        with pytest.raises(ValueError, match=r"neuron 5 of blocks\.0\.mlp\.out\.weight has 0 nonzeros, fewer than 3"):
+            prove_sparsity(parameters, config)
+        weight[:, 5] = saved
+        weight[weight == 0] = 1
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.out\.weight has 1536 nonzeros, its budget is 384"):
+        prove_sparsity(parameters, config)
