@@ -9,6 +9,8 @@ where `own` is the model that runs the hybrid's suffix and `ablated` that model 
 replaced by its mean over held-out tokens. 1 is a perfect bridge, 0 one that carries nothing.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from bridges.bridge import BridgeSet
 from bridges.dense import Sublayered
 from bridges.hybrid import residuals, suffix
 from bridges.losses import kl
-from bridges.sites import Site
+from bridges.sites import all_sites
 from sparse_model.losses import next_token_loss
 from sparse_model.projection import count_nonzeros
 from sparse_model.transformer import SparseTransformer
@@ -81,6 +83,14 @@ class Moments:
         return self.target2 - self.target.square().sum() / self.n
 
 
+class Bridged(NamedTuple):
+    """What is evaluated."""
+
+    dense: Sublayered
+    sparse: SparseTransformer
+    bridges: BridgeSet
+
+
 @torch.no_grad()
 def evaluate(
     dense: Sublayered,
@@ -95,44 +105,15 @@ def evaluate(
 
     Also sets the bridges' scales (`BridgeSet.set_scales`), which interventions need.
     """
+    models = Bridged(dense, sparse, bridges)
     batches = [b.long().to(next(sparse.parameters()).device) for b in blocks.split(batch_size)]
-    n_sites = bridges.n_sites
-    encode, decode = [Moments() for _ in range(n_sites)], [Moments() for _ in range(n_sites)]
-    scales = torch.zeros(3, n_sites, dtype=torch.float64)
-    weights = torch.tensor([float(len(b)) for b in batches])
-    for tokens in tqdm(batches, desc="evaluate: bridges", unit="batch", disable=not progress, leave=False):
-        h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
-        for site in range(n_sites):
-            encode[site].add(bridges.encode(site, h_dense[site]), h_sparse[site])
-            decode[site].add(bridges.decode(site, h_sparse[site]), h_dense[site])
-            for row, value in enumerate(stream_scales(h_dense[site], h_sparse[site])):
-                scales[row, site] += float(value) * len(tokens)
-    bridges.set_scales(*(scales / weights.sum()).float())
-
-    def weighted(values: list[float]) -> float:
-        return float((torch.tensor(values) * weights).sum() / weights.sum())
-
+    encode, decode = _measure_bridges(models, tqdm(batches, "evaluate: bridges", leave=False, disable=not progress))
+    bar = tqdm(batches, "evaluate: hybrids", leave=False, disable=not progress)
+    means = _measure_hybrids(models, bar, encode, decode)
+    report = sparsity_report(sparse, batches)
     sites = []
-    for i in tqdm(range(n_sites), desc="evaluate: hybrids", unit="site", disable=not progress, leave=False):
-        rows: dict[str, list[float]] = {}
-
-        def note(name: str, value: Tensor, rows: dict[str, list[float]] = rows) -> None:
-            rows.setdefault(name, []).append(float(value))
-
-        for tokens in batches:
-            h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
-            target = dense.unembed(h_dense[-1], tokens)
-            note("dense", next_token_loss(target, tokens))
-            note("sparse", next_token_loss(sparse.unembed(h_sparse[-1], tokens), tokens))
-            to_sparse = suffix(sparse, i, bridges.encode(i, h_dense[i]), tokens)
-            to_dense = suffix(dense, i, bridges.decode(i, h_sparse[i]), tokens)
-            note("kl_dense_to_sparse", kl(target, to_sparse))
-            note("kl_sparse_to_dense", kl(target, to_dense))
-            note("ce_dense_to_sparse", next_token_loss(to_sparse, tokens))
-            note("ce_sparse_to_dense", next_token_loss(to_dense, tokens))
-            note("ablated_sparse", _ablated_loss(sparse, i, encode[i].mean(), h_sparse[i], tokens))
-            note("ablated_dense", _ablated_loss(dense, i, decode[i].mean(), h_dense[i], tokens))
-        mean = {name: weighted(values) for name, values in rows.items()}
+    for site, mean in zip(all_sites(sparse.n_layers), means, strict=True):
+        i = site.index
 
         def recovered(way: str, side: str, mean: dict[str, float] = mean) -> float:
             return (mean[f"ablated_{side}"] - mean[f"ce_{way}"]) / (mean[f"ablated_{side}"] - mean[side])
@@ -140,7 +121,7 @@ def evaluate(
         sites.append(
             SiteReport(
                 site=i,
-                label=Site(i, sparse.n_layers).label,
+                label=site.label,
                 nmse_encode=encode[i].nmse(),
                 nmse_decode=decode[i].nmse(),
                 explained_variance_encode=encode[i].explained_variance(),
@@ -148,15 +129,64 @@ def evaluate(
                 **{n: mean[n] for n in mean if n.startswith(("kl_", "ce_"))},
                 recovered_dense_to_sparse=recovered("dense_to_sparse", "sparse"),
                 recovered_sparse_to_dense=recovered("sparse_to_dense", "dense"),
-                dead_reads=_dead_reads(sparse, Site(i, sparse.n_layers), batches),
+                dead_reads=report["dead_channels"][site.read_hook],
             )._asdict()
         )
     return {
         "held_out_tokens": int(sum(b.numel() for b in batches)),
-        "dense": {"ce": mean["dense"]},
-        "sparse": {"ce": mean["sparse"], **sparsity_report(sparse, batches)},
+        "dense": {"ce": means[0]["dense"]},
+        "sparse": {"ce": means[0]["sparse"], **report},
         "sites": sites,
     }
+
+
+def _measure_bridges(models: Bridged, batches: Iterable[Tensor]) -> tuple[list[Moments], list[Moments]]:
+    """Errors of every encoder and decoder; sets the bridges' scales."""
+    dense, sparse, bridges = models
+    n_sites = bridges.n_sites
+    encode, decode = [Moments() for _ in range(n_sites)], [Moments() for _ in range(n_sites)]
+    scales, count = torch.zeros(3, n_sites, dtype=torch.float64), 0
+    for tokens in batches:
+        count += len(tokens)
+        h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
+        for site in range(n_sites):
+            encode[site].add(bridges.encode(site, h_dense[site]), h_sparse[site])
+            decode[site].add(bridges.decode(site, h_sparse[site]), h_dense[site])
+            for row, value in enumerate(stream_scales(h_dense[site], h_sparse[site])):
+                scales[row, site] += float(value) * len(tokens)
+    bridges.set_scales(*(scales / count).float())
+    return encode, decode
+
+
+def _measure_hybrids(
+    models: Bridged, batches: Iterable[Tensor], encode: list[Moments], decode: list[Moments]
+) -> list[dict[str, float]]:
+    """Per site, means over tokens of the models' own losses, the hybrids' KLs and losses, and the ablated losses."""
+    dense, sparse, bridges = models
+    sums = [defaultdict[str, float](float) for _ in range(bridges.n_sites)]
+    count = 0
+    for tokens in batches:
+        count += len(tokens)
+        h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
+        target = dense.unembed(h_dense[-1], tokens)
+        own = {
+            "dense": next_token_loss(target, tokens),
+            "sparse": next_token_loss(sparse.unembed(h_sparse[-1], tokens), tokens),
+        }
+        for i in range(bridges.n_sites):
+            to_sparse = suffix(sparse, i, bridges.encode(i, h_dense[i]), tokens)
+            to_dense = suffix(dense, i, bridges.decode(i, h_sparse[i]), tokens)
+            values = own | {
+                "kl_dense_to_sparse": kl(target, to_sparse),
+                "kl_sparse_to_dense": kl(target, to_dense),
+                "ce_dense_to_sparse": next_token_loss(to_sparse, tokens),
+                "ce_sparse_to_dense": next_token_loss(to_dense, tokens),
+                "ablated_sparse": _ablated_loss(sparse, i, encode[i].mean(), h_sparse[i], tokens),
+                "ablated_dense": _ablated_loss(dense, i, decode[i].mean(), h_dense[i], tokens),
+            }
+            for name, value in values.items():
+                sums[i][name] += float(value) * len(tokens)
+    return [{name: total / count for name, total in site.items()} for site in sums]
 
 
 def stream_scales(
@@ -175,14 +205,6 @@ def _ablated_loss(
     return next_token_loss(suffix(model, site, resid, tokens), tokens)
 
 
-def _dead_reads(sparse: SparseTransformer, site: Site, batches: list[Tensor]) -> int:
-    alive = torch.zeros(sparse.d_model, dtype=torch.bool)
-    for tokens in batches:
-        _, cache = sparse.run_with_cache(tokens, names_filter=site.read_hook)
-        alive |= (cache[site.read_hook][..., : sparse.d_model] != 0).flatten(0, 1).any(0).cpu()
-    return int((~alive).sum())
-
-
 def sparsity_report(sparse: SparseTransformer, batches: list[Tensor]) -> dict:
     """Real nonzero fractions, mean activation L0 per location, and dead neurons."""
     counts = count_nonzeros(sparse.sparse_parameters(1.0))
@@ -191,7 +213,7 @@ def sparsity_report(sparse: SparseTransformer, batches: list[Tensor]) -> dict:
         for layer in range(sparse.n_layers)
         for part in ("attn.hook_in", "attn.hook_q", "attn.hook_k", "attn.hook_v", "hook_attn_out",
                      "mlp.hook_in", "mlp.hook_post", "hook_mlp_out")
-    ]  # fmt: skip
+    ] + ["ln_final.hook_normalized"]  # fmt: skip
     active = dict.fromkeys(names, 0.0)
     alive: dict[str, Tensor] = {}
     for tokens in batches:
