@@ -38,14 +38,7 @@ def train_run(
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises.
     """
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=list(trackers) or None,
-        project_dir=folder if trackers else None,
-    )
-    missing = set(trackers) - {str(tracker) for tracker in accelerator.log_with}
-    if missing:  # accelerate would go on without them
-        raise ValueError(f"trackers={', '.join(missing)}: unknown or not installed; pip install it or leave it out")
+    accelerator = _accelerator(folder, trackers)
     if accelerator.is_main_process:
         claim_folder(config, folder, resume)
     progress = progress and accelerator.is_main_process
@@ -56,18 +49,13 @@ def train_run(
         hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, accelerator.device, progress=progress)
         dense_seconds = time.monotonic() - started
     if (folder / "bridges").exists() and not (folder / CHECKPOINT).exists():
-        return _finish(folder, run_folder.open_run(folder), blocks.val, config, progress)
+        return _finish(run_folder.open_run(folder), blocks.val, progress)
     torch.manual_seed(config.seed)
-    dense = DenseModel(hf)
-    sparse = SparseTransformer(config.sparse)
+    dense, sparse = DenseModel(hf), SparseTransformer(config.sparse)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
         print(f"resuming at step {trainer.step} of {config.steps}")
-    if trackers:
-        accelerator.init_trackers(
-            "sparse-bridges", config={"run": str(folder)}, init_kwargs={"wandb": {"dir": str(folder)}}
-        )
     started = time.monotonic()
     trainer.train()
     joint_seconds = time.monotonic() - started
@@ -77,20 +65,35 @@ def train_run(
     prove_sparsity(trainer.projected, config.sparsity)
     run_folder.save_trained(folder, sparse, bridges)
     trainer.remove_checkpoint()
-    run_folder.update_metrics(
-        folder,
-        training={
-            "dense_seconds": round(dense_seconds, 1),
-            "joint_seconds": round(joint_seconds, 1),
-            "steps": config.steps,
-            "processes": accelerator.num_processes,
-            "device": str(accelerator.device),
-            "threads": torch.get_num_threads(),
-            "corpus": blocks.report,
-        },
+    training = {
+        "dense_seconds": round(dense_seconds, 1),
+        "joint_seconds": round(joint_seconds, 1),
+        "steps": config.steps,
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "threads": torch.get_num_threads(),
+        "corpus": blocks.report,
+    }
+    run_folder.update_metrics(folder, training=training)
+    return _finish(run_folder.Run(folder, config, tokenizer, dense, sparse.eval(), bridges), blocks.val, progress)
+
+
+def _accelerator(folder: Path, trackers: tuple[str, ...]) -> Accelerator:
+    """Accelerate with its trackers started; one that is not installed is a ValueError."""
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=list(trackers) or None,
+        project_dir=folder if trackers else None,
     )
-    opened = run_folder.Run(folder, config, tokenizer, dense, sparse.eval(), bridges)
-    return _finish(folder, opened, blocks.val, config, progress)
+    missing = set(trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:  # accelerate would go on without them
+        raise ValueError(f"trackers={', '.join(missing)}: unknown or not installed; pip install it or leave it out")
+    if trackers:
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(
+            "sparse-bridges", config={"run": str(folder)}, init_kwargs={"wandb": {"dir": str(folder)}}
+        )
+    return accelerator
 
 
 @torch.no_grad()
@@ -107,8 +110,8 @@ def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> flo
     return float(torch.stack(losses).sum() / sum(len(tokens) for tokens in batches))
 
 
-def _finish(folder: Path, run: run_folder.Run, val: Tensor, config: RunConfig, progress: bool) -> dict:
-    metrics = evaluate_run(run, val, config.eval_tokens, progress=progress)
+def _finish(run: run_folder.Run, val: Tensor, progress: bool) -> dict:
+    metrics = evaluate_run(run, val, run.config.eval_tokens, progress=progress)
     print(table(metrics))
     return metrics
 
