@@ -113,7 +113,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         ),
     ),
     "stdlib": (
-        "4 layers on real code, more than half of it the standard library's; about 75 minutes on one CPU core",
+        "4 layers on real code, more than half of it the standard library's; about 55 minutes on one CPU core",
         RunConfig(
             corpus="generated:0.45,stdlib:0.55",
             corpus_tokens=6_000_000,

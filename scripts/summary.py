@@ -61,11 +61,14 @@ def figures(folder: Path, task: str) -> dict[str, float]:
 
 def main(options: Options) -> None:
     rows = [figures(Path(run), options.task) for run in options.runs]
-    print(f"| | {' | '.join(Path(run).name for run in options.runs)} | median |")
-    print("|---" * (len(rows) + 2) + "|")
+    several = len(rows) > 2
+    heads = [Path(run).name for run in options.runs] + ["median"] * several
+    print(f"| | {' | '.join(heads)} |")
+    print("|---" * (len(heads) + 1) + "|")
     for name in rows[0]:
         values = [row[name] for row in rows]
-        print(f"| {name} | {' | '.join(f'{v:.4g}' for v in values)} | {statistics.median(values):.4g} |")
+        values += [statistics.median(values)] * several
+        print(f"| {name} | {' | '.join(f'{v:.4g}' for v in values)} |")
 
 
 if __name__ == "__main__":
