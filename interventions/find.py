@@ -205,13 +205,15 @@ def find_channel(
     """
     effects = site_effects(run.dense, batch)
     sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
-    quick = {i: search_channels(run, batch, i, largest=MOST, beam=2, progress=progress) for i in sites}
+    quick: dict[int, ChannelSearch] = {}
+    if len(sites) > 1:
+        quick = {i: search_channels(run, batch, i, largest=MOST, beam=2, progress=progress) for i in sites}
 
     def merit(i: int) -> tuple[bool, int, float]:
         size, share = sufficient(quick[i])
         return share >= ENOUGH, -size, share
 
-    chosen = max(sites, key=merit)
+    chosen = max(sites, key=merit) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)
     count, _ = sufficient(search)
     indices = search.sets[count]

@@ -154,9 +154,13 @@ def steer(
             full, relative = run(vector, strength)
             curves[str(n)].append(full)
             two_way[str(n)].append(relative)
+        means_p.append(run(means, strength)[0])
+        if strength == 0:  # no edit at all, whatever the direction
+            random_p.append([means_p[-1]] * draws)
+            channel_p.append([means_p[-1]] * draws)
+            continue
         random_p.append([run(norm * u / u.norm(), strength)[0] for u in random_units])
         channel_p.append([run(norm * u / u.norm(), strength)[0] for u in others])
-        means_p.append(run(means, strength)[0])
     random_t, channel_t = torch.tensor(random_p), torch.tensor(channel_p)
     return Steering(
         task=task,
