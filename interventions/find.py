@@ -50,8 +50,6 @@ class SiteEffect(NamedTuple):
 class ChannelSearch(NamedTuple):
     """Result of `search_channels`."""
 
-    order: list[int]
-    """Channels in the order in which the best nested sets grow (the best set of each size is `sets[size]`)."""
     sets: dict[int, list[int]]
     """Best set found of each size."""
     share: dict[int, float]
@@ -185,7 +183,7 @@ def search_channels(
         scored = sorted(((patch.effect(s), s) for s in grown.values()), reverse=True)
         beams = [s for _, s in scored[:beam]]
         sets[count], share[count] = scored[0][1], scored[0][0] / patch.whole
-    return ChannelSearch(sets[max(sets)], sets, share, single, patch.whole, difference)
+    return ChannelSearch(sets, share, single, patch.whole, difference)
 
 
 def sufficient(search: ChannelSearch) -> tuple[int, float]:
@@ -240,6 +238,6 @@ def find_channel(
             "whole_effect_nats": search.whole,
             "sets": {str(n): s for n, s in search.sets.items()},
             "share": {str(n): round(s, 4) for n, s in search.share.items()},
-            "single_effect_nats": {int(c): round(float(search.single[c]), 4) for c in search.order},
+            "single_effect_nats": {int(c): round(float(search.single[c]), 4) for c in search.sets[max(search.sets)]},
         },
     )

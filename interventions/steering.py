@@ -130,17 +130,18 @@ def steer(
     seed: int = 0,
     progress: bool = True,
 ) -> Steering:
-    """Strength curves for nested or separate channel sets, with controls at the norm of the four-channel edit."""
+    """Strength curves for nested or separate channel sets, with controls at the norm of the four-channel edit.
+
+    Raises ValueError for draws < 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws={draws}: the controls need at least one random direction")
     prompts, site = prompts_of(evaluation), channel.site
-    named = {n: Channel(name=f"set{n}", site=site, indices=tuple(s), weights=(1.0,) * len(s)) for n, s in sets.items()}
-    curves: dict[str, list[float]] = {str(n): [] for n in named}
-    two_way: dict[str, list[float]] = {str(n): [] for n in named}
-    moved = {n: toward_vector(dense, c, prompts) for n, c in named.items()}
+    curves: dict[str, list[float]] = {str(n): [] for n in sets}
+    two_way: dict[str, list[float]] = {str(n): [] for n in sets}
+    moved = {n: toward_vector(dense, _plain(site, s), prompts) for n, s in sets.items()}
     norm = moved[4 if 4 in moved else max(moved)].norm(dim=-1, keepdim=True)
-    generator = torch.Generator().manual_seed(seed)
-    columns = get_bundle(dense).run.bridges.directions(site)
-    random_units = torch.randn(draws, columns.shape[1], generator=generator)
-    others = torch.stack([_random_columns(columns, sets, 4, generator) for _ in range(draws)])
+    random_units, others = _random_directions(get_bundle(dense).run.bridges.directions(site), sets, draws, seed)
     means = difference_of_means(dense, selection, site, prompts)
     random_p, channel_p, means_p = [], [], []
 
@@ -179,6 +180,20 @@ def steer(
         site=site,
         sets={str(n): s for n, s in sets.items()},
     )
+
+
+def _plain(site: int, indices: list[int]) -> Channel:
+    """A set of channels as one, for moving each by its own difference."""
+    return Channel(name="set", site=site, indices=tuple(indices), weights=(1.0,) * len(indices))
+
+
+def _random_directions(
+    columns: Float[Tensor, "d_sparse d_dense"], sets: dict[int, list[int]], draws: int, seed: int
+) -> tuple[Float[Tensor, "draw d_dense"], Float[Tensor, "draw d_dense"]]:
+    """Gaussian directions, and signed sums of four random other channels' decoder columns."""
+    generator = torch.Generator().manual_seed(seed)
+    random_units = torch.randn(draws, columns.shape[1], generator=generator)
+    return random_units, torch.stack([_random_columns(columns, sets, 4, generator) for _ in range(draws)])
 
 
 def _random_columns(

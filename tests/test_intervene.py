@@ -312,4 +312,6 @@ def test_steering_curves_start_at_the_unsteered_model_and_are_reproducible(dense
     for start in (*(c[0] for c in result.channels.values()), result.random_p95[0], result.difference_of_means[0]):
         assert start == pytest.approx(base, rel=1e-3)
     assert result == steer(*arguments, strengths=(0.0, 1.0), draws=3, progress=False)
+    with pytest.raises(ValueError, match="draws=0"):
+        steer(*arguments, draws=0, progress=False)
     assert result.random_p05[1] <= result.random_mean[1] <= result.random_p95[1]
