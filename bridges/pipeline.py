@@ -57,7 +57,7 @@ def train_run(
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
         print(f"resuming at step {trainer.step} of {config.steps}")
     started = time.monotonic()
-    trainer.train()
+    trainer.train(progress=progress)
     joint_seconds = time.monotonic() - started
     accelerator.end_training()
     if not accelerator.is_main_process:

@@ -79,6 +79,10 @@ def main(options: Options) -> None:
             lambda: topk_mask(weight, k),
             lambda: projection_mask(weight, k, min_per_neuron=4, neuron_axis="row"),
         ),
+        "projection with 4 per column": (
+            lambda: topk_mask(weight, k),
+            lambda: projection_mask(weight, k, min_per_neuron=4, neuron_axis="column"),
+        ),
     }
     times = {name: [milliseconds(call, options) for call in calls] for name, calls in rows.items()}
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"

@@ -77,7 +77,7 @@ def pretrain(config: PretrainConfig, folder: Path, *, resume: bool = False, prog
     trainer = ValidatedTrainer(config, model, blocks.train, folder, accelerator, validation=validation)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
         print(f"resuming at step {trainer.step} of {config.steps}")
-    trainer.train()
+    trainer.train(progress=progress)
     if not accelerator.is_main_process:
         return {}
     save_sparse(model, folder / "sparse")

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparse_model.config import SparsityConfig
-from sparse_model.selection import top_mask_flat
+from sparse_model.selection import check_k, top_mask_flat, top_mask_forced
 
 NeuronAxis = Literal["row", "column"] | None
 
@@ -50,35 +50,18 @@ def projection_mask(
     Raises ValueError for NaN (CPU), for k outside 0 .. numel, and for a k that cannot hold the minimum, naming the
     smallest one that can.
     """
-    mask = top_mask_flat(weight.detach().reshape(-1), k).view(weight.shape)
     if neuron_axis is None or min_per_neuron == 0:
-        return mask
-    axis = 1 if neuron_axis == "row" else 0
-    n_neurons, inputs = weight.shape[1 - axis], weight.shape[axis]
+        return top_mask_flat(weight.detach().reshape(-1), k).view(weight.shape)
+    check_k(k, weight.numel())
+    neurons, inputs = weight.shape if neuron_axis == "row" else reversed(weight.shape)
     j = min(min_per_neuron, inputs)
-    if j * n_neurons > k:
+    if j * neurons > k:
         raise ValueError(
-            f"a budget of {k} nonzeros cannot hold {j} for each of {n_neurons} neurons of a "
-            f"{tuple(weight.shape)} matrix: keep at least {j * n_neurons} "
-            f"(fraction {j * n_neurons / weight.numel():.6g}) or lower min_per_neuron"
+            f"a budget of {k} nonzeros cannot hold {j} for each of {neurons} neurons of a "
+            f"{tuple(weight.shape)} matrix: keep at least {j * neurons} "
+            f"(fraction {j * neurons / weight.numel():.6g}) or lower min_per_neuron"
         )
-    if weight.device.type == "cpu" and int(mask.sum(axis).min()) >= j:
-        return mask
-    magnitude = weight.detach().abs()
-    # A stable descending sort would also do; topk over neurons is cheap because j is small.
-    top = magnitude.topk(j, dim=axis).indices
-    forced = torch.zeros_like(mask).scatter_(axis, top, True)
-    others = top_mask_flat(magnitude.masked_fill(forced, 0).reshape(-1), k - j * n_neurons).view(weight.shape)
-    overlap = others & forced
-    if bool(overlap.any()):  # only when the budget reaches into zeros
-        others = _fill_from_zeros(others & ~forced, forced, k - j * n_neurons)
-    return forced | others
-
-
-def _fill_from_zeros(others: Tensor, forced: Tensor, wanted: int) -> Tensor:
-    free = (~others & ~forced).reshape(-1)
-    room = wanted - others.sum()
-    return others | (free & (free.cumsum(0) <= room)).view(others.shape)
+    return top_mask_forced(weight.detach(), k, j, neuron_axis)
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ magnitude, survives, and turns the loss into NaN, which the trainers stop at.
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -83,10 +84,36 @@ def top_mask_flat(x: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
         return torch.full((n,), k == n, dtype=torch.bool, device=x.device)
     if x.device.type != "cpu":
         return _rows_mask_torch(magnitude_bits(x)[None], k)[0]
-    mask = torch.empty(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool)
     sign, infinity = _bit_constants(x.dtype)
     if not kernels.top_mask(x.detach().view(_INT_TYPE[x.dtype]).numpy(), k, mask.numpy(), sign, infinity):
         raise ValueError(f"NaN among the {n} values given to top-k (k={k})")
+    return mask
+
+
+def top_mask_forced(
+    x: Float[Tensor, "row column"], k: int, j: int, axis: Literal["row", "column"]
+) -> Bool[Tensor, "row column"]:
+    """Mask of k entries: the j largest magnitudes of every row (or column), then the largest of all others.
+
+    Ties go to the lower index. Needs 1 <= j <= the neurons' inputs and j * neurons <= k <= entries. Raises ValueError
+    for NaN (CPU only).
+    """
+    others = k - j * x.shape[0 if axis == "row" else 1]
+    if x.device.type != "cpu":
+        bits = magnitude_bits(x)
+        forced = _rows_mask_torch(bits, j) if axis == "row" else _rows_mask_torch(bits.T, j).T
+        rest = bits.masked_fill(forced, -1)
+        return forced | _rows_mask_torch(rest.reshape(1, -1), others).view(x.shape) if others else forced
+    sign, infinity = _bit_constants(x.dtype)
+    mask = torch.zeros(x.shape, dtype=torch.bool)
+    bits = x.detach().contiguous().view(_INT_TYPE[x.dtype]).numpy()
+    rest = np.empty(bits.shape, sign.dtype)
+    force = kernels.force_rows if axis == "row" else kernels.force_columns
+    if not force(bits, j, mask.numpy(), rest, sign, infinity):
+        raise ValueError(f"NaN among the {x.numel()} values given to top-k (k={k})")
+    if others:
+        kernels.top_mask(rest.reshape(-1), others, mask.numpy().reshape(-1), sign.dtype.type(-1), infinity)
     return mask
 
 
@@ -102,10 +129,11 @@ def check_k(k: int, width: int) -> None:
 
 
 def _bit_constants(dtype: torch.dtype) -> tuple[Any, Any]:
-    """Numpy scalars of the pattern's own integer type: the mask that clears the sign, and infinity's pattern."""
+    """Numpy scalars of at least 32 bits: the mask that clears the sign of a pattern, and infinity's pattern."""
     ints = _INT_TYPE[dtype]
-    infinity = torch.tensor(float("inf"), dtype=dtype).view(ints).numpy()[()]
-    return infinity.dtype.type(torch.iinfo(ints).max), infinity
+    infinity = torch.tensor(float("inf"), dtype=dtype).view(ints).item()
+    wide = np.int64 if ints is torch.int64 else np.int32
+    return wide(torch.iinfo(ints).max), wide(infinity)
 
 
 def _refuse_nan(x: Tensor) -> None:

@@ -126,7 +126,7 @@ class SparseTrainer:
         """The progress bar's text."""
         return f"ce {record['ce']:.3f}"
 
-    def train(self) -> None:
+    def train(self, *, progress: bool = True) -> None:
         """Run to the configured number of steps, from the step where this trainer stands.
 
         Raises TrainingDiverged, with the last checkpoint kept, when a loss is no longer finite, and Interrupted after
@@ -135,7 +135,7 @@ class SparseTrainer:
         config, main = self.config, self.accelerator.is_main_process
         metrics = MetricsLog(self.folder / "metrics.jsonl", self.step) if main else None
         start = time.monotonic()
-        bar = tqdm(total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not main)
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not (main and progress))
         with _signals() as stop_asked, bar:
             while self.step < config.steps:
                 losses = self.train_step()
