@@ -23,7 +23,12 @@ demo: setup
 	$(BIN)/python scripts/report.py --run $(RUN)
 	@echo "open $(RUN)/report.html"
 
-test: setup
+# The tests of the CUDA kernels run in Triton's interpreter; a gigabyte that nothing else needs.
+.venv/.tests-installed: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,triton]' -c constraints.txt
+	touch $@
+
+test: .venv/.tests-installed
 	$(BIN)/python -m pytest
 
 check: setup

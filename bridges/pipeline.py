@@ -17,6 +17,7 @@ from bridges.config import RunConfig
 from bridges.dense import DenseModel
 from bridges.evaluate import evaluate, table
 from bridges.training import JointTrainer
+from sparse_model.checkpoint import write_measured
 from sparse_model.config import claim_folder
 from sparse_model.losses import next_token_loss
 from sparse_model.prepare import prepare_corpus
@@ -121,5 +122,22 @@ def evaluate_run(run: run_folder.Run, val: Tensor, eval_tokens: int, *, progress
     n_blocks = max(1, eval_tokens // val.shape[1])
     metrics = evaluate(run.dense, run.sparse, run.bridges, val[:n_blocks], progress=progress)
     run_folder.save_bridges(run.bridges, run.folder / "bridges")
+    run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
+    write_measured(run.sparse, run.folder / "sparse")
     run_folder.update_metrics(run.folder, **metrics)
     return metrics
+
+
+def card_figures(metrics: dict) -> dict[str, float]:
+    """The figures of an evaluation that stand in the sparse model's card."""
+    sites = metrics["sites"]
+    means = {
+        "NMSE of the encoders, mean over sites": "nmse_encode",
+        "NMSE of the decoders": "nmse_decode",
+        "KL of the hybrids, dense to sparse, nats": "kl_dense_to_sparse",
+        "KL of the hybrids, sparse to dense, nats": "kl_sparse_to_dense",
+    }
+    return {
+        "held-out cross-entropy, nats": metrics["sparse"]["ce"],
+        "that of the dense model it is bridged to": metrics["dense"]["ce"],
+    } | {title: sum(site[name] for site in sites) / len(sites) for title, name in means.items()}

@@ -4,6 +4,7 @@ A parameter with few nonzeros is stored as `NAME.values` and `NAME.indices` (fla
 folder is about as large as its L0; others are stored whole. Loading restores every weight bit for bit.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,20 +13,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparse_model.config import SparseConfig, from_json, to_json
-from sparse_model.files import recover_folder, replace_folder
+from sparse_model.files import recover_folder, replace_folder, write_text
 from sparse_model.transformer import SparseTransformer
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, MEASURED = "model.safetensors", "measured.json"
 
 
 def save_sparse(model: SparseTransformer, folder: Path, *, compress: bool = True) -> None:
-    """Write config.json and model.safetensors; `compress=False` stores every tensor whole."""
+    """Write a model folder in one rename; `compress=False` stores every tensor whole."""
     with replace_folder(folder) as temporary:
-        to_json(model.cfg, temporary / "config.json")
-        state = model.state_dict()
-        if model.cfg.tied:
-            del state["unembedding.weight"]
-        save_file(pack(state) if compress else _contiguous(state), temporary / WEIGHTS)
+        write_model(model, temporary, compress=compress)
+
+
+def write_model(model: SparseTransformer, folder: Path, *, compress: bool = True) -> None:
+    """Write model.safetensors, config.json, and measured.json where there are figures, each in one rename."""
+    state = model.state_dict()
+    if model.cfg.tied:
+        del state["unembedding.weight"]
+    temporary = folder / f"{WEIGHTS}.tmp"
+    try:
+        save_file(pack(state) if compress else _contiguous(state), temporary)
+        temporary.replace(folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
+    (folder / MEASURED).unlink(missing_ok=True)
+    if model.measured:
+        write_measured(model, folder)
+    to_json(model.cfg, folder / "config.json")
+
+
+def write_measured(model: SparseTransformer, folder: Path) -> None:
+    """Write the figures measured on a model that is already in its folder."""
+    write_text(folder / MEASURED, json.dumps(model.measured, indent=1) + "\n")
 
 
 def load_sparse(folder: Path) -> SparseTransformer:
@@ -42,6 +61,8 @@ def load_sparse(folder: Path) -> SparseTransformer:
     if cfg.tied and "token_embed.weight" in state:
         state["unembedding.weight"] = state["token_embed.weight"]
     load_checked(model, state, folder / WEIGHTS)
+    if (folder / MEASURED).exists():
+        model.measured = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
     return model
 
 

@@ -11,6 +11,7 @@ Names of theirs and ours (ours are TransformerLens'):
     i.mlp.act_in  mlp.hook_in       i.mlp.post_act  mlp.hook_post       i.mlp.resid_delta  hook_mlp_out
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,30 @@ from sparse_model.files import replace_folder
 from sparse_model.transformer import SparseTransformer, sinusoidal_table
 
 CONFIG, WEIGHTS, SAFE_WEIGHTS = "beeg_config.json", "final_model.pt", "model.safetensors"
+
+_BRIDGES = SparseConfig(
+    n_layers=4,
+    d_model=2048,
+    d_mlp=8192,
+    n_heads=128,
+    d_head=16,
+    n_ctx=256,
+    d_vocab=2048,
+    positions="learned",
+    bigram="fixed",
+    topk_fraction=1 / 8,
+)
+RELEASED: dict[str, tuple[SparseConfig, float]] = {
+    "csp_yolo2": (
+        dataclasses.replace(
+            _BRIDGES, n_layers=8, positions="concat_learned", d_pos=32, sink=True, bigram="learned", topk_fraction=1 / 4
+        ),
+        1 / 1024,
+    ),
+    "csp_bridges1": (_BRIDGES, 1 / 128),
+    "csp_bridges2": (_BRIDGES, 1 / 128),
+}
+"""Shapes of released models with the share of weights that is nonzero, as far as their configs are public."""
 
 # Training options that do not change what the model computes.
 _IGNORED = {

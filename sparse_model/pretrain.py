@@ -80,14 +80,15 @@ def pretrain(config: PretrainConfig, folder: Path, *, resume: bool = False, prog
     trainer.train(progress=progress)
     if not accelerator.is_main_process:
         return {}
-    save_sparse(model, folder / "sparse")
-    trainer.remove_checkpoint()
     counts = prove_sparsity(projected_parameters(model, config), config.sparsity)
-    metrics = {
+    figures = {
         "val_ce": held_out_loss(model, validation),
         "nonzeros": sum(c.nonzeros for c in counts),
         "nonzero_fraction": sum(c.nonzeros for c in counts) / sum(c.entries for c in counts),
-        "corpus": blocks.report,
     }
+    model.measured = {"held-out cross-entropy, nats": figures["val_ce"], "corpus": config.corpus, "steps": config.steps}
+    save_sparse(model, folder / "sparse")
+    trainer.remove_checkpoint()
+    metrics = figures | {"corpus": blocks.report}
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return metrics

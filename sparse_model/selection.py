@@ -9,9 +9,10 @@ appendix B names library top-k, which sorts, as the cost of a naive implementati
 2. Bisect for the largest threshold t with #(pattern >= t) >= k; stop early when the count is exactly k.
 3. Keep every pattern above t and, of those equal to t, the first by index until k are kept.
 
-CPU tensors use a numba kernel that releases the GIL, split over torch's threads; every other device uses the same
-bisection in torch operations, without a host sync. There NaN cannot be refused without one: it counts as the largest
-magnitude, survives, and turns the loss into NaN, which the trainers stop at.
+CPU tensors use a numba kernel that releases the GIL, split over torch's threads; CUDA tensors a Triton kernel; every
+other device the same search in torch operations (`sparse_model.counting`), without a host sync. There NaN cannot be
+refused without one: it counts as the largest magnitude, survives, and turns the loss into NaN, which the trainers stop
+at.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_model import kernels
+from sparse_model import counting, kernels, triton_kernels
 
 _INT_TYPE = {
     torch.float16: torch.int16,
@@ -51,7 +52,9 @@ def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "r
         _refuse_nan(x)
         return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
     if x.device.type != "cpu":
-        mask = _rows_mask_torch(magnitude_bits(x), k)
+        if x.is_cuda and triton_kernels.available() and x.element_size() <= 4 and width <= triton_kernels.MAX_WIDTH:
+            return triton_kernels.select_rows(x.detach(), k)
+        mask = counting.rows_mask(magnitude_bits(x), k)
         return x.masked_fill(~mask, 0), mask
     kept, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     ints = _INT_TYPE[x.dtype]
@@ -83,7 +86,7 @@ def top_mask_flat(x: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
         _refuse_nan(x)
         return torch.full((n,), k == n, dtype=torch.bool, device=x.device)
     if x.device.type != "cpu":
-        return _rows_mask_torch(magnitude_bits(x)[None], k)[0]
+        return counting.flat_mask(magnitude_bits(x), k)
     mask = torch.zeros(n, dtype=torch.bool)
     sign, infinity = _bit_constants(x.dtype)
     if not kernels.top_mask(x.detach().view(_INT_TYPE[x.dtype]).numpy(), k, mask.numpy(), sign, infinity):
@@ -99,12 +102,8 @@ def top_mask_forced(
     Ties go to the lower index. Needs 1 <= j <= the neurons' inputs and j * neurons <= k <= entries. Raises ValueError
     for NaN (CPU only).
     """
-    others = k - j * x.shape[0 if axis == "row" else 1]
     if x.device.type != "cpu":
-        bits = magnitude_bits(x)
-        forced = _rows_mask_torch(bits, j) if axis == "row" else _rows_mask_torch(bits.T, j).T
-        rest = bits.masked_fill(forced, -1)
-        return forced | _rows_mask_torch(rest.reshape(1, -1), others).view(x.shape) if others else forced
+        return counting.forced_mask(magnitude_bits(x), k, j, axis)
     sign, infinity = _bit_constants(x.dtype)
     mask = torch.zeros(x.shape, dtype=torch.bool)
     bits = x.detach().contiguous().view(_INT_TYPE[x.dtype]).numpy()
@@ -112,6 +111,7 @@ def top_mask_forced(
     force = kernels.force_rows if axis == "row" else kernels.force_columns
     if not force(bits, j, mask.numpy(), rest, sign, infinity):
         raise ValueError(f"NaN among the {x.numel()} values given to top-k (k={k})")
+    others = k - j * x.shape[0 if axis == "row" else 1]
     if others:
         kernels.top_mask(rest.reshape(-1), others, mask.numpy().reshape(-1), sign.dtype.type(-1), infinity)
     return mask
@@ -151,14 +151,3 @@ def _in_row_chunks(work, n_rows: int, width: int) -> bool:
         _pool = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="topk")
     edges = [n_rows * t // threads for t in range(threads + 1)]
     return any(list(_pool.map(work, [slice(a, b) for a, b in pairwise(edges)])))
-
-
-def _rows_mask_torch(bits: Int[Tensor, "row width"], k: int) -> Bool[Tensor, "row width"]:
-    """The bisection in torch operations; as many steps as the pattern has bits, so always exact."""
-    low = torch.zeros_like(bits[:, :1])
-    for bit in reversed(range(torch.iinfo(bits.dtype).bits - 1)):
-        candidate = low | (1 << bit)
-        low = torch.where((bits >= candidate).sum(-1, keepdim=True) >= k, candidate, low)
-    above, equal = bits > low, bits == low
-    room = k - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= room))

@@ -23,6 +23,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_model.activations import abs_topk
 from sparse_model.config import SparseConfig
+from sparse_model.hub import HubModel
 from sparse_model.projection import NeuronAxis, SparseParameter
 
 Resid = Float[Tensor, "batch pos d_model"]
@@ -156,14 +157,14 @@ class Block(nn.Module):
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
 
 
-class SparseTransformer(HookedRootModule):
+class SparseTransformer(HookedRootModule, HubModel):
     """The weight-sparse model. `sublayer` and its companions are the interface that bridges are written against."""
 
     pos_table: Float[Tensor, "n_ctx d_pos"]
 
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.measured = cfg, {}
         self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         if cfg.positions in ("learned", "concat_learned"):
             self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_pos or cfg.d_model)

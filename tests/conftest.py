@@ -11,6 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter; they ask when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

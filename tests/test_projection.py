@@ -12,6 +12,7 @@ from reference import projection_kept
 from torch import nn
 
 from sparse_model.config import SparseConfig, SparsityConfig
+from sparse_model.counting import forced_mask
 from sparse_model.projection import (
     SparseParameter,
     annealed_fraction,
@@ -22,6 +23,7 @@ from sparse_model.projection import (
     projection_mask,
     prove_sparsity,
 )
+from sparse_model.selection import magnitude_bits
 from sparse_model.transformer import SparseTransformer
 
 AXES = ["row", "column"]
@@ -66,6 +68,24 @@ def test_ties_and_zeros_still_give_the_budget_the_minimum_and_the_best_magnitude
     assert (neuron_counts(mask, axis) >= j).all()
     expected = [abs(weight.flatten()[i].item()) for i in projection_kept(weight, k, j, axis)]
     assert sorted(weight[mask].abs().tolist()) == sorted(expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problem=st.one_of(problems(ties=True), problems(ties=False)))
+def test_counting_as_on_other_devices_equals_the_cpu_kernel(problem) -> None:
+    weight, k, j, axis = problem
+    if j > 0:
+        expected = projection_mask(weight, k, min_per_neuron=j, neuron_axis=axis)
+        assert torch.equal(forced_mask(magnitude_bits(weight), k, j, axis), expected)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_matrix_equals_counting(axis: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(700, 300).to(dtype)  # bfloat16 ties often
+    for k in (2100, 3000, 150_000):
+        expected = forced_mask(magnitude_bits(weight), k, 3, axis)
+        assert torch.equal(projection_mask(weight, k, min_per_neuron=3, neuron_axis=axis), expected)
 
 
 @settings(max_examples=60, deadline=None)

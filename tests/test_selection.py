@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from reference import top_k_mask
 
 from sparse_model.activations import abs_topk
-from sparse_model.selection import _rows_mask_torch, magnitude_bits, select_rows, top_mask_flat
+from sparse_model.counting import flat_mask, rows_mask
+from sparse_model.selection import magnitude_bits, select_rows, top_mask_flat
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF, NAN = float("inf"), float("nan")
@@ -62,10 +63,12 @@ def test_the_kept_set_is_that_of_sorting(case: tuple[torch.Tensor, int]) -> None
 
 @settings(max_examples=100, deadline=None)
 @given(case=matrices())
-def test_the_bisection_of_other_devices_equals_the_cpu_kernel(case: tuple[torch.Tensor, int]) -> None:
+def test_counting_as_on_other_devices_equals_the_cpu_kernel(case: tuple[torch.Tensor, int]) -> None:
     x, k = case
     if k > 0:
-        assert torch.equal(_rows_mask_torch(magnitude_bits(x), k), select_rows(x, k)[1])
+        bits, expected = magnitude_bits(x), select_rows(x, k)[1]
+        assert torch.equal(rows_mask(bits, k), expected)
+        assert torch.equal(torch.stack([flat_mask(row, k) for row in bits]), expected)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,0 +1,77 @@
+"""Exact selection of the largest magnitudes by counting, on any device and without a host sync.
+
+Patterns are integers in the order of the floats' magnitudes (`sparse_model.selection`); negative ones are out of the
+running. Rows are bisected bit by bit. Long flat tensors are searched digit by digit, eight bits at a time: the counts
+of the 256 digits say which digit the k-th largest pattern has, and the search goes on among those with that digit. The
+counts are all that parts of a tensor have to share, so a tensor may lie in shards on several processes.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparse_model import triton_kernels
+
+Counts = Int[Tensor, " bins"]
+
+
+def rows_mask(bits: Int[Tensor, "row width"], k: int) -> Bool[Tensor, "row width"]:
+    """Mask of the k largest of every row, ties to the lower index; as many passes as a pattern has bits."""
+    low = torch.zeros_like(bits[:, :1])
+    for bit in reversed(range(torch.iinfo(bits.dtype).bits - 1)):
+        candidate = low | (1 << bit)
+        low = torch.where((bits >= candidate).sum(-1, keepdim=True) >= k, candidate, low)
+    above, equal = bits > low, bits == low
+    room = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def flat_mask(
+    bits: Int[Tensor, " n"],
+    k: int,
+    *,
+    total: Callable[[Counts], Counts] | None = None,
+    before: Callable[[Counts], Counts] | None = None,
+) -> Bool[Tensor, " n"]:
+    """Mask of the k largest of a flat tensor, ties to the lower index.
+
+    For one shard of a tensor that lies on several processes, in the order of their ranks, k counts the whole tensor:
+    `total` sums counts over all shards and `before` over the shards of lower rank.
+    """
+    threshold = torch.zeros((), dtype=bits.dtype, device=bits.device)
+    room = torch.full((), k, dtype=torch.int64, device=bits.device)
+    for shift in reversed(range(0, torch.iinfo(bits.dtype).bits, 8)):
+        counts = count_digits(bits, threshold, shift)
+        if total is not None:
+            counts = total(counts)
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        digit = (at_least >= room).sum() - 1
+        room = room - (at_least[digit] - counts[digit])
+        threshold = threshold | (digit.to(bits.dtype) << shift)
+    above, equal = bits > threshold, bits == threshold
+    if before is not None:
+        room = room - before(equal.sum()[None])[0]
+    return above | (equal & (equal.cumsum(0) <= room))
+
+
+def forced_mask(
+    bits: Int[Tensor, "row column"], k: int, j: int, axis: Literal["row", "column"]
+) -> Bool[Tensor, "row column"]:
+    """Mask of k entries: the j largest of every row (or column), then the largest of all others."""
+    forced = rows_mask(bits, j) if axis == "row" else rows_mask(bits.T, j).T
+    others = k - j * bits.shape[0 if axis == "row" else 1]
+    rest = bits.masked_fill(forced, -1).reshape(-1)
+    return forced | flat_mask(rest, others).view(bits.shape) if others else forced
+
+
+def count_digits(bits: Int[Tensor, " n"], prefix: Int[Tensor, ""], shift: int) -> Int[Tensor, "256"]:
+    """How many patterns have each digit (pattern >> shift) & 255, among those that agree with prefix above it."""
+    if bits.is_cuda and triton_kernels.available() and bits.element_size() <= 4:
+        return triton_kernels.count_digits(bits, prefix, shift)
+    # In two steps: the highest digit leaves a shift by the whole width, which is undefined.
+    agrees = (bits >> shift >> 7 >> 1) == (prefix >> shift >> 7 >> 1)
+    digits = torch.where(agrees & (bits >= 0), (bits >> shift) & 255, 256).long()
+    return torch.zeros(257, dtype=torch.int64, device=bits.device).index_add_(0, digits, torch.ones_like(digits))[:256]
