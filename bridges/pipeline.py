@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from bridges import run as run_folder
@@ -19,6 +18,7 @@ from bridges.evaluate import evaluate, table
 from bridges.training import JointTrainer
 from sparse_model.checkpoint import write_measured
 from sparse_model.config import claim_folder
+from sparse_model.launch import make_accelerator, start_trackers
 from sparse_model.losses import next_token_loss
 from sparse_model.prepare import prepare_corpus
 from sparse_model.projection import prove_sparsity
@@ -39,9 +39,10 @@ def train_run(
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises.
     """
-    accelerator = _accelerator(folder, trackers)
+    accelerator = make_accelerator(folder, trackers)
     if accelerator.is_main_process:
         claim_folder(config, folder, resume)
+    start_trackers(accelerator, folder)
     progress = progress and accelerator.is_main_process
     with accelerator.main_process_first():
         tokenizer = run_folder.prepare_tokenizer(config, folder)
@@ -77,24 +78,6 @@ def train_run(
     }
     run_folder.update_metrics(folder, training=training)
     return _finish(run_folder.Run(folder, config, tokenizer, dense, sparse.eval(), bridges), blocks.val, progress)
-
-
-def _accelerator(folder: Path, trackers: tuple[str, ...]) -> Accelerator:
-    """Accelerate with its trackers started; one that is not installed is a ValueError."""
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=list(trackers) or None,
-        project_dir=folder if trackers else None,
-    )
-    missing = set(trackers) - {str(tracker) for tracker in accelerator.log_with}
-    if missing:  # accelerate would go on without them
-        raise ValueError(f"trackers={', '.join(missing)}: unknown or not installed; pip install it or leave it out")
-    if trackers:
-        folder.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers(
-            "sparse-bridges", config={"run": str(folder)}, init_kwargs={"wandb": {"dir": str(folder)}}
-        )
-    return accelerator
 
 
 @torch.no_grad()

@@ -24,5 +24,6 @@ if __name__ == "__main__":
             for preset, (what, config) in PRESETS.items()
         }
         options = parse_run(__doc__, alone)
-        metrics = pretrain(options.config, Path(options.run), resume=options.resume)
+        folder = Path(options.run)
+        metrics = pretrain(options.config, folder, resume=options.resume, trackers=options.trackers)
         print({name: value for name, value in metrics.items() if name != "corpus"})

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
 
 from sparse_model.checkpoint import save_sparse
 from sparse_model.config import TrainConfig, claim_folder
 from sparse_model.files import write_text
+from sparse_model.launch import make_accelerator, start_trackers
 from sparse_model.losses import next_token_loss
 from sparse_model.prepare import prepare_corpus, tokenizer_documents
 from sparse_model.projection import prove_sparsity
@@ -52,15 +52,23 @@ def held_out_loss(model: SparseTransformer, blocks: Int[Tensor, "block pos"], ba
     return float(torch.stack(losses).sum() / len(blocks))
 
 
-def pretrain(config: PretrainConfig, folder: Path, *, resume: bool = False, progress: bool = True) -> dict:
+def pretrain(
+    config: PretrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    trackers: tuple[str, ...] = (),
+    progress: bool = True,
+) -> dict:
     """Train a sparse model in `folder`; returns what metrics.json holds.
 
     Raises FileExistsError where the folder holds a model and `resume` is not set, ValueError where it holds one of
     other settings or a tokenizer does not fit, and what training raises.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator(folder, trackers)
     if accelerator.is_main_process:
         claim_folder(config, folder, resume)
+    start_trackers(accelerator, folder)
     with accelerator.main_process_first():
         own = folder / "tokenizer"
         if own.exists() or config.tokenizer:
@@ -78,6 +86,7 @@ def pretrain(config: PretrainConfig, folder: Path, *, resume: bool = False, prog
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
         print(f"resuming at step {trainer.step} of {config.steps}")
     trainer.train(progress=progress)
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
     counts = prove_sparsity(projected_parameters(model, config), config.sparsity)

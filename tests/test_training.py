@@ -3,10 +3,13 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import make_tiny_run
 
 from bridges.config import RunConfig
@@ -15,12 +18,12 @@ from bridges.run import Run, load_bridges, new_bridges, open_run
 from bridges.training import JointTrainer, check_fit
 from sparse_model.config import SparsityConfig
 from sparse_model.metrics import read_metrics
-from sparse_model.projection import budget
+from sparse_model.projection import budget, prove_sparsity
 from sparse_model.training import CHECKPOINT, TrainingDiverged
 from sparse_model.transformer import SparseTransformer
 
 
-def make_trainer(run: Run, folder: Path, **changes: object) -> JointTrainer:
+def make_trainer(run: Run, folder: Path, accelerator: Accelerator | None = None, **changes: object) -> JointTrainer:
     config = dataclasses.replace(
         run.config,
         steps=12,
@@ -33,7 +36,7 @@ def make_trainer(run: Run, folder: Path, **changes: object) -> JointTrainer:
     torch.manual_seed(5)
     blocks = torch.randint(384, (30, 16), dtype=torch.int32)
     sparse, bridges = SparseTransformer(config.sparse), new_bridges(config, run.dense.d_model)
-    return JointTrainer(config, run.dense, sparse, bridges, blocks, folder)
+    return JointTrainer(config, run.dense, sparse, bridges, blocks, folder, accelerator)
 
 
 def weights(trainer: JointTrainer) -> dict[str, torch.Tensor]:
@@ -191,3 +194,37 @@ def test_config_survives_the_run_folder(tmp_path: Path) -> None:
     run = make_tiny_run(tmp_path / "run")
     assert open_run(run.folder).config == run.config
     assert isinstance(run.config, RunConfig)
+
+
+@pytest.fixture
+def bf16() -> Iterator[Accelerator]:
+    """Accelerate in mixed precision; its state is global."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_keeps_fp32_weights_and_an_exact_projection(tmp_path: Path, bf16: Accelerator) -> None:
+    run = make_tiny_run(tmp_path / "run")
+    seen: set[torch.dtype] = set()
+    trainer = make_trainer(run, tmp_path / "mixed", bf16)
+    hook = trainer.sparse.blocks[0].mlp.hook_pre
+    hook.add_hook(lambda t, hook: seen.add(t.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in trainer.sparse.parameters()} == {torch.float32}
+    assert {v.dtype for s in trainer.optimizers["main"].state.values() for v in s.values()} == {torch.float32}
+    prove_sparsity(trainer.projected, trainer.config.sparsity)
+    for p in trainer.projected:
+        assert int(p.tensor.count_nonzero()) <= budget(p.tensor.numel(), p.fraction)
+        exact = p.tensor.detach()[p.tensor != 0]
+        assert not torch.equal(exact, exact.bfloat16().float())  # not rounded on the way
+
+
+def test_mixed_precision_is_near_full_precision(tmp_path: Path, bf16: Accelerator) -> None:
+    run = make_tiny_run(tmp_path / "run")
+    mixed = make_trainer(run, tmp_path / "mixed", bf16).train_step()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    full = make_trainer(run, tmp_path / "full").train_step()
+    for name, value in full._asdict().items():
+        torch.testing.assert_close(getattr(mixed, name), value, rtol=0.05, atol=0.02, equal_nan=True, check_dtype=False)
