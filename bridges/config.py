@@ -43,8 +43,16 @@ class BridgeConfig:
     """Clip their gradient norm to this."""
     sites: Literal["all"] | int = 1
     """Sites whose hybrids run each step, per direction: all, or this many drawn at random and re-weighted."""
+    paths: int = 0
+    """Where positive, this many random mixed paths per step, with any number of crossings, instead of those sites."""
     kl_positions: float = 0.25
     """Share of the positions at which the hybrid KLs are evaluated, drawn anew each step."""
+    logits_at_once: int = 2**23
+    """Logits in memory at a time (tokens x vocabulary); more is faster on a GPU."""
+    hybrid_batch: int | None = None
+    """Sequences of a batch that go through a hybrid pass at a time; fewer take less memory. Unset: all."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: a third slower, memory flat in depth."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the loss terms."""
 
@@ -52,6 +60,11 @@ class BridgeConfig:
         require(0 < self.encoder_topk <= 1, "bridge.encoder_topk", self.encoder_topk, "must lie in (0, 1]")
         require(0 < self.kl_positions <= 1, "bridge.kl_positions", self.kl_positions, "must lie in (0, 1]")
         require(self.sites == "all" or self.sites >= 1, "bridge.sites", self.sites, "'all' or at least 1")
+        require(self.paths >= 0, "bridge.paths", self.paths, "must not be negative")
+        require(self.logits_at_once >= 1, "bridge.logits_at_once", self.logits_at_once, "must be at least 1")
+        require(
+            self.hybrid_batch is None or self.hybrid_batch >= 1, "bridge.hybrid_batch", self.hybrid_batch, "at least 1"
+        )
         require(self.lr > 0, "bridge.lr", self.lr, "must be positive")
 
 

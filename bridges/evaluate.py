@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
 from bridges.dense import Sublayered
-from bridges.hybrid import residuals, suffix
+from bridges.hybrid import mixed_path, random_path, residuals, suffix
 from bridges.losses import kl
 from bridges.sites import all_sites
 from sparse_model.losses import next_token_loss
@@ -83,6 +84,9 @@ class Moments:
         return self.target2 - self.target.square().sum() / self.n
 
 
+RANDOM_PATHS = 64
+
+
 class Bridged(NamedTuple):
     """What is evaluated."""
 
@@ -137,6 +141,7 @@ def evaluate(
         "dense": {"ce": means[0]["dense"]},
         "sparse": {"ce": means[0]["sparse"], **report},
         "sites": sites,
+        "paths": {"n": RANDOM_PATHS, "kl": random_paths_kl(models, batches)},
     }
 
 
@@ -187,6 +192,18 @@ def _measure_hybrids(
             for name, value in values.items():
                 sums[i][name] += float(value) * len(tokens)
     return [{name: total / count for name, total in site.items()} for site in sums]
+
+
+@torch.no_grad()
+def random_paths_kl(models: Bridged, batches: list[Tensor], n: int = RANDOM_PATHS) -> float:
+    """Mean KL of the dense model's output to that of n random mixed paths, each on one of the batches in turn, nats."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(n):
+        tokens, path = batches[i % len(batches)], random_path(models.bridges.n_sites, rng)
+        target = suffix(models.dense, 0, models.dense.embed(tokens), tokens)
+        found.append(float(kl(target, mixed_path(*models, tokens, path))))
+    return sum(found) / n
 
 
 def stream_scales(
@@ -257,6 +274,7 @@ def table(metrics: dict) -> str:
         f"dense CE {metrics['dense']['ce']:.4f}   sparse CE {sparse['ce']:.4f}   "
         f"nonzero {sparse['nonzeros']} = {sparse['nonzero_fraction']:.5f} (1/{1 / sparse['nonzero_fraction']:.1f})   "
         f"dead neurons {sum(v for k, v in sparse['dead_channels'].items() if k.endswith('hook_post'))}   "
-        f"on {metrics['held_out_tokens']} held-out tokens"
+        f"on {metrics['held_out_tokens']} held-out tokens   "
+        f"KL of {metrics['paths']['n']} random mixed paths {metrics['paths']['kl']:.3f}"
     )
     return "\n".join(lines)

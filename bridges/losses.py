@@ -1,8 +1,11 @@
 """The pure losses of bridge training (paper 3.3). All in nats or without unit, all means over tokens."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def nmse(
@@ -25,12 +28,73 @@ def nmse(
     return error.square().sum() / (target - target.mean(0)).square().sum()
 
 
+def nmse_backward(
+    predictions: list[Tensor],
+    targets: list[Tensor],
+    *,
+    scale: float | Tensor = 1.0,
+    through_target: bool = False,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, " site"]:
+    """Backward of `scale` times the sum over sites of `nmse`; returns each site's, detached.
+
+    Over several processes `total` sums a tensor over them, and errors, means and variances are those of the whole
+    batch. As the quotient E / D of two sums is no sum over processes, each contributes E_r / D - (E / D^2) D_r with E
+    and D constant, times their number because gradients are averaged: the same gradient as on one process.
+    """
+    rows = [x.reshape(-1, x.shape[-1]) for x in targets]
+    if not through_target:
+        rows = [x.detach() for x in rows]
+    errors = torch.stack([(p.reshape(x.shape) - x).square().sum() for p, x in zip(predictions, rows, strict=True)])
+    means, processes = [x.detach().mean(0) for x in rows], torch.ones_like(errors[0]).detach()
+    if total is not None:
+        summed = total(torch.cat([*means, torch.ones_like(means[0][:1])]))
+        processes = summed[-1]
+        means = list((summed[:-1] / processes).split([len(mean) for mean in means]))
+    variances = torch.stack([(x - mean).square().sum() for x, mean in zip(rows, means, strict=True)])
+    whole = torch.stack([errors.detach(), variances.detach()])
+    if total is not None:
+        whole = total(whole)
+    error, variance = whole
+    parts = errors / variance - (error / variance.square()) * variances if through_target else errors / variance
+    (scale * processes * parts.sum()).backward()
+    return error / variance
+
+
 def kl(target_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, ""]:
     """KL(target || prediction) in nats, exact over the vocabulary, mean over tokens; no gradient into the target.
 
     sum_v p_v (log p_v - log q_v) with p = softmax(target_logits), q = softmax(logits), computed in float32 or wider.
+    The gradient, (q - p) / tokens, is made together with the value, a few rows at a time: with a large vocabulary
+    passes over memory cost more than the arithmetic.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    log_p = target_logits.detach().to(wide).log_softmax(-1)
-    log_q = logits.to(wide).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    vocab = logits.shape[-1]
+    return _KL.apply(target_logits.detach().reshape(-1, vocab), logits.reshape(-1, vocab))
+
+
+# Entries of a block of rows that stays in a CPU core's cache.
+_BLOCK = 1 << 18
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, target: Tensor, logits: Tensor) -> Tensor:
+        n, vocab = logits.shape
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total, grad = torch.zeros((), dtype=wide, device=logits.device), torch.empty_like(logits)
+        rows = max(1, _BLOCK // vocab) if logits.device.type == "cpu" else n
+        for t, x, out in zip(target.split(rows), logits.split(rows), grad.split(rows), strict=True):
+            t, x = t.to(wide), x.to(wide)
+            norm_t, norm_x = t.logsumexp(-1, keepdim=True), x.logsumexp(-1, keepdim=True)
+            p = (t - norm_t).exp_()
+            # sum_v p_v = 1, so the two norms may stand outside the sum.
+            total += torch.linalg.vecdot(p, t - x).sum() + (norm_x - norm_t).sum()
+            out.copy_((x - norm_x).exp_().sub_(p))
+        ctx.save_for_backward(grad)
+        return total / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+        (grad,) = ctx.saved_tensors
+        return None, grad * (grad_outputs[0] / len(grad)).to(grad.dtype)

@@ -39,18 +39,19 @@ class JointTrainer(SparseTrainer):
         self.bridge_config, self.bridges = config.bridge, bridges
         self.dense = dense.to(self.accelerator.device)
 
-    def backward(self, tokens: Int[Tensor, "batch pos"]) -> JointLosses:
-        """The joint loss of this step's draw of sites and positions."""
-        drawn = draw(self.bridge_config, self.bridges.n_sites, tokens.shape[1], self.config.seed, self.step)
-        return joint_backward(self.dense, self.sparse, self.bridges, tokens, drawn, self.bridge_config.weights)
+    def backward(self, tokens: Int[Tensor, "batch pos"], batch: int, scale: float | Tensor) -> JointLosses:
+        """The joint loss of this batch's draw of hybrids and positions."""
+        config = self.bridge_config
+        drawn = draw(config, self.bridges.n_sites, tokens.shape[1], self.config.seed, batch)
+        total = self.total if self.accelerator.num_processes > 1 else None
+        models = self.dense, self.sparse, self.bridges
+        return joint_backward(*models, tokens, drawn, config, scale=scale, total=total)
 
     def summary(self, record: dict) -> str:
         """The progress bar's text."""
-        mean = {n: sum(record[n]) / len(record[n]) for n in ("nmse_encode", "nmse_decode")}
-        return (
-            f"ce {record['ce']:.2f} nmse {mean['nmse_encode']:.2f}/{mean['nmse_decode']:.2f} "
-            f"kl {record['kl_dense_to_sparse']:.2f}/{record['kl_sparse_to_dense']:.2f}"
-        )
+        nmse = "/".join(f"{sum(record[n]) / len(record[n]):.2f}" for n in ("nmse_encode", "nmse_decode"))
+        kl = "/".join(f"{value:.2f}" for name, value in record.items() if name.startswith("kl_"))
+        return f"ce {record['ce']:.2f} nmse {nmse} kl {kl}"
 
 
 def check_fit(dense: DenseModel, sparse: SparseTransformer) -> None:

@@ -11,7 +11,8 @@ import tyro
 from transformers.utils import logging as transformers_logging
 
 from sparse_model.config import TrainConfig
-from sparse_model.training import Interrupted, TrainingDiverged
+from sparse_model.interrupts import Interrupted
+from sparse_model.training import TrainingDiverged
 
 # transformers' bars for loading a few small files would only hide ours.
 transformers_logging.disable_progress_bar()

@@ -46,6 +46,7 @@ def figures(folder: Path, task: str) -> dict[str, float]:
         "NMSE decode, mean": mean("nmse_decode"),
         "KL dense to sparse, mean": mean("kl_dense_to_sparse"),
         "KL sparse to dense, mean": mean("kl_sparse_to_dense"),
+        "KL of random mixed paths, mean": metrics["paths"]["kl"],
         "site steered": steering["site"],
         "P(other quote) unsteered" if task == "single_double_quote" else "P(target) unsteered": steering["channels"][
             "1"

@@ -175,7 +175,9 @@ class TrainConfig:
     steps: int = 6000
     """Optimizer steps."""
     batch_size: int = 4
-    """Blocks of n_ctx tokens per step and process."""
+    """Blocks of n_ctx tokens per batch and process."""
+    accumulate: int = 1
+    """Batches whose gradients add up to one step."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000
@@ -190,7 +192,15 @@ class TrainConfig:
     """Optimizer of the sparse model."""
 
     def __post_init__(self) -> None:
-        for name in ("corpus_tokens", "steps", "batch_size", "log_every", "checkpoint_every", "eval_tokens"):
+        for name in (
+            "corpus_tokens",
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "checkpoint_every",
+            "eval_tokens",
+        ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
 

@@ -7,7 +7,7 @@ counts are all that parts of a tensor have to share, so a tensor may lie in shar
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,56 +15,67 @@ from torch import Tensor
 
 from sparse_model import triton_kernels
 
-Counts = Int[Tensor, " bins"]
+Sum = Callable[[Int[Tensor, "*counts"]], Int[Tensor, "*counts"]]
 
 
-def rows_mask(bits: Int[Tensor, "row width"], k: int) -> Bool[Tensor, "row width"]:
-    """Mask of the k largest of every row, ties to the lower index; as many passes as a pattern has bits."""
+class Shards(NamedTuple):
+    """How the parts of a tensor that is cut along its first axis, in the order of their ranks, add up their counts."""
+
+    total: Sum
+    """The sum of every part's counts."""
+    before: Sum
+    """The sum over the parts before this one."""
+
+
+def _identity(counts: Tensor) -> Tensor:
+    return counts
+
+
+WHOLE = Shards(_identity, torch.zeros_like)
+"""A tensor in one piece."""
+
+
+def rows_mask(bits: Int[Tensor, "row width"], k: int, shards: Shards = WHOLE) -> Bool[Tensor, "row width"]:
+    """Mask of the k largest of every row, ties to the lower index; as many passes as a pattern has bits.
+
+    Shards hold parts of every row, one after the other.
+    """
     low = torch.zeros_like(bits[:, :1])
     for bit in reversed(range(torch.iinfo(bits.dtype).bits - 1)):
         candidate = low | (1 << bit)
-        low = torch.where((bits >= candidate).sum(-1, keepdim=True) >= k, candidate, low)
+        low = torch.where(shards.total((bits >= candidate).sum(-1, keepdim=True)) >= k, candidate, low)
     above, equal = bits > low, bits == low
-    room = k - above.sum(-1, keepdim=True)
+    room = k - shards.total(above.sum(-1, keepdim=True)) - shards.before(equal.sum(-1, keepdim=True))
     return above | (equal & (equal.cumsum(-1) <= room))
 
 
-def flat_mask(
-    bits: Int[Tensor, " n"],
-    k: int,
-    *,
-    total: Callable[[Counts], Counts] | None = None,
-    before: Callable[[Counts], Counts] | None = None,
-) -> Bool[Tensor, " n"]:
-    """Mask of the k largest of a flat tensor, ties to the lower index.
-
-    For one shard of a tensor that lies on several processes, in the order of their ranks, k counts the whole tensor:
-    `total` sums counts over all shards and `before` over the shards of lower rank.
-    """
+def flat_mask(bits: Int[Tensor, " n"], k: int | Tensor, shards: Shards = WHOLE) -> Bool[Tensor, " n"]:
+    """Mask of the k largest of a flat tensor, all shards together, ties to the lower index."""
     threshold = torch.zeros((), dtype=bits.dtype, device=bits.device)
-    room = torch.full((), k, dtype=torch.int64, device=bits.device)
+    wanted = torch.as_tensor(k, dtype=torch.int64, device=bits.device)
+    room = wanted.clone()
     for shift in reversed(range(0, torch.iinfo(bits.dtype).bits, 8)):
-        counts = count_digits(bits, threshold, shift)
-        if total is not None:
-            counts = total(counts)
+        counts = shards.total(count_digits(bits, threshold, shift))
         at_least = counts.flip(0).cumsum(0).flip(0)
         digit = (at_least >= room).sum() - 1
         room = room - (at_least[digit] - counts[digit])
         threshold = threshold | (digit.to(bits.dtype) << shift)
     above, equal = bits > threshold, bits == threshold
-    if before is not None:
-        room = room - before(equal.sum()[None])[0]
-    return above | (equal & (equal.cumsum(0) <= room))
+    room = room - shards.before(equal.sum()[None])[0]
+    return (above | (equal & (equal.cumsum(0) <= room))) & (wanted > 0)
 
 
 def forced_mask(
-    bits: Int[Tensor, "row column"], k: int, j: int, axis: Literal["row", "column"]
+    bits: Int[Tensor, "row column"], k: int, j: int, axis: Literal["row", "column"], shards: Shards = WHOLE
 ) -> Bool[Tensor, "row column"]:
-    """Mask of k entries: the j largest of every row (or column), then the largest of all others."""
-    forced = rows_mask(bits, j) if axis == "row" else rows_mask(bits.T, j).T
-    others = k - j * bits.shape[0 if axis == "row" else 1]
+    """Mask of k entries: the j largest of every row (or column), then the largest of all others.
+
+    Shards hold whole rows, one block of them after the other.
+    """
+    forced = rows_mask(bits, j) if axis == "row" else rows_mask(bits.T, j, shards).T
+    others = k - shards.total(forced.sum()[None])[0]
     rest = bits.masked_fill(forced, -1).reshape(-1)
-    return forced | flat_mask(rest, others).view(bits.shape) if others else forced
+    return forced | flat_mask(rest, others, shards).view(bits.shape)
 
 
 def count_digits(bits: Int[Tensor, " n"], prefix: Int[Tensor, ""], shift: int) -> Int[Tensor, "256"]:

@@ -12,6 +12,7 @@ embeddings, unembedding and biases have no minimum.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,18 +51,29 @@ def projection_mask(
     Raises ValueError for NaN (CPU), for k outside 0 .. numel, and for a k that cannot hold the minimum, naming the
     smallest one that can.
     """
-    if neuron_axis is None or min_per_neuron == 0:
+    j = check_minimum(weight.shape, k, min_per_neuron, neuron_axis)
+    if j == 0 or neuron_axis is None:
         return top_mask_flat(weight.detach().reshape(-1), k).view(weight.shape)
-    check_k(k, weight.numel())
-    neurons, inputs = weight.shape if neuron_axis == "row" else reversed(weight.shape)
+    return top_mask_forced(weight.detach(), k, j, neuron_axis)
+
+
+def check_minimum(shape: Sequence[int], k: int, min_per_neuron: int, neuron_axis: NeuronAxis) -> int:
+    """The minimum per neuron of a parameter of this shape: at most a neuron's inputs, 0 where there are no neurons.
+
+    Raises ValueError for a k outside 0 .. entries or too small for it.
+    """
+    entries = math.prod(shape)
+    check_k(k, entries)
+    if neuron_axis is None:
+        return 0
+    neurons, inputs = shape if neuron_axis == "row" else reversed(shape)
     j = min(min_per_neuron, inputs)
     if j * neurons > k:
         raise ValueError(
-            f"a budget of {k} nonzeros cannot hold {j} for each of {neurons} neurons of a "
-            f"{tuple(weight.shape)} matrix: keep at least {j * neurons} "
-            f"(fraction {j * neurons / weight.numel():.6g}) or lower min_per_neuron"
+            f"a budget of {k} nonzeros cannot hold {j} for each of {neurons} neurons of a {tuple(shape)} matrix: "
+            f"keep at least {j * neurons} (fraction {j * neurons / entries:.6g}) or lower min_per_neuron"
         )
-    return top_mask_forced(weight.detach(), k, j, neuron_axis)
+    return j
 
 
 @torch.no_grad()

@@ -13,10 +13,7 @@
 
 import json
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +28,7 @@ from sparse_model.batches import BatchOrder
 from sparse_model.checkpoint import load_checked, read_tensors
 from sparse_model.config import TrainConfig, differing, from_json, to_json
 from sparse_model.files import recover_folder, replace_folder
+from sparse_model.interrupts import Interrupted, stop_signals
 from sparse_model.losses import next_token_loss
 from sparse_model.metrics import MetricsLog, flat
 from sparse_model.optim import adamw, normalize_grad_rms_, schedule, set_lr
@@ -42,10 +40,6 @@ CHECKPOINT = "checkpoint"
 
 class TrainingDiverged(RuntimeError):
     """A loss term became NaN or infinite; the message names it."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C, raised once the checkpoint is written."""
 
 
 class FreeRule(NamedTuple):
@@ -109,13 +103,20 @@ class SparseTrainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+        # For fp16 only: gradients are scaled up so that they do not vanish, and a step that overflows is left out.
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16"
+        )
         self.step = 0
         self._broadcast()
 
-    def backward(self, tokens: Int[Tensor, "batch pos"]) -> Any:
-        """Put this step's gradients into the parameters; returns a NamedTuple of detached losses on the device."""
+    def backward(self, tokens: Int[Tensor, "batch pos"], batch: int, scale: float | Tensor) -> Any:
+        """Add `scale` times the gradients of the batch-th batch of the run to the parameters' own.
+
+        Returns a NamedTuple of detached, unscaled losses on the device; None stands for one that was not computed.
+        """
         loss = next_token_loss(self.sparse(tokens), tokens)
-        loss.backward()
+        (scale * loss).backward()
         return SparseLosses(loss.detach())
 
     def extra_record(self) -> dict[str, float]:
@@ -136,7 +137,7 @@ class SparseTrainer:
         metrics = MetricsLog(self.folder / "metrics.jsonl", self.step) if main else None
         start = time.monotonic()
         bar = tqdm(total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not (main and progress))
-        with _signals() as stop_asked, bar:
+        with stop_signals() as stop_asked, bar:
             while self.step < config.steps:
                 losses = self.train_step()
                 last = self.step == config.steps
@@ -150,7 +151,7 @@ class SparseTrainer:
                         metrics.write(record)
                         bar.set_postfix_str(self.summary(record))
                 bar.update()
-                if stop_asked:
+                if self._stop_agreed(stop_asked):
                     self.save_checkpoint()
                     raise Interrupted(f"stopped at step {self.step}; go on with --resume")
                 if checkpoint_due and not last:
@@ -158,17 +159,13 @@ class SparseTrainer:
 
     def train_step(self) -> Any:
         """One optimizer step on the next batch; returns its losses on the device."""
-        config, accelerator = self.config, self.accelerator
+        config = self.config
         progress = self.step / config.steps
-        tokens = self.blocks[self.order(self.step)].long().to(accelerator.device)
-        try:
-            with accelerator.autocast():
-                losses = self.backward(tokens)
-        except ValueError as error:  # on the CPU, AbsTopK refuses NaN at once
-            raise TrainingDiverged(self._diverged(f"an activation became NaN ({error})")) from error
-        if accelerator.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
-            self._check_finite(losses)
+        losses = self._accumulate()
         self._reduce_gradients()
+        for optimizer in self.optimizers.values():
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(optimizer)
         self.grad_rms = normalize_grad_rms_(self.main, config.optim.grad_rms)
         kept = annealed_fraction(config.sparsity.nonzero_fraction, config.sparsity, progress)
         half_step = (self.step + 0.5) / config.steps  # so that neither the first nor the last step has rate zero
@@ -177,11 +174,39 @@ class SparseTrainer:
             nn.utils.clip_grad_norm_(self.free, self.free_rule.clip, foreach=True)
             set_lr(self.optimizers["free"], self.free_rule.lr * schedule(half_step, config.optim))
         for optimizer in self.optimizers.values():
-            optimizer.step()
+            self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         self.step += 1
         project_(self.projected, config.sparsity, self.step / config.steps)
         return losses
+
+    def _accumulate(self) -> Any:
+        """The losses of this step's batches, averaged, with their gradients in the parameters."""
+        config, accelerator, found = self.config, self.accelerator, []
+        scale = self.scaler.scale(torch.full((), 1 / config.accumulate, device=accelerator.device))
+        for batch in range(self.step * config.accumulate, (self.step + 1) * config.accumulate):
+            tokens = self.blocks[self.order(batch)].long().to(accelerator.device)
+            try:
+                with accelerator.autocast():
+                    found.append(self.backward(tokens, batch, scale))
+            except ValueError as error:  # on the CPU, AbsTopK refuses NaN at once
+                raise TrainingDiverged(self._diverged(f"an activation became NaN ({error})")) from error
+            if accelerator.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
+                self._check_finite(found[-1])
+        return found[0] if len(found) == 1 else mean_losses(found)
+
+    def _stop_agreed(self, asked: list[int]) -> bool:
+        """Whether a process was asked to stop; several agree on it at every tenth step, so that all stop at one."""
+        if self.accelerator.num_processes == 1:
+            return bool(asked)
+        if self.step % 10 and self.step != self.config.steps:
+            return False
+        return bool(self.total(torch.tensor([float(len(asked))], device=self.accelerator.device)) > 0)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(values, reduction="sum")
 
     def _reduce_gradients(self) -> None:
         """Average all gradients over the processes in one flattened call."""
@@ -202,8 +227,8 @@ class SparseTrainer:
         """One line of metrics.jsonl; the only place where training waits for the device."""
         config = self.config
         record: dict = {"step": self.step, "tokens": self.step * config.batch_size * self.blocks.shape[1]}
-        record["tokens"] *= self.accelerator.num_processes
-        record |= {name: value.tolist() for name, value in losses._asdict().items()}
+        record["tokens"] *= self.accelerator.num_processes * config.accumulate
+        record |= {name: value.tolist() for name, value in losses._asdict().items() if value is not None}
         record["grad_rms"] = float(self.grad_rms)
         record["lr"] = self.optimizers["main"].param_groups[0]["lr"]
         record["nonzero_fraction"] = annealed_fraction(
@@ -213,7 +238,7 @@ class SparseTrainer:
 
     def _check_finite(self, losses: Any) -> None:
         for name, value in losses._asdict().items():
-            finite = value.isfinite()
+            finite = torch.ones(()) if value is None else value.isfinite()
             if not finite.all():
                 site = f" at site {int((~finite).nonzero()[0])}" if value.ndim else ""
                 raise TrainingDiverged(self._diverged(f"{name}{site} is no longer finite"))
@@ -233,7 +258,8 @@ class SparseTrainer:
                 for name, optimizer in self.optimizers.items():
                     torch.save(optimizer.state_dict(), folder / f"{name}_optimizer.pt")
                 to_json(self.config, folder / "config.json")
-                (folder / "step.json").write_text(json.dumps({"step": self.step}))
+                state = {"step": self.step, "scaler": self.scaler.state_dict()}
+                (folder / "step.json").write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self) -> bool:
@@ -261,13 +287,23 @@ class SparseTrainer:
                 optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
             except Exception as error:  # truncated zip, pickle and I/O errors are of many kinds
                 raise ValueError(f"{path} is damaged: {error}; start without --resume") from error
-        self.step = json.loads((folder / "step.json").read_text())["step"]
+        state = json.loads((folder / "step.json").read_text())
+        self.step = state["step"]
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         return True
 
     def remove_checkpoint(self) -> None:
         """Drop the checkpoint once the final weights are saved."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
+
+
+def mean_losses(found: list[Any]) -> Any:
+    """The mean of several batches' losses, term by term, over the batches that have the term."""
+    terms = zip(*found, strict=True)
+    kept = [[value for value in values if value is not None] for values in terms]
+    return type(found[0])(*(torch.stack(values).mean(0) if values else None for values in kept))
 
 
 def projected_parameters(sparse: SparseTransformer, config: TrainConfig) -> list[SparseParameter]:
@@ -290,26 +326,3 @@ def _shared(state: dict[str, Tensor]) -> dict[str, str]:
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     again = _shared(state)
     return {name: t for name, t in state.items() if name not in again}
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying in the middle of a step; a second one acts at once."""
-    caught: list[int] = []
-    old: dict[signal.Signals, object] = {}
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(number)
-        for name, handler in old.items():
-            signal.signal(name, handler)  # type: ignore[arg-type]
-
-    try:
-        for name in (signal.SIGTERM, signal.SIGINT):
-            old[name] = signal.signal(name, note)
-    except ValueError:  # not the main thread: leave the process' handlers alone
-        old = {}
-    try:
-        yield caught
-    finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)  # type: ignore[arg-type]

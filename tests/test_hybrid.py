@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,17 @@ from bridges.bridge import BridgeSet
 from bridges.config import BridgeConfig, LossWeights
 from bridges.dense import DenseModel
 from bridges.evaluate import Moments, evaluate
-from bridges.hybrid import mixed_path, residuals, suffix
+from bridges.hybrid import first_crossing, kind, mixed_path, residuals, single_crossing, suffix
 from bridges.joint import Draw, draw, joint_backward
 from bridges.losses import kl, nmse
+from bridges.run import Run
 from sparse_model.config import SparseConfig
 from sparse_model.losses import next_token_loss
 from sparse_model.transformer import SparseTransformer
 
 SHAPE = SparseConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=12, d_vocab=40)
 WEIGHTS = LossWeights(ce=0.7, nmse_encode=1.3, nmse_decode=0.4, kl_dense_to_sparse=0.6, kl_sparse_to_dense=1.1)
+CONFIG = BridgeConfig(weights=WEIGHTS)
 
 
 def identity_bridges(n_sites: int, d: int) -> BridgeSet:
@@ -50,7 +53,8 @@ def test_identity_bridges_between_copies_are_perfect(tokens: torch.Tensor) -> No
         assert site["kl_sparse_to_dense"] == 0
         assert site["ce_dense_to_sparse"] == site["ce_sparse_to_dense"] == metrics["dense"]["ce"]
         assert site["recovered_dense_to_sparse"] == site["recovered_sparse_to_dense"] == 1
-    for path in itertools.product(("dense", "sparse"), repeat=4):
+    assert metrics["paths"] == {"n": 64, "kl": 0}
+    for path in itertools.product(("dense", "sparse"), repeat=6):
         assert torch.equal(mixed_path(dense, sparse, bridges, tokens, path), dense(tokens))
 
 
@@ -96,10 +100,25 @@ def test_mixed_path_crosses_through_the_right_bridges(tokens: torch.Tensor) -> N
     h = sparse.sublayer(2, sparse.sublayer(1, bridges.encode(1, h)))
     h = dense.sublayer(3, bridges.decode(3, h))
     expected = sparse.unembed(bridges.encode(4, h), tokens)
-    got = mixed_path(dense, sparse, bridges, tokens, ("dense", "sparse", "sparse", "dense"), end="sparse")
+    got = mixed_path(dense, sparse, bridges, tokens, ("dense", "dense", "sparse", "sparse", "dense", "sparse"))
     assert torch.equal(got, expected)
-    with pytest.raises(ValueError, match="each of 4 sublayers"):
+    with pytest.raises(ValueError, match="each of 6 parts"):
         mixed_path(dense, sparse, bridges, tokens, ("dense", "sparse"))
+
+
+def test_the_path_of_one_crossing_is_the_suffix_after_the_bridge(tokens: torch.Tensor) -> None:
+    dense, sparse = SparseTransformer(SHAPE), SparseTransformer(SHAPE)
+    bridges = BridgeSet(SHAPE.n_sites, 16, 16, 4)
+    for i, h in enumerate(residuals(dense, tokens)):
+        path = single_crossing(SHAPE.n_sites, i, "dense")
+        assert (kind(path), first_crossing(path)) == ("dense_to_sparse", i)
+        expected = suffix(sparse, i, bridges.encode(i, h), tokens)
+        assert torch.equal(mixed_path(dense, sparse, bridges, tokens, path), expected)
+    for i, h in enumerate(residuals(sparse, tokens)):
+        path = single_crossing(SHAPE.n_sites, i, "sparse")
+        assert (kind(path), first_crossing(path)) == ("sparse_to_dense", i)
+        expected = suffix(dense, i, bridges.decode(i, h), tokens)
+        assert torch.equal(mixed_path(dense, sparse, bridges, tokens, path), expected)
 
 
 def naive_loss(
@@ -115,72 +134,122 @@ def naive_loss(
     h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
     target = dense(tokens).detach()
     loss = weights.ce * next_token_loss(sparse(tokens), tokens)
-    n, at = bridges.n_sites, drawn.positions
-    for i in range(n):
+    for i in range(bridges.n_sites):
         f, g = bridges.encode(i, h_dense[i]), bridges.decode(i, h_sparse[i])
-        loss = (
-            loss
-            + weights.nmse_encode * nmse(f, h_sparse[i], through_target=through)
-            + weights.nmse_decode * nmse(g, h_dense[i])
-        )
-        if i in drawn.to_sparse:
-            term = kl(target[:, at], suffix(sparse, i, f, tokens)[:, at])
-            loss = loss + weights.kl_dense_to_sparse * n / len(drawn.to_sparse) * term
-        if i in drawn.to_dense:
-            term = kl(target[:, at], suffix(dense, i, g, tokens)[:, at])
-            loss = loss + weights.kl_sparse_to_dense * n / len(drawn.to_dense) * term
+        loss = loss + weights.nmse_encode * nmse(f, h_sparse[i], through_target=through)
+        loss = loss + weights.nmse_decode * nmse(g, h_dense[i])
+    for path, weight in drawn.hybrids:
+        logits = mixed_path(dense, sparse, bridges, tokens, path)
+        loss = loss + weight * kl(target[:, drawn.positions], logits[:, drawn.positions])
     return loss
 
 
+S, D = "sparse", "dense"
+DRAWS = {
+    "every single crossing": draw(BridgeConfig(sites="all", weights=WEIGHTS), 5, 10, 0, 0).hybrids,
+    "one per direction": draw(BridgeConfig(sites=1, weights=WEIGHTS), 5, 10, 3, 1).hybrids,
+    "at the ends": [(single_crossing(5, 0, D), 0.3), (single_crossing(5, 4, S), 2.0), (single_crossing(5, 4, D), 1.0)],
+    "mixed": [((S, D, S, D, S, D), 0.7), ((D, D, S, S, D, S), 1.5), ((S, S, S, D, D, S), 1.0)],
+    "no crossing": [((S,) * 6, 0.8)],
+}
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"logits_at_once": 384 * 4, "hybrid_batch": 2},
+        {"logits_at_once": 384 * 4, "checkpointing": True},
+        {"logits_at_once": 1, "hybrid_batch": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("through_target", [False, True])
-@pytest.mark.parametrize(("to_sparse", "to_dense"), [(range(5), range(5)), ([1], [3]), ([0, 4], [2])])
+@pytest.mark.parametrize("hybrids", DRAWS.values(), ids=DRAWS)
 def test_gradient_equals_that_of_one_naive_graph(
-    tmp_path: Path, to_sparse: list[int], to_dense: list[int], through_target: bool
+    tmp_path: Path, hybrids: list, through_target: bool, memory: dict
 ) -> None:
     weights = dataclasses.replace(WEIGHTS, nmse_through_target=through_target)
+    config = BridgeConfig(weights=weights, **memory)
     run = make_tiny_run(tmp_path / "run")
     dense, sparse, bridges = run.dense.double(), run.sparse.double(), run.bridges.double()
-    tokens = torch.randint(384, (2, 10))
-    drawn = Draw(list(to_sparse), list(to_dense), torch.tensor([1, 4, 9]))
+    tokens = torch.randint(384, (3, 10))
+    drawn = Draw(hybrids, torch.tensor([1, 4, 9]))
     parameters = [*sparse.parameters(), *bridges.parameters()]
-    wanted = torch.autograd.grad(naive_loss(dense, sparse, bridges, tokens, drawn, weights), parameters)
-    joint_backward(dense, sparse, bridges, tokens, drawn, weights)
+    loss = naive_loss(dense, sparse, bridges, tokens, drawn, weights)
+    wanted = torch.autograd.grad(loss, parameters)
+    losses = joint_backward(dense, sparse, bridges, tokens, drawn, config, scale=2.0)
     for p, grad in zip(parameters, wanted, strict=True):
         assert p.grad is not None
-        assert (p.grad - grad).norm() <= 1e-9 * grad.norm().clamp(min=1e-12)
+        assert (p.grad - 2 * grad).norm() <= 1e-9 * grad.norm().clamp(min=1e-12)
     assert all(p.grad is None for p in dense.parameters())
+    again = weights.ce * losses.ce + weights.nmse_encode * losses.nmse_encode.sum()
+    again = again + weights.nmse_decode * losses.nmse_decode.sum()
+    for name in ("dense_to_sparse", "sparse_to_dense", "mixed"):
+        total = sum(weight for path, weight in hybrids if kind(path) == name)
+        value = getattr(losses, f"kl_{name}")
+        assert (value is None) == (total == 0)
+        if len({weight for path, weight in hybrids if kind(path) == name}) == 1:
+            again = again + total * value
+        elif total:
+            return  # the mean over hybrids of unequal weights does not give the sum back
+    assert again.item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+def gradient_of(run: Run, tokens: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """The mean gradient over draws."""
+    parameters = [*run.sparse.parameters(), *run.bridges.parameters()]
+    for p in parameters:
+        p.grad = None
+    for drawn in draws:
+        joint_backward(run.dense, run.sparse, run.bridges, tokens, drawn, CONFIG)
+    return torch.cat([p.grad.flatten() for p in parameters]) / len(draws)
 
 
 def test_sampling_one_site_is_unbiased(tmp_path: Path) -> None:
     """The mean gradient over all draws of one site per direction is the gradient of the full sum."""
     run = make_tiny_run(tmp_path / "run")
-    dense, sparse, bridges = run.dense.double(), run.sparse.double(), run.bridges.double()
+    run = run._replace(dense=run.dense.double(), sparse=run.sparse.double(), bridges=run.bridges.double())
     tokens, at = torch.randint(384, (2, 8)), torch.arange(8)
-    parameters = [*sparse.parameters(), *bridges.parameters()]
+    to_sparse, to_dense = WEIGHTS.kl_dense_to_sparse, WEIGHTS.kl_sparse_to_dense
 
-    def gradient(draws: list[Draw]) -> torch.Tensor:
-        for p in parameters:
-            p.grad = None
-        for d in draws:
-            joint_backward(dense, sparse, bridges, tokens, d, WEIGHTS)
-        return torch.cat([p.grad.flatten() for p in parameters]) / len(draws)
+    def crossings(i: int, scale: int) -> list:
+        return [(single_crossing(5, i, D), scale * to_sparse), (single_crossing(5, i, S), scale * to_dense)]
 
-    full = gradient([Draw(range(5), range(5), at)])
-    mean = gradient([Draw([i], [i], at) for i in range(5)])
+    full = gradient_of(run, tokens, [Draw([h for i in range(5) for h in crossings(i, 1)], at)])
+    mean = gradient_of(run, tokens, [Draw(crossings(i, 5), at) for i in range(5)])
     assert (full - mean).norm() <= 1e-9 * full.norm()
 
 
-def test_draws_are_uniform_and_a_function_of_seed_and_step() -> None:
-    config = BridgeConfig(sites=2, kl_positions=0.5)
-    counts = torch.zeros(5)
+def test_draws_of_sites_are_uniform_and_a_function_of_seed_and_step() -> None:
+    config = BridgeConfig(sites=2, kl_positions=0.5, weights=WEIGHTS)
+    counts = torch.zeros(2, 5)
     for step in range(500):
         drawn = draw(config, 5, 8, seed=1, step=step)
-        assert len(set(drawn.to_sparse)) == 2
+        assert len(set(drawn.hybrids)) == 4
         assert len(drawn.positions) == 4
-        counts[drawn.to_sparse] += 1
+        for path, weight in drawn.hybrids:
+            way = int(path[0] == S)
+            counts[way, first_crossing(path)] += 1
+            assert weight == pytest.approx((WEIGHTS.kl_dense_to_sparse, WEIGHTS.kl_sparse_to_dense)[way] * 5 / 2)
     assert (counts / 200 - 1).abs().max() < 0.2
-    assert draw(config, 5, 8, 1, 7).to_dense == draw(config, 5, 8, 1, 7).to_dense
-    assert draw(BridgeConfig(sites="all"), 5, 8, 0, 0).to_sparse == list(range(5))
+    same, other = draw(config, 5, 8, 1, 7), draw(config, 5, 8, 1, 7)
+    assert same.hybrids == other.hybrids
+    assert torch.equal(same.positions, other.positions)
+    every = draw(BridgeConfig(sites="all"), 5, 8, 0, 0).hybrids
+    assert {path for path, _ in every} == {single_crossing(5, i, side) for i in range(5) for side in (D, S)}
+
+
+def test_random_paths_are_uniform_over_all_but_the_dense_one() -> None:
+    config = BridgeConfig(paths=4, weights=WEIGHTS)
+    counts: Counter = Counter()
+    for step in range(1000):
+        drawn = draw(config, 3, 8, seed=0, step=step)
+        counts.update(path for path, _ in drawn.hybrids)
+        total = sum(weight for _, weight in drawn.hybrids)
+        assert total == pytest.approx(3 * (WEIGHTS.kl_dense_to_sparse + WEIGHTS.kl_sparse_to_dense))
+    assert set(counts) == set(itertools.product((D, S), repeat=4)) - {(D,) * 4}
+    assert all(0.7 < count / (4000 / 15) < 1.3 for count in counts.values())
 
 
 def test_moments_do_not_depend_on_the_batches() -> None:
