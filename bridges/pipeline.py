@@ -18,7 +18,7 @@ from bridges.evaluate import evaluate, table
 from bridges.training import JointTrainer
 from sparse_model.checkpoint import write_measured
 from sparse_model.config import claim_folder
-from sparse_model.launch import make_accelerator, start_trackers
+from sparse_model.launch import ending, make_accelerator, start_trackers
 from sparse_model.losses import next_token_loss
 from sparse_model.prepare import prepare_corpus
 from sparse_model.projection import prove_sparsity
@@ -32,6 +32,7 @@ def train_run(
     *,
     resume: bool = False,
     trackers: tuple[str, ...] = (),
+    processes: int | None = None,
     progress: bool = True,
 ) -> dict:
     """Make the run in `folder`; returns the metrics that metrics.json holds.
@@ -39,7 +40,7 @@ def train_run(
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises.
     """
-    accelerator = make_accelerator(folder, trackers)
+    accelerator = make_accelerator(folder, trackers, processes)
     if accelerator.is_main_process:
         claim_folder(config, folder, resume)
     start_trackers(accelerator, folder)
@@ -59,9 +60,9 @@ def train_run(
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
         print(f"resuming at step {trainer.step} of {config.steps}")
     started = time.monotonic()
-    trainer.train(progress=progress)
+    with ending(accelerator):
+        trainer.train(progress=progress)
     joint_seconds = time.monotonic() - started
-    accelerator.end_training()
     if not accelerator.is_main_process:
         return {}
     prove_sparsity(trainer.projected, config.sparsity)

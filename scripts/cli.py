@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Generic, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import tyro
 from transformers.utils import logging as transformers_logging
@@ -22,12 +23,12 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 class RunOptions(NamedTuple, Generic[Config]):
-    """A preset with overrides, and where the run goes."""
+    """A preset with overrides, where the run goes, and how it is run."""
 
     config: Config
-    run: str
-    resume: bool
-    trackers: tuple[str, ...]
+    folder: Path
+    how: dict[str, Any]
+    """resume, trackers and processes, as the pipelines take them."""
 
 
 def parse_run(description: str | None, presets: Mapping[str, tuple[str, Config]]) -> RunOptions[Config]:
@@ -55,6 +56,8 @@ def parse_run(description: str | None, presets: Mapping[str, tuple[str, Config]]
         """Go on from the run's last checkpoint (and keep what it has already made)."""
         trackers: tuple[str, ...] = ()
         """Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio, ..."""
+        processes: int | None = None
+        """Refuse to start unless exactly so many processes take part."""
         config: Annotated[type(chosen), tyro.conf.arg(name="")] = chosen  # type: ignore[valid-type]
 
     lines = "\n".join(f"    {name:8} {what}" for name, (what, _) in presets.items())
@@ -64,7 +67,8 @@ def parse_run(description: str | None, presets: Mapping[str, tuple[str, Config]]
         description=f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{lines}",
         args=args,
     )
-    return RunOptions(options.config, options.run, options.resume, options.trackers)
+    how = {name: getattr(options, name) for name in ("resume", "trackers", "processes")}
+    return RunOptions(options.config, Path(options.run), how)
 
 
 @contextmanager

@@ -7,8 +7,6 @@ Examples:
     accelerate launch scripts/train_bridge.py demo --resume      # after a kill
 """
 
-from pathlib import Path
-
 from cli import parse_run, report_errors
 
 from bridges.config import PRESETS
@@ -17,4 +15,4 @@ from bridges.pipeline import train_run
 if __name__ == "__main__":
     with report_errors():
         options = parse_run(__doc__, PRESETS)
-        train_run(options.config, Path(options.run), resume=options.resume, trackers=options.trackers)
+        train_run(options.config, options.folder, **options.how)

@@ -6,8 +6,6 @@ Examples:
     accelerate launch scripts/train_bridge.py demo --dense runs/demo/dense --run runs/second
 """
 
-from pathlib import Path
-
 from cli import parse_run, report_errors
 
 from bridges.config import PRESETS
@@ -16,6 +14,6 @@ from bridges.pipeline import make_dense
 if __name__ == "__main__":
     with report_errors():
         options = parse_run(__doc__, PRESETS)
-        folder = Path(options.run)
+        folder = options.folder
         loss = make_dense(options.config, folder)
         print(f"dense CE on held-out text: {loss:.4f} nats per token; saved in {folder / 'dense'}")

@@ -7,7 +7,6 @@ Examples:
 """
 
 import dataclasses
-from pathlib import Path
 
 from cli import parse_run, report_errors
 
@@ -24,6 +23,5 @@ if __name__ == "__main__":
             for preset, (what, config) in PRESETS.items()
         }
         options = parse_run(__doc__, alone)
-        folder = Path(options.run)
-        metrics = pretrain(options.config, folder, resume=options.resume, trackers=options.trackers)
+        metrics = pretrain(options.config, options.folder, **options.how)
         print({name: value for name, value in metrics.items() if name != "corpus"})

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_model.checkpoint import save_sparse
 from sparse_model.config import TrainConfig, claim_folder
 from sparse_model.files import write_text
-from sparse_model.launch import make_accelerator, start_trackers
+from sparse_model.launch import ending, make_accelerator, start_trackers
 from sparse_model.losses import next_token_loss
 from sparse_model.prepare import prepare_corpus, tokenizer_documents
 from sparse_model.projection import prove_sparsity
@@ -58,6 +58,7 @@ def pretrain(
     *,
     resume: bool = False,
     trackers: tuple[str, ...] = (),
+    processes: int | None = None,
     progress: bool = True,
 ) -> dict:
     """Train a sparse model in `folder`; returns what metrics.json holds.
@@ -65,7 +66,7 @@ def pretrain(
     Raises FileExistsError where the folder holds a model and `resume` is not set, ValueError where it holds one of
     other settings or a tokenizer does not fit, and what training raises.
     """
-    accelerator = make_accelerator(folder, trackers)
+    accelerator = make_accelerator(folder, trackers, processes)
     if accelerator.is_main_process:
         claim_folder(config, folder, resume)
     start_trackers(accelerator, folder)
@@ -85,8 +86,8 @@ def pretrain(
     trainer = ValidatedTrainer(config, model, blocks.train, folder, accelerator, validation=validation)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
         print(f"resuming at step {trainer.step} of {config.steps}")
-    trainer.train(progress=progress)
-    accelerator.end_training()
+    with ending(accelerator):
+        trainer.train(progress=progress)
     if not accelerator.is_main_process:
         return {}
     counts = prove_sparsity(projected_parameters(model, config), config.sparsity)
