@@ -59,6 +59,8 @@ class Options:
     """Whether the sparse model has a bigram table."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Run the sparse model's sublayers through torch.compile."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16: mixed precision with fp32 master weights."""
     threads: int = 1
@@ -84,6 +86,7 @@ def make_trainer(options: Options, folder: Path) -> JointTrainer:
     config = RunConfig(
         steps=1000,
         batch_size=options.batch,
+        compile=options.compile,
         sparse=sparse,
         sparsity=SparsityConfig(nonzero_fraction=1 / 64, anneal_stop=0.0),
         bridge=BridgeConfig(

@@ -178,6 +178,8 @@ class TrainConfig:
     """Blocks of n_ctx tokens per batch and process."""
     accumulate: int = 1
     """Batches whose gradients add up to one step."""
+    compile: bool = False
+    """Run the sparse model's sublayers through torch.compile; the first steps take longer. Needs a C++ compiler."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000

@@ -89,6 +89,8 @@ class SparseTrainer:
         self.modules: dict[str, nn.Module] = {"sparse": sparse.to(self.accelerator.device)}
         self.modules |= {name: module.to(self.accelerator.device) for name, module in (beside or {}).items()}
         self.sparse = sparse
+        if config.compile:
+            sparse.compile_sublayers()
         self.projected = projected_parameters(sparse, config)
         self.main = [p for n, p in sparse.named_parameters() if n != "bigram"]
         self.free = [p for n, p in sparse.named_parameters() if n == "bigram" and p.requires_grad]

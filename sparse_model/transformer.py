@@ -12,6 +12,8 @@ The residual stream itself is never sparsified in the paper's models. Hook point
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,15 @@ class Block(nn.Module):
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
 
+    def with_positions(
+        self, normalized: Resid, positions: Float[Tensor, "pos d_pos"] | None, norm: str
+    ) -> Float[Tensor, "batch pos width"]:
+        """Concatenate the read-only positions, normalised apart, where the model has them."""
+        if positions is None:
+            return normalized
+        rows = positions.to(normalized.dtype).expand(len(normalized), -1, -1)
+        return torch.cat([normalized, getattr(self, norm)(rows)], -1)
+
 
 class SparseTransformer(HookedRootModule, HubModel):
     """The weight-sparse model. `sublayer` and its companions are the interface that bridges are written against."""
@@ -165,6 +176,7 @@ class SparseTransformer(HookedRootModule, HubModel):
     def __init__(self, cfg: SparseConfig) -> None:
         super().__init__()
         self.cfg, self.measured = cfg, {}
+        self._compiled: tuple[Callable, Callable] | None = None
         self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         if cfg.positions in ("learned", "concat_learned"):
             self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_pos or cfg.d_model)
@@ -209,26 +221,23 @@ class SparseTransformer(HookedRootModule, HubModel):
         """Sublayer i with its residual add: site i to site i + 1."""
         block = self.blocks[i // 2]
         assert isinstance(block, Block)
-        if i % 2 == 0:
-            resid = block.hook_resid_pre(resid)
-            write = block.attn(self._with_positions(block.ln1(resid), block, "ln1_pos", cache), cache)
-            resid = resid + block.hook_attn_out(block.attn.sparsify("attn_out", write))
-            return block.attn.sparsify("resid_post_attn", resid)
-        resid = block.hook_resid_mid(resid)
-        write = block.mlp(self._with_positions(block.ln2(resid), block, "ln2_pos", cache))
-        resid = resid + block.hook_mlp_out(block.mlp.sparsify("mlp_out", write))
-        return block.hook_resid_post(block.mlp.sparsify("resid_post_mlp", resid))
+        positions = self._positions(cache.length if cache else 0, resid.shape[1])
+        run = (attention_sublayer, mlp_sublayer) if cache or not self._compiled else self._compiled
+        return run[0](block, resid, positions, cache) if i % 2 == 0 else run[1](block, resid, positions)
 
-    def _with_positions(
-        self, normalized: Resid, block: Block, norm: str, cache: KVCache | None
-    ) -> Float[Tensor, "batch pos width"]:
-        """Concatenate the read-only positions, normalised apart, where the model has them."""
+    def _positions(self, offset: int, length: int) -> Float[Tensor, "pos d_pos"] | None:
+        """What is concatenated to the reads of these positions, where the model does that."""
         if not self.cfg.d_pos:
-            return normalized
+            return None
         table = self.pos_embed.weight if self.cfg.positions == "concat_learned" else self.pos_table
-        offset = cache.length if cache else 0
-        rows = table[offset : offset + normalized.shape[1]].to(normalized.dtype)
-        return torch.cat([normalized, getattr(block, norm)(rows.expand(len(normalized), -1, -1))], -1)
+        return table[offset : offset + length]
+
+    def compile_sublayers(self, **options: Any) -> None:
+        """Run the sublayers through torch.compile (its options apply), one graph for all attentions, one for all MLPs.
+
+        Hooks added later than the first call are not seen, and generation with a cache is left as it is.
+        """
+        self._compiled = torch.compile(attention_sublayer, **options), torch.compile(mlp_sublayer, **options)
 
     def unembed(self, resid: Resid, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits from the residual stream at site 2L; the tokens select the bigram table's rows."""
@@ -288,6 +297,24 @@ class SparseTransformer(HookedRootModule, HubModel):
             axis = None if embedding or parts[-1] == "bias" else axes[parts[-2]]
             found.append(SparseParameter(name, p, share, axis))
         return found
+
+
+def attention_sublayer(
+    block: Block, resid: Resid, positions: Float[Tensor, "pos d_pos"] | None, cache: KVCache | None = None
+) -> Resid:
+    """A block's attention with its residual add."""
+    resid = block.hook_resid_pre(resid)
+    write = block.attn(block.with_positions(block.ln1(resid), positions, "ln1_pos"), cache)
+    resid = resid + block.hook_attn_out(block.attn.sparsify("attn_out", write))
+    return block.attn.sparsify("resid_post_attn", resid)
+
+
+def mlp_sublayer(block: Block, resid: Resid, positions: Float[Tensor, "pos d_pos"] | None) -> Resid:
+    """A block's MLP with its residual add."""
+    resid = block.hook_resid_mid(resid)
+    write = block.mlp(block.with_positions(block.ln2(resid), positions, "ln2_pos"))
+    resid = resid + block.hook_mlp_out(block.mlp.sparsify("mlp_out", write))
+    return block.hook_resid_post(block.mlp.sparsify("resid_post_mlp", resid))
 
 
 def sinusoidal_table(n_ctx: int, width: int) -> Float[Tensor, "n_ctx width"]:
