@@ -98,6 +98,8 @@ class RunConfig(TrainConfig):
 
     dense: str | None = None
     """Local folder or hub name of the GPT-2 to bridge; unset: a small one is trained on the corpus."""
+    dense_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type in which the frozen dense model's sublayers run during training."""
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     """Bridges and hybrid losses."""
     dense_train: DenseTrainConfig = field(default_factory=DenseTrainConfig)
@@ -150,7 +152,8 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             ),
             sparsity=SparsityConfig(nonzero_fraction=1 / 128, min_per_neuron=4, anneal="linear", anneal_stop=0.5),
             optim=OptimConfig(lr=1.28e-3),
-            bridge=BridgeConfig(lr=1e-3),
+            dense_dtype="bfloat16",
+            bridge=BridgeConfig(lr=1e-3, logits_at_once=2**27),
         ),
     ),
 }

@@ -31,6 +31,7 @@ class DenseModel(nn.Module):
 
     Always in eval mode (GPT-2's dropout would move the logits by 2.0) and without parameter gradients; gradients
     with respect to activations flow. Attention is forced to sdpa: eager attention without a mask is not causal.
+    A model in bfloat16 or float16 computes its sublayers in that type and adds them up in float32.
     """
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
@@ -49,24 +50,27 @@ class DenseModel(nn.Module):
     n_ctx = property(lambda self: self.hf.config.n_positions)
     d_vocab = property(lambda self: self.hf.config.vocab_size)
 
+    dtype = property(lambda self: self.hf.transformer.wte.weight.dtype)
+
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Resid:
         """Residual stream at site 0: token plus position embedding. Raises ValueError beyond the context."""
         check_length(tokens.shape[1], self.n_ctx)
         body = self.hf.transformer
-        return body.wte(tokens) + body.wpe.weight[: tokens.shape[1]]
+        resid = body.wte(tokens) + body.wpe.weight[: tokens.shape[1]]
+        return resid.to(torch.promote_types(self.dtype, torch.float32))
 
     def sublayer(self, i: int, resid: Resid) -> Resid:
         """Sublayer i with its residual add: site i to site i + 1."""
         block: Any = self.hf.transformer.h[i // 2]
         if i % 2 == 0:
-            return resid + block.attn(block.ln_1(resid))[0]
-        return resid + block.mlp(block.ln_2(resid))
+            return resid + block.attn(block.ln_1(resid.to(self.dtype)))[0]
+        return resid + block.mlp(block.ln_2(resid.to(self.dtype)))
 
     def unembed(
         self, resid: Resid, tokens: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits from the residual stream at site 2L. The tokens are not needed; they keep the interface equal."""
-        return self.hf.lm_head(self.hf.transformer.ln_f(resid))
+        return self.hf.lm_head(self.hf.transformer.ln_f(resid.to(self.dtype)))
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of every position."""

@@ -54,7 +54,7 @@ def train_run(
     if (folder / "bridges").exists() and not (folder / CHECKPOINT).exists():
         return _finish(run_folder.open_run(folder), blocks.val, progress)
     torch.manual_seed(config.seed)
-    dense, sparse = DenseModel(hf), SparseTransformer(config.sparse)
+    dense, sparse = DenseModel(hf.to(getattr(torch, config.dense_dtype))), SparseTransformer(config.sparse)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
@@ -78,7 +78,9 @@ def train_run(
         "corpus": blocks.report,
     }
     run_folder.update_metrics(folder, training=training)
-    return _finish(run_folder.Run(folder, config, tokenizer, dense, sparse.eval(), bridges), blocks.val, progress)
+    return _finish(
+        run_folder.Run(folder, config, tokenizer, dense.float(), sparse.eval(), bridges), blocks.val, progress
+    )
 
 
 @torch.no_grad()

@@ -206,6 +206,22 @@ def gradient_of(run: Run, tokens: torch.Tensor, draws: list[Draw]) -> torch.Tens
     return torch.cat([p.grad.flatten() for p in parameters]) / len(draws)
 
 
+def test_a_dense_model_in_bf16_beside_fp32_master_weights(tmp_path: Path) -> None:
+    run = make_tiny_run(tmp_path / "run")
+    tokens = torch.randint(384, (2, 10))
+    drawn = draw(BridgeConfig(sites="all"), 5, 10, 0, 0)
+    exact = residuals(run.dense, tokens)
+    full = joint_backward(run.dense, run.sparse, run.bridges, tokens, drawn, CONFIG)
+    half = run.dense.bfloat16()
+    for a, b in zip(residuals(half, tokens), exact, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+    losses = joint_backward(half, run.sparse, run.bridges, tokens, drawn, CONFIG)
+    for name in ("kl_dense_to_sparse", "kl_sparse_to_dense", "nmse_encode", "nmse_decode"):
+        torch.testing.assert_close(getattr(losses, name), getattr(full, name), rtol=0.05, atol=0.02)
+    assert {p.grad.dtype for p in (*run.sparse.parameters(), *run.bridges.parameters())} == {torch.float32}
+
+
 def test_sampling_one_site_is_unbiased(tmp_path: Path) -> None:
     """The mean gradient over all draws of one site per direction is the gradient of the full sum."""
     run = make_tiny_run(tmp_path / "run")
