@@ -18,7 +18,7 @@ mean over all paths takes the place of the mean over the 2 (2L + 1) single cross
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridges.bridge import BridgeSet
+from bridges.bridge import BridgeSet, DenseResid, SparseResid
 from bridges.config import BridgeConfig
 from bridges.dense import Resid, Sublayered
 from bridges.heads import Target, head_backward, rows_at_once
@@ -107,26 +107,13 @@ def joint_backward(
     h_sparse = residuals(sparse, tokens, recompute=config.checkpointing or many)
     leaves = [h.detach().requires_grad_() for h in h_sparse]
     ce = _cross_entropy(sparse, leaves[-1], tokens, scale * weights.ce, rows)
-
-    at = drawn.positions.to(tokens.device)
     kls = defaultdict[str, list[Tensor]](list)
-    size = config.hybrid_batch or len(tokens)
-    for first in range(0, len(tokens), size):
-        part = slice(first, first + size)
-        share = len(tokens[part]) / len(tokens)
-        seen = tokens[part, at].reshape(-1)
-        target = Target(dense, h_dense[-1][part, at].flatten(0, 1), seen, rows)
-        for path, weight in drawn.hybrids:
-            site = first_crossing(path)
-            start = (h_dense if path[site] == "dense" else leaves)[site][part]
-            end = follow(dense, sparse, bridges, path, site, start, recompute=config.checkpointing)
-            end = end[:, at].flatten(0, 1)
-            head = dense if path[-1] == "dense" else sparse
-            loss = partial(_kl_of_part, target)
-            found = head_backward(head, end, seen, loss, scale=scale * weight * share, rows=rows)
-            end.backward(found.grad)
-            kls[kind(path)].append(share * found.loss)
-            del end, found
+    for part in torch.arange(len(tokens)).split(config.hybrid_batch or len(tokens)):
+        here = slice(int(part[0]), int(part[-1]) + 1)
+        streams = [h[here] for h in h_dense], [leaf[here] for leaf in leaves]
+        share = len(part) / len(tokens)
+        for path, loss in _hybrids(dense, sparse, bridges, streams, tokens[here], drawn, config, scale * share):
+            kls[kind(path)].append(share * loss)
     nmse_encode = nmse_backward(
         [bridges.encode(i, h) for i, h in enumerate(h_dense)],
         leaves,
@@ -145,6 +132,33 @@ def joint_backward(
     means = {name: torch.stack(values).sum() / drawn_of[name] for name, values in kls.items()}
     names = ("dense_to_sparse", "sparse_to_dense", "mixed")
     return JointLosses(ce, nmse_encode, nmse_decode, *(means.get(name) for name in names))
+
+
+def _hybrids(
+    dense: Sublayered,
+    sparse: SparseTransformer,
+    bridges: BridgeSet,
+    streams: tuple[list[DenseResid], list[SparseResid]],
+    tokens: Int[Tensor, "batch pos"],
+    drawn: Draw,
+    config: BridgeConfig,
+    scale: float | Tensor,
+) -> Iterator[tuple[Path, Float[Tensor, ""]]]:
+    """Run every hybrid that was drawn from these dense residuals and sparse leaves, forward and backward; its KL."""
+    rows = rows_at_once(sparse.d_vocab, config.logits_at_once)
+    h_dense, leaves = streams
+    at = drawn.positions.to(tokens.device)
+    seen = tokens[:, at].reshape(-1)
+    target = Target(dense, h_dense[-1][:, at].flatten(0, 1), seen, rows)
+    for path, weight in drawn.hybrids:
+        site = first_crossing(path)
+        start = h_dense[site] if path[site] == "dense" else leaves[site]
+        end = follow(dense, sparse, bridges, path, site, start, recompute=config.checkpointing)[:, at].flatten(0, 1)
+        head = dense if path[-1] == "dense" else sparse
+        found = head_backward(head, end, seen, partial(_kl_of_part, target), scale=scale * weight, rows=rows)
+        end.backward(found.grad)
+        yield path, found.loss
+        del end, found
 
 
 def _kl_of_part(target: Target, logits: Tensor, part: slice) -> Tensor:
