@@ -3,13 +3,11 @@
 config.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json  report.html
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridges.bridge import BridgeSet, load_bridges, save_bridges
@@ -21,6 +19,7 @@ from sparse_model.config import from_json
 from sparse_model.corpus import CorpusBlocks
 from sparse_model.files import recover_folder, write_text
 from sparse_model.prepare import tokenizer_documents
+from sparse_model.tensors import digest
 from sparse_model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.transformer import SparseTransformer
 
@@ -138,16 +137,8 @@ def open_run(folder: str | Path) -> Run:
 
 def fingerprint(run: Run) -> str:
     """Hex digest of the weights of a run's dense and sparse models and bridges: what an intervention belongs to."""
-    digest = hashlib.sha256()
-    for part in (run.dense, run.sparse, run.bridges):
-        for name, t in sorted(part.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_bytes(t))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(t: Tensor) -> bytes:
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    parts = {"dense": run.dense, "sparse": run.sparse, "bridges": run.bridges}
+    return digest({f"{part}.{name}": t for part, model in parts.items() for name, t in model.state_dict().items()})
 
 
 def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:

@@ -7,8 +7,6 @@ TransformerLens and what is built on it are imported where they are needed: `loa
 """
 
 import copy
-import hashlib
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from bridges.bridge import BridgeSet, load_bridges
 from interventions.calls import Calls
 from interventions.channels import Channel, load_channels
 from sparse_model.config import SparseConfig, from_json
+from sparse_model.tensors import digest
 
 
 class Bundle:
@@ -58,29 +57,31 @@ class Bundle:
         """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now."""
         return {
             "layers": self.shape.n_layers,
-            "dense": _digest(self.hf.state_dict()),
+            "dense": digest(self.hf.state_dict()),
             "dense dtype": str(self.hf.dtype).removeprefix("torch."),
             "sparse": self._sparse_digest(),
-            "bridges": _digest(self.bridges.state_dict()),
+            "bridges": digest(self.bridges.state_dict()),
         }
 
     def _sparse_digest(self) -> str:
         """Of the nonzeros, so that the file will do where the model was not built."""
         if self._run is None and "sparse" not in self.__dict__:
-            return _digest(load_file(self.folder / "sparse" / "model.safetensors"))
+            return digest(load_file(self.folder / "sparse" / "model.safetensors"))
         state = self.sparse.state_dict()
         if self.shape.tied:  # stored once
             del state["unembedding.weight"]
-        return _digest(state)
+        return digest(state)
 
 
 def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
-    Raw mode: activations and logits are those of the HF model. Raises what `bridges.run.open_run` raises.
+    Raw mode: activations and logits are those of the HF model. Raises what `bridges.run.open_run` raises, and
+    ValueError for a device that torch does not have here.
     """
     from bridges.run import open_run
 
+    _check_device(device)
     run = open_run(folder)
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
@@ -98,6 +99,7 @@ def load_hf(
     does need TransformerLens. Raises FileNotFoundError for a folder that is not a finished run, ValueError for bridges
     that are damaged or do not fit.
     """
+    _check_device(device)
     folder = Path(folder).expanduser()
     for part in ("dense/config.json", "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
         if not (folder / part).is_file():
@@ -113,6 +115,11 @@ def load_hf(
         )
     hf.bundle = Bundle(folder, hf, bridges, Calls(hf.transformer))
     return hf
+
+
+def _check_device(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no CUDA device here, use cpu")
 
 
 def boot(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:
@@ -159,24 +166,3 @@ def check_raw(dense: nn.Module) -> None:
             "stream) give another residual stream than the one the bridges were trained on. Load it again with "
             "load_dense and leave it in raw mode"
         )
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, indices, values in sorted(_nonzeros(tensors), key=lambda entry: entry[0]):
-        digest.update(name.encode())
-        for t in (indices, values):
-            digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _nonzeros(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, flat indices, values) of each tensor, whole or stored as `sparse_model.checkpoint` packs it."""
-    for name, t in tensors.items():
-        base = name.removesuffix(".values")
-        if name.endswith(".indices") and f"{name.removesuffix('.indices')}.values" in tensors:
-            continue
-        flat = t.detach().cpu().reshape(-1)
-        kept = flat.nonzero().squeeze(1)
-        indices = tensors[f"{base}.indices"].long()[kept] if f"{base}.indices" in tensors else kept
-        yield base, indices, flat[kept]

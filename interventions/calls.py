@@ -65,11 +65,6 @@ class Call:
         return int(self.real[:, : self.start + self.length].sum(1).max())
 
 
-def whole(tokens: Int[Tensor, "batch pos"]) -> Call:
-    """The call that sees a batch of unpadded tokens at once."""
-    return Call(length=tokens.shape[1], first=tokens.shape[1], tokens=tokens, device=tokens.device)
-
-
 class Calls:
     """Watches the body of a GPT-2 (`GPT2Model`); changes nothing."""
 

@@ -11,14 +11,12 @@ Every measurement is a file of its own in the model's folder, circuits/sizes/TAS
 again while weights and settings are the same.
 """
 
-import hashlib
 import json
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -37,6 +35,7 @@ from sparse_model.config import from_json
 from sparse_model.files import write_text
 from sparse_model.prepare import prepare_corpus
 from sparse_model.pretrain import PretrainConfig
+from sparse_model.tensors import digest
 from sparse_model.tokenizer import load_tokenizer
 
 Label = Literal["sparse", "dense"]
@@ -56,11 +55,7 @@ class Side(NamedTuple):
     @property
     def digest(self) -> str:
         """Of the model's weights."""
-        sha = hashlib.sha256()
-        for name, t in sorted(self.model.module.state_dict().items()):
-            sha.update(name.encode())
-            sha.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()[:16]
+        return digest(self.model.module.state_dict())
 
 
 class Contest(NamedTuple):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from interventions.calls import Call, whole
+from interventions.calls import Call
 from interventions.channels import Channel, read_nodes
 
 StreamVector = Float[Tensor, "#batch #pos d_dense"]
@@ -40,10 +40,6 @@ class Seen:
     def see(self, call: Call) -> None:
         """Note the pass in progress."""
         self.call = call
-
-    def see_tokens(self, tokens: Int[Tensor, "batch pos"]) -> None:
-        """Note a pass over unpadded tokens."""
-        self.see(whole(tokens))
 
     def now(self) -> Call:
         """The pass in progress."""

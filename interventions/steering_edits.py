@@ -36,7 +36,6 @@ from bridges.run import Run
 from interventions.answers import Prompts, Vectors, prompts_of
 from interventions.channels import read_nodes
 from interventions.edits import Where
-from interventions.intervene import intervene_vector
 from interventions.tasks.base import TaskBatch
 
 Columns = Float[Tensor, "d_sparse d_dense"]
@@ -195,7 +194,7 @@ def exact_patch(hf: GPT2LMHeadModel, dense: Sublayered, site: int, prompts: Prom
     here, there = (residuals(dense, tokens)[site] for tokens in (prompts.tokens, prompts.counterfactual))
     change = there - here
     if where == "read":
-        eps = intervene_vector(hf, site, here[0, 0]).edits[0].norm.eps
+        eps = hf.config.layer_norm_epsilon
 
         def std(stream: Tensor) -> Tensor:
             return (stream.var(-1, correction=0, keepdim=True) + eps).sqrt()

@@ -1,7 +1,7 @@
 """Steering over several runs (training seeds, sparsities, widths): a Markdown table and a figure.
 
-Runs that differ in depth, width, kept fraction, site or edit stand in columns of their own. A cell is the median over a
-column's runs and their range; of n runs the range holds the median of all seeds with probability 1 - 2^(1-n).
+Runs that differ in depth, width, kept fraction or place of the edit stand in columns of their own. A cell is the median
+over a column's runs and their range; of n runs the range holds the median of all seeds with probability 1 - 2^(1-n).
 
 Example:
     python scripts/steering_study.py runs/demo runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4

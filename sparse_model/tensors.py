@@ -1,7 +1,10 @@
-"""Reading tensors from disk into modules, with errors that name the file and the tensor."""
+"""Reading tensors from disk into modules, with errors that name the file and the tensor; digests of weights."""
 
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,3 +36,25 @@ def load_checked(module: nn.Module, state: dict[str, Tensor], source: Path, *, a
     if problems:
         raise ValueError(f"{source} does not fit its config: {'; '.join(problems[:5])}")
     module.load_state_dict(state, assign=assign)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex digest of named tensors, the same whether they are whole or stored as nonzeros."""
+    sha = hashlib.sha256()
+    for name, indices, values in sorted(_nonzeros(tensors), key=lambda entry: entry[0]):
+        sha.update(name.encode())
+        for t in (indices, values):
+            sha.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _nonzeros(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, flat indices, values) of each tensor, whole or stored as `sparse_model.checkpoint` packs it."""
+    for name, t in tensors.items():
+        base = name.removesuffix(".values")
+        if name.endswith(".indices") and f"{name.removesuffix('.indices')}.values" in tensors:
+            continue
+        flat = t.detach().cpu().reshape(-1)
+        kept = flat.nonzero().squeeze(1)
+        indices = tensors[f"{base}.indices"].long()[kept] if f"{base}.indices" in tensors else kept
+        yield base, indices, flat[kept]

@@ -14,6 +14,7 @@
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from sparse_model.interrupts import Interrupted, stop_signals
 from sparse_model.losses import next_token_loss
 from sparse_model.metrics import MetricsLog, flat
 from sparse_model.optim import adamw, normalize_grad_rms_, schedule, set_lr
-from sparse_model.products import MOST, sparse_products
+from sparse_model.products import sparse_products
 from sparse_model.projection import SparseParameter, annealed_fraction, check_budgets, project_
 from sparse_model.tensors import load_checked, read_tensors
 from sparse_model.transformer import SparseTransformer
@@ -192,7 +193,7 @@ class SparseTrainer:
         for batch in range(self.step * config.accumulate, (self.step + 1) * config.accumulate):
             tokens = self.blocks[self.order(batch)].long().to(accelerator.device)
             try:
-                with accelerator.autocast(), sparse_products(self.sparse, most=MOST if self.skips_zeros else 0.0):
+                with accelerator.autocast(), sparse_products(self.sparse) if self.skips_zeros else nullcontext():
                     found.append(self.backward(tokens, batch, scale))
             except ValueError as error:  # on the CPU, AbsTopK refuses NaN at once
                 raise TrainingDiverged(self._diverged(f"an activation became NaN ({error})")) from error

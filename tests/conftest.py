@@ -19,3 +19,41 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# What the tests of interventions share; files that need other models define fixtures of the same names.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of random weights with one named channel."""
+    from helpers import CHANNEL, make_tiny_run
+
+    from interventions.channels import save_channel
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    make_tiny_run(folder)
+    save_channel(folder, CHANNEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(folder: Path):
+    """Its dense model."""
+    from interventions import load_dense
+
+    return load_dense(folder)
+
+
+@pytest.fixture
+def run(dense):
+    """The opened run of `dense`."""
+    from interventions.bundle import get_bundle
+
+    return get_bundle(dense).run
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Two prompts of random tokens."""
+    return torch.randint(384, (2, 12))

@@ -13,12 +13,16 @@ from bridges.dense_training import save_dense
 from bridges.evaluate import stream_scales
 from bridges.hybrid import residuals
 from bridges.run import Run, new_bridges, open_run, save_trained
+from interventions import Channel
 from sparse_model.config import SparseConfig, to_json
 from sparse_model.generated import generate_document
 from sparse_model.tokenizer import save_tokenizer, train_tokenizer
 from sparse_model.transformer import SparseTransformer
 
 TINY_VOCAB = 384
+
+CHANNEL = Channel(name="pair", site=2, indices=(3, 11), weights=(1.0, -0.5))
+"""A named channel of the tiny run that the tests of interventions share."""
 
 
 @cache

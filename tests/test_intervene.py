@@ -4,33 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_tiny_run
+from helpers import CHANNEL, make_tiny_run
 
 from bridges.hybrid import residuals, suffix
 from bridges.run import Run
-from interventions import Channel, intervene, intervene_vector, load_dense
+from interventions import intervene, intervene_vector, load_dense
 from interventions.bundle import get_bundle
-from interventions.channels import load_channels, read_nodes, save_channel
-
-CHANNEL = Channel(name="pair", site=2, indices=(3, 11), weights=(1.0, -0.5))
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    make_tiny_run(folder)
-    save_channel(folder, CHANNEL)
-    return load_dense(folder)
-
-
-@pytest.fixture
-def run(dense) -> Run:
-    return get_bundle(dense).run
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(384, (2, 12))
+from interventions.channels import load_channels, read_nodes
 
 
 def run_from_read(run: Run, site: int, resid: torch.Tensor, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

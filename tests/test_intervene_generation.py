@@ -6,35 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import make_tiny_run
 
 from bridges.hybrid import residuals, suffix
 from bridges.run import Run
-from interventions import Channel, intervene, intervene_vector, load_dense
-from interventions.bundle import get_bundle
-from interventions.channels import read_nodes, save_channel
+from interventions import intervene, intervene_vector
+from interventions.channels import read_nodes
 
-CHANNEL = Channel(name="pair", site=2, indices=(3, 11), weights=(1.0, -0.5))
 NEW = 6
 V = torch.linspace(-2, 3, 16).roll(5)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    make_tiny_run(folder)
-    save_channel(folder, CHANNEL)
-    return load_dense(folder)
-
-
-@pytest.fixture
-def run(dense) -> Run:
-    return get_bundle(dense).run
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(384, (2, 12))
 
 
 @contextmanager

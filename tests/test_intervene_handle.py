@@ -4,38 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_tiny_run
+from helpers import CHANNEL
 
 from bridges.hybrid import residuals, suffix
 from bridges.run import Run
-from interventions import Channel, Intervention, intervene, intervene_vector, load_dense
+from interventions import Intervention, intervene, intervene_vector, load_dense
 from interventions.bundle import get_bundle
-from interventions.channels import save_channel
-
-CHANNEL = Channel(name="pair", site=2, indices=(3, 11), weights=(1.0, -0.5))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    make_tiny_run(folder)
-    save_channel(folder, CHANNEL)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dense(folder: Path):
-    return load_dense(folder)
-
-
-@pytest.fixture
-def run(dense) -> Run:
-    return get_bundle(dense).run
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(384, (2, 12))
 
 
 def hooks_of(dense) -> dict[str, list]:

@@ -8,33 +8,12 @@ import pytest
 import torch
 from helpers import make_tiny_run
 
-from interventions import Channel, intervene, intervene_vector, load_dense, load_hf
-from interventions.channels import save_channel
-
-CHANNEL = Channel(name="pair", site=2, indices=(3, 11), weights=(1.0, -0.5))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    make_tiny_run(folder)
-    save_channel(folder, CHANNEL)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dense(folder: Path):
-    return load_dense(folder)
+from interventions import intervene, intervene_vector, load_hf
 
 
 @pytest.fixture(scope="module")
 def hf(folder: Path):
     return load_hf(folder)
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(384, (2, 12))
 
 
 @pytest.mark.parametrize("where", ["read", "stream"])

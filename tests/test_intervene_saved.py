@@ -9,35 +9,9 @@ import torch
 from helpers import make_tiny_run
 from safetensors.torch import load_file, save_file
 
-from bridges.run import Run, save_trained
-from interventions import Channel, Intervention, intervene, intervene_vector, load_dense, load_hf
+from bridges.run import save_trained
+from interventions import Intervention, intervene, intervene_vector, load_dense, load_hf
 from interventions.bundle import get_bundle
-from interventions.channels import save_channel
-
-CHANNEL = Channel(name="pair", site=2, indices=(3, 11), weights=(1.0, -0.5))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    make_tiny_run(folder)
-    save_channel(folder, CHANNEL)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dense(folder: Path):
-    return load_dense(folder)
-
-
-@pytest.fixture
-def run(dense) -> Run:
-    return get_bundle(dense).run
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randint(384, (2, 12))
 
 
 def handles(dense, tokens: torch.Tensor) -> list[Intervention]:
