@@ -19,6 +19,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from bridges.bridge import BridgeSet, load_bridges
 from interventions.calls import Calls
 from interventions.channels import Channel, load_channels
+from interventions.packaged import find_run
 from sparse_model.config import SparseConfig, from_json
 from sparse_model.tensors import digest
 
@@ -76,13 +77,14 @@ class Bundle:
 def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
-    Raw mode: activations and logits are those of the HF model. Raises what `bridges.run.open_run` raises, and
-    ValueError for a device that torch does not have here.
+    `folder` is a run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
+    and logits are those of the HF model. Raises what `bridges.run.open_run` raises, and ValueError for a device that
+    torch does not have here.
     """
     from bridges.run import open_run
 
     _check_device(device)
-    run = open_run(folder)
+    run = open_run(find_run(folder))
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
     dense = boot(run.dense.hf, run.tokenizer, device)
@@ -100,7 +102,7 @@ def load_hf(
     that are damaged or do not fit.
     """
     _check_device(device)
-    folder = Path(folder).expanduser()
+    folder = find_run(folder)
     for part in ("dense/config.json", "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
         if not (folder / part).is_file():
             raise FileNotFoundError(f"{folder / part} does not exist: is {folder} a run whose training has finished?")

@@ -224,6 +224,24 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
         raise ValueError(f"{path} is damaged ({error}): {again}") from error
 
 
+def read_nodes(path: str | Path, shape: SparseConfig) -> Kept:
+    """The nodes of a circuit file as masks for a model of a shape, of whatever run and task the circuit is.
+
+    Raises FileNotFoundError without the file; ValueError where it is damaged or has a node that the model has not.
+    """
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))["nodes"]
+        masks = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(shape)}
+        for name in names:
+            for at, channel in find_node(shape, name):
+                masks[at][channel] = True
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: name the .json file of a circuit") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no circuit for this model: {error}") from error
+    return masks
+
+
 def _read_values(path: Path, data: dict[str, Any], shape: SparseConfig, again: str) -> dict[str, Tensor]:
     values = read_tensors(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != data.get("tensors_sha256"):

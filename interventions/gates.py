@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from interventions.ablation import Ablation, AblationKind
-from interventions.graph import Location, NodeModel, device_of, locations
+from interventions.graph import Kept, Location, NodeModel, device_of, locations
 from interventions.tasks.base import TaskBatch, task_loss
 from sparse_model.config import check_choices, require
 
@@ -114,6 +114,13 @@ class GateLayout:
         """A vector over gates as one vector per location."""
         return {name: flat[where] for name, where in self.slices.items()}
 
+    def join(self, kept: Kept) -> Bool[Tensor, " gate"]:
+        """The inverse of `split`: one mask over gates. A shared gate is open if either of its nodes is."""
+        flat = torch.zeros(self.n_gates, dtype=torch.bool)
+        for name, where in self.slices.items():
+            flat[where] |= kept[name].cpu()
+        return flat
+
 
 def answer_logits(
     model: NodeModel,
@@ -144,15 +151,26 @@ class Fitted(NamedTuple):
 
 
 def fit_gates(
-    model: NodeModel, train: TaskBatch, ablation: Ablation, config: PruneConfig, *, progress: bool = False
+    model: NodeModel,
+    train: TaskBatch,
+    ablation: Ablation,
+    config: PruneConfig,
+    *,
+    start: Kept | None = None,
+    progress: bool = False,
 ) -> Fitted:
-    """Step 2 of the module's docstring on a pool of training pairs. Raises ValueError for a pool below config.pairs."""
+    """Step 2 of `pruning`'s docstring on a pool of training pairs.
+
+    `start` is a warm start: the nodes of an earlier circuit begin as far above 0 as its config's init_noise_bias says,
+    all others as far below, from where they can still come back. Raises ValueError for a pool below config.pairs.
+    """
     if len(train.last) < config.pairs:
         raise ValueError(f"{len(train.last)} training pairs are too few for batches of {config.pairs}: give more")
     layout = GateLayout(locations(model.shape), tied_qk=config.tied_qk)
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.randn(layout.n_gates, generator=generator)
-    tau = (config.init_noise_bias + config.init_noise_scale * noise).clamp(-1, 1).to(device_of(model))
+    sign = 1.0 if start is None else layout.join(start).float() * 2 - 1
+    tau = (config.init_noise_bias * sign + config.init_noise_scale * noise).clamp(-1, 1).to(device_of(model))
     tau = nn.Parameter(tau)
     adam = torch.optim.AdamW([tau], lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, config))

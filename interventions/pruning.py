@@ -3,10 +3,10 @@
 1. Every node (see `graph`) has a parameter tau in [-1, 1] and a gate Heaviside(tau): 1 keeps the node's value,
    0 puts an ablated value in its place, at all tokens. Ablated values come from held-out pretraining text: the node's
    mean, zero, or its value at a random token ("resample").
-2. tau starts at init_noise_bias + init_noise_scale * N(0, 1). AdamW minimises the two-way task loss over both members
-   of every pair, plus k_coef * (number of kept nodes). Backward, the gate has a sigmoid's derivative at temperature
-   heaviside_temp. The gradient's norm is clipped; the rate warms up, then falls linearly to 0; after each step tau is
-   clamped.
+2. tau starts at init_noise_bias + init_noise_scale * N(0, 1), or warm, from an earlier circuit. AdamW minimises the
+   two-way task loss over both members of every pair, plus k_coef * (number of kept nodes). Backward, the gate has a
+   sigmoid's derivative at temperature heaviside_temp. The gradient's norm is clipped; the rate warms up, then falls
+   linearly to 0; after each step tau is clamped.
 3. Nodes are ordered by tau. Bisection finds the smallest k whose first k nodes reach the target task loss on selection
    prompts, on templates that step 2 has not seen.
 4. Every loss of step 3 is taken after calibration: logits times a scale, plus a shift per answer token, fitted on the
@@ -153,9 +153,12 @@ def prune(
     ablation: Ablation,
     config: PruneConfig,
     *,
+    start: Kept | None = None,
     progress: bool = False,
 ) -> Pruned:
     """The smallest circuit found for a task: the module's docstring, on pairs of the train and selection splits.
+
+    `start` is a warm start from the nodes of an earlier circuit, see `fit_gates`.
 
     Raises:
         ValueError: the whole model does not reach the target loss on the selection prompts (both numbers are named);
@@ -168,7 +171,7 @@ def prune(
             f"target_loss={config.target_loss:g} is below the whole model's own task loss of {whole:.4g} on the "
             "selection prompts: no circuit can be asked for that; raise the target or take a task that the model solves"
         )
-    fitted = fit_gates(nodes, train, ablation, config, progress=progress)
+    fitted = fit_gates(nodes, train, ablation, config, start=start, progress=progress)
     ranking = Ranking(nodes, fitted, ablation, selection, config)
     mask = ranking.circuit(config.target_loss)
     if mask is None:  # all nodes together reach it, as was just seen

@@ -20,7 +20,7 @@ from cli import report_errors
 from bridges.run import Run, fingerprint, open_run
 from interventions.ablation import Ablation
 from interventions.channels import load_channels
-from interventions.circuit import FOLDER, Circuit, make_circuit, save_circuit
+from interventions.circuit import FOLDER, Circuit, make_circuit, read_nodes, save_circuit
 from interventions.gates import PruneConfig
 from interventions.graph import Kept, NodeModel, as_nodes, count_edges
 from interventions.interchange import channel_nodes
@@ -49,6 +49,8 @@ class Options:
     """Pairs of the evaluation templates for the controls."""
     search: int = 0
     """Trials of a search over the settings for the fewest edges (needs optuna); resumes, and Ctrl-C ends it early."""
+    start_from: str | None = None
+    """Warm start: .json file of a circuit whose nodes begin kept, all others deleted (of a model of the same shape)."""
     graphml: str | None = None
     """Also write the circuit as GraphML to this file."""
     config: Annotated[PruneConfig, tyro.conf.arg(name="")] = field(default_factory=PruneConfig)
@@ -58,11 +60,12 @@ def main(options: Options) -> None:
     start, run = time.perf_counter(), open_run(options.run)
     model = as_nodes(run.sparse if options.model == "sparse" else run.dense)
     task = get_task(options.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
+    start_nodes = read_nodes(options.start_from, model.shape) if options.start_from else None
     blocks = prepare_corpus(run.config, run.tokenizer).val
     pairs = splits(task, options.config)
     ablation = reference_ablation(model, blocks, options.config)
     config = searched(options, run, model, pairs, ablation) if options.search else options.config
-    pruned = prune(model, *pairs, ablation, config, progress=True)
+    pruned = prune(model, *pairs, ablation, config, start=start_nodes, progress=True)
     circuit = make_circuit(
         model,
         pruned.kept,

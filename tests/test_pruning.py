@@ -250,6 +250,28 @@ def test_pruning_keeps_the_nodes_that_matter(kind: str, eliminate: bool) -> None
     assert [e.matrix for e in edges_between(model, pruned.kept)] == ["mlp_in", "mlp_out"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_masks_of_all_locations_join_to_the_gates_they_came_from(run: Run, tied: bool) -> None:
+    layout = GateLayout(locations(run.sparse.cfg), tied_qk=tied)
+    gates = torch.rand(layout.n_gates) < 0.5
+    assert torch.equal(layout.join(layout.split(gates)), gates)
+
+
+def test_a_warm_start_begins_with_an_earlier_circuit_and_can_bring_nodes_back() -> None:
+    model = as_nodes(solver())
+    ablation = measure_ablation(model, solver_batch(32, seed=9).tokens.flatten(0, 1))
+    train, selection = solver_batch(32), solver_batch(16, seed=1)
+    first = prune(model, train, selection, ablation, CONFIG)
+    again = prune(model, train, selection, ablation, replace(CONFIG, steps=1), start=first.kept)
+    assert again.history[0][1] == first.k == 3
+    assert all(torch.equal(mask, first.kept[name]) for name, mask in again.kept.items())
+    wrong = {name: torch.zeros_like(mask) for name, mask in first.kept.items()}
+    for mask in wrong.values():
+        mask[1] = True  # none of the three that matter
+    back = prune(model, train, selection, ablation, replace(CONFIG, steps=300), start=wrong)
+    assert all(torch.equal(mask, first.kept[name]) for name, mask in back.kept.items())
+
+
 def test_pruning_leaves_the_model_as_it_was(run: Run, blocks: Tensor) -> None:
     model = as_nodes(run.sparse)
     before = {name: p.clone() for name, p in run.sparse.named_parameters()}
