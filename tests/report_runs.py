@@ -15,6 +15,7 @@ from interventions.channels import Channel, save_channel
 from interventions.circuit import Circuit, make_circuit, save_circuit
 from interventions.gates import PruneConfig
 from interventions.graph import ModelKind, as_nodes, locations
+from interventions.solved import score_tasks
 from interventions.steering import Steering
 from interventions.tasks import get_task
 from interventions.validation import validate
@@ -133,6 +134,20 @@ def controlled(run: Run, found: Circuit) -> Circuit:
     return found
 
 
+def tasks_and_sizes(run: Run) -> dict[str, Any]:
+    """What solved_tasks.py writes, measured, and the part of circuit_size.py's figures that the report shows."""
+    models = {"dense": as_nodes(run.dense), "sparse": as_nodes(run.sparse)}
+    scores = score_tasks(models, run.tokenizer, max_tokens=48, pairs=4, seed=0)
+    tasks = {
+        name: {"unsupported": of} if isinstance(of, str) else {label: s._asdict() for label, s in of.items()}
+        for name, of in scores.items()
+    }
+    edges = {"dense": [{"edges": 90}, {"edges": 110}, {"edges": 400}], "sparse": [{"edges": n} for n in (4, 5, 0)]}
+    ratios = {"tasks": [TASK], "ratio": [22.5, 22.0, 400.0]}
+    sizes = {"target_loss": 0.15, "ce": {"sparse": 1.75, "dense": 1.5}, "with_edges": ratios, "tasks": {TASK: edges}}
+    return {"tasks": tasks, "circuit_size": sizes | {"left_out": {"with_as": "not solved by <both>"}}}
+
+
 def full_run(folder: Path, name: str = "quote_type") -> Run:
     """A run that has every part of the report; the channel has the name given."""
     run = make_tiny_run(folder)
@@ -142,6 +157,7 @@ def full_run(folder: Path, name: str = "quote_type") -> Run:
         run.folder,
         dense_task={TASK: {"pair_accuracy": 0.97, "p_right": 0.91, "p_wrong": 0.02}},
         steering={TASK: thorough_steering()._asdict()},
+        **tasks_and_sizes(run),
     )
     write_training_records(run)
     save_channel(run.folder, channel(name))

@@ -37,7 +37,7 @@ from interventions.report.sites import COLUMNS, GROUPS
 from interventions.report.steering import CONTROLS
 from interventions.report.texts import blocks, held_out, task_of, visible
 from interventions.report.training import MOST_POINTS, history
-from interventions.tasks import get_task
+from interventions.tasks import get_task, list_tasks
 
 # The namespace of SVG, and where the plotting library says that it is from: neither is ever fetched.
 HARMLESS = ("http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot")
@@ -250,6 +250,21 @@ def test_continuations_are_those_of_intervene(full: Run, page: Page) -> None:
     assert page.text.count("unsteered") >= 4
 
 
+def test_the_task_table_equals_metrics(full: Run, page: Page) -> None:
+    metrics = json.loads((full.folder / "metrics.json").read_text())
+    rows = {row[0]: row[1:] for row in page.tables["task-table"][2:]}
+    assert list(rows) == list_tasks()
+    for name, found in metrics["tasks"].items():
+        for at, label in ((0, "dense"), (2, "sparse")):
+            score = found.get(label)
+            wanted = [f"{score['pair_accuracy']:.2f}", f"{score['p_right']:.2f}"] if score else ["–", "–"]
+            assert rows[name][at : at + 2] == wanted, name
+    assert rows[TASK][4:7] == ["110", "4", "27.5"]
+    assert rows["with_as"][4:] == ["", "", "", metrics["tasks"]["with_as"].get("unsupported", "not solved by <both>")]
+    assert re.search(r"circuits have 22.5 times as\s+many edges", page.text)
+    assert "sparse model of 1.750 nats with a dense one of 1.500: at unequal loss the ratio says little" in page.text
+
+
 def test_circuit_data_equals_the_circuit(full: Run, page: Page) -> None:
     found, data = load_circuit(full, TASK), page.data["circuits"][TASK]
     names = [node["name"] for node in data["nodes"]]
@@ -348,6 +363,7 @@ def test_missing_parts_name_their_command(bare: Run) -> None:
     page = page_of(bare)
     for script in ("train_bridge.py", "find_channel.py", "steer.py", "find_circuit.py"):
         assert re.search(rf"scripts/{script} --run \S+", page.text)
+    assert re.search(r"scripts/solved_tasks.py \S+", page.text)
     assert page.data["charts"] == {}
     write_training_records(bare)
     save_channel(bare.folder, channel())

@@ -28,8 +28,10 @@ from interventions.report.charts import Chart
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages
+from interventions.report.tasks import size_ratio, size_warnings, task_rows
 from interventions.report.texts import HeldOut, blocks, held_out, visible
 from interventions.report.training import training_charts
+from interventions.solved import SOLVED
 from sparse_model.files import write_text
 
 REPORT = "report.html"
@@ -76,6 +78,7 @@ def write_report(folder: Path) -> Path:
                 cards=overview.cards(metrics),
                 warnings=[
                     *overview.warnings(run, metrics, channels, [page.result for page in steering], circuits),
+                    *size_warnings(metrics),
                     *loaded.problems,
                 ],
                 training=training,
@@ -86,6 +89,9 @@ def write_report(folder: Path) -> Path:
                 hybrids=hybrid_chart(metrics),
                 steering=steering,
                 controls=CONTROLS,
+                tasks=task_rows(metrics),
+                solved=SOLVED,
+                size_ratio=size_ratio(metrics),
                 circuits=circuits,
                 held_out=documents,
                 channels=pages,
