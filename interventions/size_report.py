@@ -124,6 +124,24 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def overview(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Several summaries as Markdown, a line each: losses, edges and ratio over the tasks that need edges; medians."""
+    heads = ["", "tasks", "sparse loss", "dense loss", "sparse edges", "dense edges", "dense / sparse"]
+    lines, columns = [heads, ["---"] * len(heads)], []
+    for name, of in figures.items():
+        found = of["with_edges"]
+        if "ratio" not in found:
+            lines.append([name, "0", *(f"{of['ce'][label]:.4f}" for label in LABELS), "", "", ""])
+            continue
+        edges = [statistics.median(found["geometric_mean_edges"][label]) for label in LABELS]
+        columns.append([*edges, statistics.median(found["ratio"])])
+        losses = [f"{of['ce'][label]:.4f}" for label in LABELS]
+        lines.append([name, str(len(found["tasks"])), *losses, *(f"{value:.1f}" for value in columns[-1])])
+    if columns:
+        lines.append(["median", "", "", "", *(_range(values, ".1f") for values in zip(*columns, strict=True))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _cells(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     redrawn = [one["redrawn_edges"] for one in seeds if one["redrawn_edges"] is not None]
     tried = any(one["redrawn_reached"] is not None for one in seeds)

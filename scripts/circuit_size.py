@@ -1,12 +1,12 @@
 """Count the edges that sparse and dense models of about equal loss need for the tasks that both solve.
 
-RUN names a finished run, whose sparse model is compared with its dense GPT-2. --sparse-run and --dense-run compare two
-models of scripts/train_sparse.py, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes on where it
+RUN names a finished run, whose sparse model is compared with its dense GPT-2. --sparse-runs and --dense-runs compare
+models of scripts/train_sparse.py pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes on where it
 stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
 
 Examples:
     python scripts/circuit_size.py runs/demo --seeds 0 1 2
-    python scripts/circuit_size.py --sparse-run runs/sparse --dense-run runs/all-weights --plot size.png
+    python scripts/circuit_size.py --sparse-runs runs/sparse --dense-runs runs/all-weights --plot size.png
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ from interventions.circuit_size import (
     contest_of_run,
 )
 from interventions.gates import PruneConfig
-from interventions.size_report import plot, summary, table
+from interventions.size_report import overview, plot, summary, table
 from interventions.solved import SOLVED, score_tasks
 from interventions.tasks import get_task
 from sparse_model.config import require
@@ -41,10 +41,10 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders."""
-    sparse_run: str | None = None
-    """Folder of scripts/train_sparse.py, in place of RUNs."""
-    dense_run: str | None = None
-    """The same with a nonzero fraction of 1."""
+    sparse_runs: tuple[str, ...] = ()
+    """Folders of scripts/train_sparse.py, in place of RUNs."""
+    dense_runs: tuple[str, ...] = ()
+    """As many with a nonzero fraction of 1, in the same order."""
     tasks: tuple[str, ...] = ()
     """Tasks; unset: all that both models solve."""
     seeds: tuple[int, ...] = (0,)
@@ -61,12 +61,13 @@ class Options:
 
 
 def contests(options: Options) -> list[Contest]:
-    """The models to compare. Raises ValueError unless RUNs or a sparse and a dense run are named."""
-    if options.sparse_run and options.dense_run and not options.runs:
-        return [contest_of_pretrained(options.sparse_run, options.dense_run)]
-    if options.runs and not (options.sparse_run or options.dense_run):
+    """The models to compare. Raises ValueError unless RUNs, or as many sparse as dense runs, are named."""
+    if options.runs and not (options.sparse_runs or options.dense_runs):
         return [contest_of_run(run) for run in options.runs]
-    raise ValueError("name RUN folders, or one --sparse-run and one --dense-run")
+    pairs = list(zip(options.sparse_runs, options.dense_runs, strict=False))
+    if options.runs or not pairs or len(options.sparse_runs) != len(options.dense_runs):
+        raise ValueError("name RUN folders, or as many --sparse-runs as --dense-runs")
+    return [contest_of_pretrained(*pair) for pair in pairs]
 
 
 def solved(contest: Contest, wanted: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
@@ -111,14 +112,16 @@ def measure(contest: Contest, options: Options) -> dict:
 def main(options: Options) -> None:
     require(len(options.seeds) > 0, "seeds", options.seeds, "name at least one")
     require(options.draws > 0, "draws", options.draws, "must be at least 1")
-    figures = []
+    figures = {}
     for contest in contests(options):
-        figures.append(measure(contest, options))
-        folder = contest.sides[0].folder
-        update_metrics(folder, circuit_size=figures[-1])
-        print(f"{contest.name}\n{table(figures[-1])}\nkept in {folder / 'metrics.json'}\n")
-    first = Path(options.runs[0] if options.runs else options.sparse_run or "")
-    print(f"drawn: {plot(figures, Path(options.plot) if options.plot else first / 'circuit_size.png')}")
+        folder, found = contest.sides[0].folder, measure(contest, options)
+        figures[str(folder)] = found
+        update_metrics(folder, circuit_size=found)
+        print(f"{contest.name}\n{table(found)}\nkept in {folder / 'metrics.json'}\n")
+    if len(figures) > 1:
+        print(f"{overview(figures)}\n")
+    path = Path(options.plot) if options.plot else Path(next(iter(figures))) / "circuit_size.png"
+    print(f"drawn: {plot(list(figures.values()), path)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from interventions.circuit_size import (
 )
 from interventions.gates import PruneConfig
 from interventions.graph import as_nodes
-from interventions.size_report import curve, geometric_mean, summary, table
+from interventions.size_report import curve, geometric_mean, overview, summary, table
 from interventions.solved import score_task, score_tasks
 from interventions.tasks import answer_probabilities, get_task, list_tasks, pair_accuracy
 from sparse_model.checkpoint import save_sparse
@@ -101,6 +101,21 @@ def test_figures_of_two_tasks_and_two_seeds_by_hand(contest: Contest) -> None:
     assert "| a | 5 (5 to 5) | 6.5 (4 to 9) | yes | not reached |" in printed
     assert "| 7 where reached |" in printed
     assert "left out, c: why" in printed
+
+
+def test_several_summaries_side_by_side() -> None:
+    def one(sparse: float, dense: float, *ratio: float) -> dict:
+        means = {"sparse": [n / 8 for n in ratio], "dense": [n * n / 8 for n in ratio]}
+        found = {"geometric_mean_edges": means, "ratio": list(ratio)} if ratio else {}
+        return {"ce": {"sparse": sparse, "dense": dense}, "with_edges": {"tasks": ["t"] * bool(ratio)} | found}
+
+    lines = overview({"a": one(1.5, 1.25, 16.0), "b": one(2.0, 2.0), "c": one(1.0, 1.0, 8.0, 24.0, 80.0)}).splitlines()
+    assert lines[2:] == [
+        "| a | 1 | 1.5000 | 1.2500 | 2.0 | 32.0 | 16.0 |",
+        "| b | 0 | 2.0000 | 2.0000 |  |  |  |",
+        "| c | 1 | 1.0000 | 1.0000 | 3.0 | 72.0 | 24.0 |",
+        "| median |  |  |  | 2.5 (2.0 to 3.0) | 52.0 (32.0 to 72.0) | 20.0 (16.0 to 24.0) |",
+    ]
 
 
 def test_a_measurement_is_made_once(contest: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +203,13 @@ def test_the_script_counts_draws_and_keeps(
     assert metrics["circuit_size"]["with_edges"] == {"tasks": []}
     assert metrics["sparse"]["ce"] == 2.5
     assert (folder / "circuit_size.png").read_bytes().startswith(b"\x89PNG")
-    for wrong in ({"runs": ()}, {"sparse_run": "a"}, {"runs": (), "dense_run": "b"}):
-        with pytest.raises(ValueError, match="name RUN folders, or one --sparse-run and one --dense-run"):
+    for wrong in (
+        {"runs": ()},
+        {"sparse_runs": ("a",)},
+        {"runs": (), "dense_runs": ("b",)},
+        {"runs": (), "sparse_runs": ("a", "b"), "dense_runs": ("c",)},
+    ):
+        with pytest.raises(ValueError, match="name RUN folders, or as many --sparse-runs as --dense-runs"):
             script.main(replace(options, **wrong))
     with pytest.raises(ValueError, match=r"seeds=\(\): name at least one"):
         script.main(replace(options, seeds=()))
