@@ -1,8 +1,8 @@
 """Count the edges that sparse and dense models of about equal loss need for the tasks that both solve.
 
 RUN names a finished run, whose sparse model is compared with its dense GPT-2. --sparse-runs and --dense-runs compare
-models of scripts/train_sparse.py pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes on where it
-stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
+models of scripts/train_sparse.py pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes
+on where it stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
 
 Examples:
     python scripts/circuit_size.py runs/demo --seeds 0 1 2
