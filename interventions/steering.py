@@ -3,7 +3,8 @@
 1. Evaluation prompts of a task, whose templates neither training nor selection saw, are steered towards their
    counterfactuals: every channel of a set moves by strength times its per-token difference in the sparse model.
 2. The controls (`interventions.steering_edits`) do without the channels' meaning, the bridge or the sparse model. One
-   set is the reference: the drawn controls have its number of channels and, token by token, its edit's norm.
+   set is the reference: the drawn controls have its number of channels and, token by token, its edit's norm. Random
+   directions are repeated with the norm of every other set and of the difference of means.
 3. What each set does to everything else is measured at full strength (`interventions.side_effects`).
 """
 
@@ -84,6 +85,8 @@ class Steering(NamedTuple):
     """The experiment, with what it had left open."""
     model: dict[str, int | float] = {}
     """Shape and seed of the run."""
+    random_own_p95: dict[str, Curve] = {}
+    """95th percentile of random directions as long as each set's own edit, and as the difference of means."""
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
@@ -109,6 +112,9 @@ def named_curves(result: Steering) -> dict[str, Curve]:
     for field, name in DRAWN.items():
         curves[f"{name}, mean"] = getattr(result, f"{field}_mean")
         curves[f"{name}, 95th percentile"] = getattr(result, f"{field}_p95")
+    for name, curve in result.random_own_p95.items():
+        if name != result.reference:
+            curves[f"random directions as long as {set_name(name)}, 95th percentile"] = curve
     return {name: curve for name, curve in curves.items() if curve}
 
 
@@ -152,6 +158,7 @@ def steer(dense: nn.Module, experiment: Experiment, *, progress: bool = True) ->
         side_effects=study.side_effects(edits, directions[:_SIDE_DRAWS]),
         experiment=json.loads(json.dumps(asdict(study.plan))),
         model=study.model(),
+        random_own_p95=study.random_own(edits, directions) | {study.reference: drawn["random_p95"]},
     )
 
 
@@ -222,6 +229,18 @@ class _Study:
             norms[name] = sum(map(mean_norm, raw)) / len(raw)
             found |= self._percentiles(name, (steering_edits.scaled(one, norm) for one in raw), plan.maps)
         return found, directions, norms
+
+    def random_own(self, edits: dict[str, Vectors], directions: Float[Tensor, "draw d_dense"]) -> dict[str, Curve]:
+        """95th percentile of the random directions, as long as each edit but the reference's."""
+        return {
+            name: self._percentiles(
+                "random",
+                steering_edits.along(directions, edits[name].norm(dim=-1, keepdim=True)),
+                self.plan.draws,
+            )["random_p95"]
+            for name in (*self.sets, "difference_of_means")
+            if name != self.reference
+        }
 
     def _percentiles(
         self, name: str, edits: Iterable[Vectors], count: int, percentiles: tuple[int, ...] = (95,)

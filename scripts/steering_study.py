@@ -2,6 +2,7 @@
 
 Runs that differ in depth, width, kept fraction or place of the edit stand in columns of their own. A cell is the median
 over a column's runs and their range; of n runs the range holds the median of all seeds with probability 1 - 2^(1-n).
+A strength is quiet for an edit where 95 % of random directions of its norm stay below 0.05.
 
 Example:
     python scripts/steering_study.py runs/demo runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4
@@ -63,14 +64,22 @@ def read_groups(options: Options) -> dict[str, list[Steering]]:
 
 
 def quiet_figures(result: Steering) -> dict[str, float]:
-    """The effect of each set at the largest strength up to which 95 % of the random directions stay below 0.05."""
-    loud = [p > QUIET for p in result.random_p95]
-    at = (loud.index(True) if True in loud else len(loud)) - 1
-    if at < 0:
-        return {}
-    place = f"at the largest strength with random p95 below {QUIET}"
-    rows = {f"{set_name(n)}, {place}": curve[at] for n, curve in result.channels.items()}
-    return {place.removeprefix("at the "): result.strength[at]} | rows
+    """The effect of each set at the largest strength at which random directions of its own norm do next to nothing.
+
+    That is the last strength up to which 95 % of them stay below 0.05; where there is none, the set has no row.
+    """
+    rows: dict[str, float] = {}
+    curves = {set_name(n): (curve, result.random_own_p95.get(n)) for n, curve in result.channels.items()}
+    name = "difference_of_means"
+    curves[set_name(name)] = result.difference_of_means, result.random_own_p95.get(name)
+    for name, (curve, p95) in curves.items():
+        loud = [p > QUIET for p in p95 or ()]
+        at = (loud.index(True) if True in loud else len(loud)) - 1
+        if at >= 0:
+            rows[f"{name}, largest quiet strength"] = result.strength[at]
+            rows[f"{name}, there"] = curve[at]
+            rows[f"{name}, random p95 there"] = p95[at] if p95 else 0.0
+    return rows
 
 
 def print_table(groups: dict[str, list[Steering]], strength: float) -> None:

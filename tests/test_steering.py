@@ -161,7 +161,7 @@ def test_ridge_moves_the_same_channels_through_its_own_columns(
 def test_strength_0_is_the_unsteered_model(dense, run: Run, prompts: Prompts, result: Steering) -> None:
     base = float(p_target(run.dense(prompts.tokens), prompts).mean())
     curves = named_curves(result)
-    assert len(curves) == 2 + 2 + 2 + 2 * len(DRAWN)
+    assert len(curves) == 2 + 2 + 2 + 2 * len(DRAWN) + 2  # random directions with two more norms
     for name, curve in curves.items():
         assert curve[0] == pytest.approx(base, rel=1e-4), name
         assert curve[2] != pytest.approx(base, rel=1e-4), name
@@ -234,6 +234,14 @@ def test_drawn_controls_are_as_long_as_the_edit_at_every_token(run: Run, prompts
         assert one.shape == columns.shape
         edit = steering_edits.scaled(steering_edits.channel_edit(changes, one, torch.tensor(0.3), [3, 11]), norm)
         assert torch.allclose(edit.norm(dim=-1, keepdim=True), norm * moved, atol=1e-6)
+
+
+def test_random_directions_are_repeated_with_each_edits_own_norm(dense, result: Steering) -> None:
+    assert set(result.random_own_p95) == {*result.sets, "difference_of_means"}
+    assert result.random_own_p95[result.reference] == result.random_p95
+    other = next(name for name in result.sets if name != result.reference)
+    alone = dataclasses.replace(SMALL, sets=(tuple(result.sets[other]),))
+    assert steer(dense, alone, progress=False).random_p95 == pytest.approx(result.random_own_p95[other], rel=1e-4)
 
 
 def test_random_channels_are_signed_sums_of_other_columns() -> None:
@@ -429,7 +437,7 @@ def test_study_gives_medians_and_ranges_by_group(result: Steering, tmp_path: Pat
     for number, (p, fraction) in enumerate([(0.2, 1 / 64), (0.9, 1 / 64), (0.4, 1 / 64), (0.7, 1 / 128)]):
         one = result._replace(
             channels={"1": [0.01, 0.1, p], "2": [0.01, 0.2, 0.95]},
-            random_p95=[0.01, 0.04, 0.06],
+            random_own_p95={"1": [0.01, 0.04, 0.06], "2": [0.01, 0.02, 0.03], "difference_of_means": [0.06] * 3},
             model=result.model | {"nonzero_fraction": fraction, "seed": number},
         )
         runs.append(str(tmp_path / f"run{number}"))
@@ -446,9 +454,11 @@ def test_study_gives_medians_and_ranges_by_group(result: Steering, tmp_path: Pat
     ]
     assert rows["steered, 1 channel"] == ["0.4 (0.2 to 0.9)", "0.7"]
     assert rows["P(counterfactual answer), unsteered"][0] == "0.01 (0.01 to 0.01)"
-    place = "largest strength with random p95 below 0.05"
-    assert rows[place] == ["0.5 (0.5 to 0.5)", "0.5"]
-    assert rows[f"1 channel, at the {place}"][0] == "0.1 (0.1 to 0.1)"
+    assert rows["1 channel, largest quiet strength"] == ["0.5 (0.5 to 0.5)", "0.5"]
+    assert rows["1 channel, there"][0] == "0.1 (0.1 to 0.1)"
+    assert rows["1 channel, random p95 there"][0] == "0.04 (0.04 to 0.04)"
+    assert rows["2 channels, there"][1] == "0.95"
+    assert "difference of means, there" not in rows  # never quiet
     assert (tmp_path / f"steering_study-{TASK}.png").stat().st_size > 5000
     steering_study.main(steering_study.Options(runs=tuple(runs), strength=0.5, plot=str(tmp_path / "half.png")))
     assert "steered, 1 channel | 0.1 (0.1 to 0.1)" in capsys.readouterr().out
