@@ -5,7 +5,7 @@ RUN ?= runs/demo
 # At the demo's sizes a second thread brings nothing: 40.3 ms per step instead of 40.8.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format docs clean
 
 setup: .venv/.installed
 
@@ -25,7 +25,7 @@ demo: setup
 
 # The tests of the CUDA kernels run in Triton's interpreter; a gigabyte that nothing else needs.
 .venv/.tests-installed: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,triton]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,docs,triton]' -c constraints.txt
 	touch $@
 
 test: .venv/.tests-installed
@@ -40,5 +40,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.venv/.docs-installed: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,docs]' -c constraints.txt
+	touch $@
+
+# The notebook is executed on the way. Pages open from disk; only their search needs a server.
+docs: .venv/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html, or: python3 -m http.server --directory site"
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf site .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

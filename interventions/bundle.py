@@ -77,7 +77,7 @@ class Bundle:
 def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
-    `folder` is a run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
+    A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
     and logits are those of the HF model. Raises what `bridges.run.open_run` raises, and ValueError for a device that
     torch does not have here.
     """

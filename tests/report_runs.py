@@ -68,7 +68,11 @@ def thorough_steering(task: str = TASK) -> Steering:
         ridge={"1": [0.01, 0.1, 0.1987], "2": [0.01, 0.2, 0.6789]},
         exact_patch=[0.01, 0.4, 0.9876],
         reference="2",
-        random_own_p95={"1": [0.01, 0.02, 0.0321], "2": [0.01, 0.03, 0.05], "difference_of_means": [0.01, 0.02, 0.0432]},
+        random_own_p95={
+            "1": [0.01, 0.02, 0.0321],
+            "2": [0.01, 0.03, 0.05],
+            "difference_of_means": [0.01, 0.02, 0.0432],
+        },
         norms={"2": 1.25, "exact_patch": 3.5},
         ridge_fit={"nmse": 0.111, "decoder_nmse": 0.222, "penalty": 1.0},
         side_effects={"unsteered": effects | {"pair_accuracy": {}}, "2": effects},

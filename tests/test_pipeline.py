@@ -58,7 +58,7 @@ def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
     assert set(lengths) == {11}
     assert steering["random_draws"] >= 50
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = call(cache, sys.executable, "-c", code.replace('"runs/demo"', repr(str(tiny))))
+    done = call(cache, sys.executable, "-c", code.replace('"demo"', repr(str(tiny))))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3
 

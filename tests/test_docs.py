@@ -1,0 +1,317 @@
+"""The documentation: its Python runs, its commands parse, its links lead somewhere, its notebook runs."""
+
+import ast
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbclient
+import nbformat
+import pytest
+import tyro
+
+import interventions
+from interventions.packaged import FOLDER
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+NOTEBOOK = DOCS / "tutorial.ipynb"
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+class Block(NamedTuple):
+    """A fenced block."""
+
+    page: Path
+    line: int
+    """Of its first line of code, counted from 0."""
+    language: str
+    code: str
+    not_run: str
+    """The reason, where an HTML comment `<!-- not run: reason -->` stands before the fence."""
+
+
+FENCE = re.compile(r"^```(.*)$")
+NOT_RUN = re.compile(r"<!--\s*not run:\s*(.+?)\s*-->")
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page."""
+    lines, start, language, before = page.read_text().splitlines(), None, "", ""
+    for number, line in enumerate(lines):
+        fence = FENCE.match(line)
+        if fence and start is None:
+            start, language = number + 1, fence[1].strip()
+        elif fence:
+            assert start is not None
+            reason = NOT_RUN.fullmatch(before.strip())
+            yield Block(page, start, language, "\n".join(lines[start:number]), reason[1] if reason else "")
+            start, before = None, ""
+        elif start is None and line.strip():
+            before = line
+    assert start is None, f"{name_of(page)}: a block is not closed"
+
+
+def python_blocks(page: Path) -> list[Block]:
+    return [block for block in blocks(page) if block.language == "python"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with what the pages take for granted: a finished run, a sparse model, a released checkpoint."""
+    from sparse_model.config import SparseConfig
+    from sparse_model.openai import to_openai
+    from sparse_model.transformer import SparseTransformer
+
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(FOLDER / "demo", folder / "runs" / "demo")
+    shutil.copytree(FOLDER / "demo" / "sparse", folder / "runs" / "sparse" / "sparse")
+    shape = SparseConfig(n_layers=1, d_model=32, d_mlp=64, n_heads=2, n_ctx=16, d_vocab=64, positions="learned")
+    to_openai(SparseTransformer(shape), folder / "csp_yolo2")
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+def test_the_python_of_a_page_runs_in_order(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SPARSE_BRIDGES_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in python_blocks(page):
+        if not block.not_run:
+            # Empty lines before it, so that an error names the line of the page.
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+
+
+def test_blocks_are_left_out_only_for_a_reason_and_seldom() -> None:
+    every = [block for page in PAGES for block in python_blocks(page)]
+    left_out = [f"{name_of(block.page)}:{block.line}: {block.not_run}" for block in every if block.not_run]
+    assert len(left_out) <= 2, left_out
+    assert len(every) >= 20
+
+
+class Command(NamedTuple):
+    """A command line that calls a script."""
+
+    place: str
+    script: str
+    arguments: list[str]
+
+
+def commands() -> Iterator[Command]:
+    """Every call of a script in the pages' shell blocks and docstrings of the scripts themselves."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language in ("", "sh", "bash", "console"):
+                yield from commands_in(block.code, f"{name_of(page)}:{block.line}")
+    for script in sorted((ROOT / "scripts").glob("*.py")):
+        docstring = script.read_text().split('"""')[1]
+        examples = "\n".join(line for line in docstring.splitlines() if line.startswith("    "))
+        yield from commands_in(examples, name_of(script))
+
+
+def commands_in(text: str, place: str) -> Iterator[Command]:
+    for line in filter(SCRIPT.search, text.replace("\\\n", " ").splitlines()):
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+        lexer.whitespace_split = True  # and comments are left out
+        # `for` loops, pipes and the like: each simple command by itself.
+        for parted, simple in groupby(lexer, lambda word: set(word) <= set(";&|")):
+            words = [] if parted else [re.sub(r"\$\w+", "0", word) for word in simple]
+            at = next((i for i, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
+            if at is not None:
+                yield Command(place, words[at], words[at + 1 :])
+
+
+SCRIPT = re.compile(r"scripts/\w+\.py")
+COMMANDS = list(commands())
+
+
+class _Parsed(BaseException):
+    """Raised where a script would begin its work."""
+
+
+def parse(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script up to where its arguments are parsed."""
+    real = tyro.cli
+
+    def cli(*args: Any, **options: Any) -> None:
+        real(*args, **options)
+        raise _Parsed
+
+    monkeypatch.setattr(tyro, "cli", cli)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except _Parsed:
+        return
+    except SystemExit:
+        pytest.fail(f"{shlex.join([script, *arguments])}\n{said.getvalue()}")
+    pytest.fail(f"{script} parses no arguments")
+
+
+@pytest.mark.parametrize("script", sorted({command.script for command in COMMANDS}))
+def test_command_lines_parse(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (ROOT / script).is_file(), [c.place for c in COMMANDS if c.script == script]
+    seen = set()
+    for command in COMMANDS:
+        if command.script == script and "--help" not in command.arguments and str(command.arguments) not in seen:
+            seen.add(str(command.arguments))
+            with monkeypatch.context() as patch:
+                parse(script, command.arguments, patch)
+
+
+def test_the_commands_that_are_checked_are_those_of_the_pages() -> None:
+    """An unknown option is noticed, and no call of a script is overlooked."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(pytest.fail.Exception, match="no-such-option"):
+        parse("scripts/evaluate.py", ["--no-such-option"], patch)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(pytest.fail.Exception, match="no-such-preset"):
+        parse("scripts/train_bridge.py", ["no-such-preset"], patch)
+    fenced = [block.code for page in PAGES for block in blocks(page) if block.language != "python"]
+    written = SCRIPT.findall(re.sub(r"#.*", "", "\n".join(fenced)))
+    assert [command.script for command in COMMANDS if not command.place.startswith("scripts/")] == written
+
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids of a page's headings, and of what the API pages describe."""
+    text = without_blocks(page.read_text())
+    slugs = (re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in re.findall(r"^#+ (.+)$", text, re.M))
+    return {re.sub(r"[\s-]+", "-", slug) for slug in slugs} | set(described(text))
+
+
+def described(text: str) -> list[str]:
+    return re.findall(r"^::: (\S+)$", text, re.M)
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def check_links(page: Path, text: str) -> None:
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            assert target.startswith("https://"), target  # not followed: the tests have no network
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{target} does not exist"
+        if page.is_relative_to(DOCS):
+            assert found.is_relative_to(DOCS), f"{target} is not part of the site"
+        assert not anchor or anchor in anchors(found), f"{name_of(found)} has no heading {anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_images_lead_somewhere(page: Path) -> None:
+    check_links(page, without_blocks(page.read_text()))
+
+
+def test_every_command_is_in_the_table_in_its_own_words() -> None:
+    first_lines = {}
+    for script in (ROOT / "scripts").glob("*.py"):
+        if "__main__" in script.read_text():
+            docstring = ast.get_docstring(ast.parse(script.read_text()))
+            assert docstring, script
+            first_lines[script.name] = docstring.splitlines()[0]
+    rows = re.findall(r"^\| `(\w+\.py)` \| (.+) \|$", (DOCS / "scripts.md").read_text(), re.M)
+    assert dict(rows) == first_lines, "docs/scripts.md is not what the scripts' docstrings say"
+    assert len(rows) == len(first_lines)
+
+
+def test_the_errors_that_are_explained_exist() -> None:
+    packages = ("sparse_model", "bridges", "interventions")
+    source = "".join(file.read_text() for package in packages for file in (ROOT / package).rglob("*.py"))
+    table = (DOCS / "your_own.md").read_text().partition("| part of the message |")[2]
+    parts = re.findall(r"^\| `([^`]+)`", table, re.M)
+    assert len(parts) >= 10
+    assert [part for part in parts if part not in source] == []
+
+
+def test_the_api_pages_describe_what_exists_once_and_all_that_is_exported() -> None:
+    names = [name for page in sorted((DOCS / "api").glob("*.md")) for name in described(page.read_text())]
+    assert len(names) == len(set(names))
+    found = [resolve_name(name) for name in names]
+    assert [name for name, one in zip(names, found, strict=True) if not one.__doc__] == []
+    assert [name for name in interventions.__all__ if getattr(interventions, name) not in found] == []
+
+
+def resolve_name(name: str) -> Any:
+    """The module, or the member of a module, that a dotted path names."""
+    module, _, member = name.rpartition(".")
+    found = getattr(importlib.import_module(module), member, None)
+    return importlib.import_module(name) if found is None else found
+
+
+def notebook() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    cells = notebook().cells
+    assert [cell.id for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+    assert str(ROOT) not in NOTEBOOK.read_text()
+    check_links(NOTEBOOK, "\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SPARSE_BRIDGES_CACHE", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not one of the user's
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    tutorial = notebook()
+    nbclient.NotebookClient(tutorial, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in tutorial.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    # A reader sees no warnings, and nothing of the machine.
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert str(ROOT) not in str(outputs)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built in strict mode; the notebook is not executed once more."""
+    pytest.importorskip("mkdocs", reason="needs the documentation's tools: pip install -e '.[docs]'")
+    site = tmp_path_factory.mktemp("site")
+    environment = os.environ | {"DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return site
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 12
+    loads = re.compile(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+    for page in pages:
+        outside = [tag for tag in loads.findall(page.read_text()) if 'rel="canonical"' not in tag]
+        assert outside == [], page.name
+        assert str(ROOT) not in page.read_text(), page.name
+        assert 'class="mermaid"' not in page.read_text(), "mermaid is fetched from elsewhere"
+
+
+def test_links_between_the_pages_of_the_site_lead_somewhere(site: Path) -> None:
+    """mkdocs checks Markdown; here are the notebook's and the API's."""
+    for page in site.rglob("*.html"):
+        for target in re.findall(r'<a\b[^>]*\bhref="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
+            if not target.startswith("/"):  # those of 404.html
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
