@@ -1,5 +1,7 @@
 """Which of the twenty tasks the dense and the sparse model of each run solve: a Markdown table, and RUN/metrics.json.
 
+A folder of scripts/train_dense.py or scripts/train_sparse.py holds only one of them, which will do.
+
 Example:
     python scripts/solved_tasks.py runs/demo
 """
@@ -11,10 +13,13 @@ import tyro
 from cli import report_errors
 from tqdm.auto import tqdm
 
-from bridges.run import open_run, update_metrics
-from interventions.graph import as_nodes
+from bridges.dense import load_gpt2
+from bridges.run import update_metrics
+from interventions.graph import NodeModel, as_nodes
 from interventions.solved import SOLVED, TaskScore, score_tasks
+from sparse_model.checkpoint import load_sparse
 from sparse_model.config import require
+from sparse_model.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +30,21 @@ class Options:
     """Run folders."""
     pairs: int = 128
     """Evaluation pairs of each task."""
+    seed: int = 0
+    """Seeds the pairs."""
 
 
 def main(options: Options) -> None:
     require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
     scores = {}
     for folder in tqdm(options.runs, unit="run", leave=False):
-        run = open_run(folder)
-        models = {"dense": as_nodes(run.dense), "sparse": as_nodes(run.sparse)}
-        n_ctx, seed = run.config.sparse.n_ctx, run.config.seed
-        found = score_tasks(models, run.tokenizer, max_tokens=n_ctx, pairs=options.pairs, seed=seed)
+        models = models_in(Path(folder))
+        n_ctx = min(model.shape.n_ctx for model in models.values())
+        tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+        found = score_tasks(models, tokenizer, max_tokens=n_ctx, pairs=options.pairs, seed=options.seed)
         scores[folder] = found
         update_metrics(
-            run.folder,
+            Path(folder),
             tasks={
                 name: {"unsupported": of} if isinstance(of, str) else {label: s._asdict() for label, s in of.items()}
                 for name, of in found.items()
@@ -46,24 +53,36 @@ def main(options: Options) -> None:
     print(table(scores))
 
 
+def models_in(folder: Path) -> dict[str, NodeModel]:
+    """The dense and the sparse model of a folder, or the one that it has. Raises FileNotFoundError for neither."""
+    models: dict[str, NodeModel] = {}
+    if (folder / "dense").is_dir():
+        models["dense"] = as_nodes(load_gpt2(folder / "dense"))
+    if (folder / "sparse").is_dir():
+        models["sparse"] = as_nodes(load_sparse(folder / "sparse").eval())
+    if not models:
+        raise FileNotFoundError(f"{folder} has neither dense/ nor sparse/: name the folder of a finished training")
+    return models
+
+
 def table(scores: dict[str, dict[str, dict[str, TaskScore] | str]]) -> str:
-    """Pair accuracy and P(right) of both models of each run, by task; solved ones are bold."""
-    labels = ("dense", "sparse")
-    heads = ["task", *(f"{Path(run).name} {label}: pairs, P(right)" for run in scores for label in labels)]
+    """Pair accuracy and P(right) of the models of each run, by task; solved ones are bold."""
+    columns = [
+        (folder, label)
+        for folder, found in scores.items()
+        for label in ("dense", "sparse")
+        if any(not isinstance(of, str) and label in of for of in found.values())
+    ]
+    heads = ["task", *(f"{Path(folder).name} {label}: pairs, P(right)" for folder, label in columns)]
     lines, reasons = [heads, ["---"] * len(heads)], []
     for name in next(iter(scores.values())):
-        cells = []
-        for run, found in scores.items():
-            of = found[name]
-            cells += ["-", "-"] if isinstance(of, str) else [cell(of[label]) for label in labels]
-            reasons += [f"{Path(run).name}: {of}"] if isinstance(of, str) else []
-        lines.append([name, *cells])
+        found = [(scores[folder][name], label) for folder, label in columns]
+        lines.append([name, *("-" if isinstance(of, str) else cell(of[label]) for of, label in found)])
+        reasons += [f"{Path(run).name}: {of[name]}" for run, of in scores.items() if isinstance(of[name], str)]
     solved = [
-        str(sum(of[label].solved for of in found.values() if not isinstance(of, str)))
-        for found in scores.values()
-        for label in labels
+        sum(of[label].solved for of in scores[folder].values() if not isinstance(of, str)) for folder, label in columns
     ]
-    lines.append([f"solved: pairs at least {SOLVED:g}", *solved])
+    lines.append([f"solved: pairs at least {SOLVED:g}", *map(str, solved)])
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [f"\nunsupported, {reason}" for reason in reasons])
 
 

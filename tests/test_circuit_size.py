@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,3 +246,19 @@ def test_tasks_that_the_tokenizer_cannot_present_are_listed(
         else:
             assert 0 <= of["dense"]["pair_accuracy"] <= 1
             assert set(of) == {"dense", "sparse"}
+
+
+def test_a_folder_with_one_model_will_do(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("dense", "sparse"):
+        for name in (part, "tokenizer"):
+            shutil.copytree(folder / name, tmp_path / part / name)
+    solved_tasks.main(solved_tasks.Options(runs=(str(folder),), pairs=2))
+    both = json.loads((folder / "metrics.json").read_text())["tasks"]
+    solved_tasks.main(solved_tasks.Options(runs=(str(tmp_path / "dense"), str(tmp_path / "sparse")), pairs=2))
+    assert "| task | dense dense: pairs, P(right) | sparse sparse: pairs, P(right) |" in capsys.readouterr().out
+    for part in ("dense", "sparse"):
+        alone = json.loads((tmp_path / part / "metrics.json").read_text())["tasks"]
+        scored = {name: of for name, of in alone.items() if "unsupported" not in of}
+        assert scored == {name: {part: of[part]} for name, of in both.items() if "unsupported" not in of}
+    with pytest.raises(FileNotFoundError, match="has neither dense/ nor sparse/"):
+        solved_tasks.main(solved_tasks.Options(runs=(str(tmp_path),)))
