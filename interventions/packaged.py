@@ -1,4 +1,4 @@
-"""Trained bundles that come with the package: a dense model, tokenizer, sparse model, bridges and named channels."""
+"""Trained bundles that come with the package: dense model, tokenizer, sparse model, bridges, channels and circuits."""
 
 import dataclasses
 import json
@@ -44,7 +44,9 @@ def package_run(run: str | Path, out: str | Path) -> Path:
 
     Raises what `bridges.run.open_run` raises, ValueError for a run without named channels and for more than 8 MB.
     """
-    from bridges.run import open_run  # needs TransformerLens, which load_hf does without
+    # Both need TransformerLens, which load_hf does without.
+    from bridges.run import open_run
+    from interventions.circuit import FOLDER as CIRCUITS
 
     run, out = Path(run), Path(out)
     open_run(run)
@@ -56,9 +58,12 @@ def package_run(run: str | Path, out: str | Path) -> Path:
         # Where the models lay on the machine that trained is nobody's business.
         config = dataclasses.asdict(from_json(RunConfig, run / "config.json")) | {"dense": None, "tokenizer": None}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in (CHANNELS, "metrics.json"):
-            if (run / name).exists():
-                shutil.copy(run / name, temporary / name)
+        circuits = (path for kind in ("json", "safetensors") for path in (run / CIRCUITS).glob(f"*.{kind}"))
+        for path in (run / CHANNELS, run / "metrics.json", *circuits):
+            if path.exists():
+                copy = temporary / path.relative_to(run)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)
         size = sum(path.stat().st_size for path in temporary.rglob("*"))
         if size > LARGEST:
             raise ValueError(

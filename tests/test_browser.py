@@ -17,6 +17,7 @@ from report_runs import EVIL, TASK, full_run
 from bridges.run import Run
 from interventions.circuit import Circuit, load_circuit
 from interventions.graph import NodeModel
+from interventions.packaged import FOLDER
 from interventions.report import circuits, write_report
 from interventions.tasks import TaskBatch
 
@@ -34,7 +35,6 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-DEMO = Path(__file__).parent.parent / "runs" / "demo"
 NODES = "article:not([hidden]) .node"
 
 
@@ -338,8 +338,6 @@ def test_nothing_hangs_over_the_side(page: Page, width: int) -> None:
 
 @pytest.mark.slow
 def test_the_demo_opens_too(context: Any, tmp_path: Path) -> None:
-    if not (DEMO / "metrics.json").exists():
-        pytest.skip("no finished demo to look at: make demo")
-    folder = shutil.copytree(DEMO, tmp_path / "demo")
+    folder = shutil.copytree(FOLDER / "demo", tmp_path / "demo")
     for page in opened(context, write_report(folder)):
         assert page.locator("figure.chart canvas").count() == page.locator("figure.chart").count() > 0

@@ -81,7 +81,12 @@ def test_load_hf_takes_it_too(demo) -> None:
 
 
 def test_packaging_a_run_copies_what_interventions_need(folder: Path, tmp_path: Path) -> None:
+    (folder / "circuits" / "sizes").mkdir(parents=True)
+    for name in ("a.json", "a.safetensors", "search.db", "sizes/b.json"):
+        (folder / "circuits" / name).write_text(name)
     out = package_run(folder, tmp_path / "bundle")
+    assert sorted(path.name for path in (out / "circuits").iterdir()) == ["a.json", "a.safetensors"]
+    shutil.rmtree(folder / "circuits")
     tokens = torch.arange(8)[None]
     assert torch.equal(load_dense(out)(tokens), load_dense(folder)(tokens))
     assert get_bundle(load_dense(out)).identity() == get_bundle(load_dense(folder)).identity()
