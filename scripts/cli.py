@@ -31,9 +31,12 @@ class RunOptions(NamedTuple, Generic[Config]):
     """resume, trackers and processes, as the pipelines take them."""
 
 
-def parse_run(description: str | None, presets: Mapping[str, tuple[str, Config]]) -> RunOptions[Config]:
+def parse_run(
+    description: str | None, presets: Mapping[str, tuple[str, Config]], *, prefix: str = ""
+) -> RunOptions[Config]:
     """Parse `[PRESET] [--option value ...]`; the preset may also be given as --preset NAME, the first is the default.
 
+    The folder is by default runs/PRESET with a prefix, so that two kinds of training do not share one.
     Raises ValueError for an unknown preset.
     """
     args = sys.argv[1:]
@@ -50,7 +53,7 @@ def parse_run(description: str | None, presets: Mapping[str, tuple[str, Config]]
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        run: str = f"runs/{preset}"
+        run: str = f"runs/{prefix}{preset}"
         """Run folder."""
         resume: bool = False
         """Go on from the run's last checkpoint (and keep what it has already made)."""

@@ -22,6 +22,6 @@ if __name__ == "__main__":
             preset: (what, PretrainConfig(**{name: getattr(config, name) for name in NAMES}))
             for preset, (what, config) in PRESETS.items()
         }
-        options = parse_run(__doc__, alone)
+        options = parse_run(__doc__, alone, prefix="sparse-")
         metrics = pretrain(options.config, options.folder, **options.how)
         print({name: value for name, value in metrics.items() if name != "corpus"})
