@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from interventions.circuit_size import LABELS, Contest, Label, Measured
 
@@ -190,6 +191,9 @@ def plot(figures: Sequence[Mapping[str, Any]], path: Path) -> Path:
     _dots(right, figures, tasks)
     for axes in (left, right):
         axes.grid(alpha=0.25)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     left.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.stem + ".tmp.png")
