@@ -37,7 +37,7 @@ class Options:
     """Nonzero weights of a model, all sparse parameters together (grid)."""
     widths: tuple[int, ...] = (64, 128, 256)
     """d_model; d_mlp is four times it, heads have 16 channels (grid)."""
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     """Learning rates compared at the first seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights, batches and text."""
