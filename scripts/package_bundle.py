@@ -10,6 +10,7 @@ import tyro
 from cli import report_errors
 
 from interventions.packaged import FOLDER, package_run
+from sparse_model.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    require(options.name.isidentifier(), "name", options.name, "use letters, digits and _")
     out = package_run(options.run, FOLDER / options.name)
     size = sum(path.stat().st_size for path in out.rglob("*"))
     print(f"bundle {options.name}: {size / 2**20:.2f} MB of at most 8; load_dense({options.name!r})")
