@@ -102,3 +102,12 @@ def test_packaging_refuses_what_would_not_work(folder: Path, tmp_path: Path, mon
     with pytest.raises(ValueError, match="a bundle at most"):
         package_run(folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_bundle_s_name_cannot_lead_out_of_the_package(folder: Path) -> None:
+    import package_bundle
+
+    before = sorted(FOLDER.parent.iterdir())
+    with pytest.raises(ValueError, match=r"name='\.\./demo': use letters, digits and _"):
+        package_bundle.main(package_bundle.Options(run=str(folder), name="../demo"))
+    assert sorted(FOLDER.parent.iterdir()) == before
