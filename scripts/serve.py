@@ -261,7 +261,11 @@ def make_page(gr: Any, dense: Any, run: str) -> Any:
                 result = gr.HTML(elem_id="result", apply_default_css=False)
 
         def show(*values: Any) -> str:
-            return answer(dense, *values)
+            # What was asked goes with its answer: whoever drives the page by program can tell it from the one before.
+            _, channel, delta, *_ = values
+            return Markup('<div data-channel="{}" data-delta="{}">{}</div>').format(
+                channel, delta, Markup(answer(dense, *values))
+            )
 
         values = [prompt, name, delta, where, tokens, sample, temperature, seed]
         # The last change counts: while an answer is being made, the slider moves on.

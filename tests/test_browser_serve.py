@@ -94,19 +94,29 @@ def continuations(page: Page) -> list[str]:
     return [one.text_content() for one in page.locator("#result pre").all()]
 
 
+def answered(page: Page, *, channel: str | None = None, delta: float | None = None) -> None:
+    """Wait for the answer to this: the one before may still be arriving, or arrive twice."""
+    page.wait_for_function(
+        """([channel, delta]) => {
+          const asked = document.querySelector('#result [data-delta]')?.dataset;
+          return asked && (channel === null || asked.channel === channel)
+            && (delta === null || Number(asked.delta) === delta);
+        }""",
+        arg=[channel, delta],
+    )
+
+
 def delta_to(page: Page, value: float) -> None:
     """Type a delta, and wait for the answer."""
-    before = page.locator("#result").inner_html()
     page.locator("#delta input[type=number]").fill(str(value))
     page.locator("#delta input[type=number]").blur()
-    page.wait_for_function("before => document.querySelector('#result').innerHTML != before", arg=before)
+    answered(page, delta=value)
 
 
 def choose(page: Page, name: str) -> None:
-    before = page.locator("#result").inner_html()
     page.locator("#channel input").fill(name)
     page.locator("#channel input").press("Enter")
-    page.wait_for_function("before => document.querySelector('#result').innerHTML != before", arg=before)
+    answered(page, channel=name)
 
 
 def test_the_slider_steers_the_answer_and_zero_is_the_unsteered_model(page: Page) -> None:
@@ -120,11 +130,9 @@ def test_the_slider_steers_the_answer_and_zero_is_the_unsteered_model(page: Page
     assert "0.000 nats" in page.locator("#result").inner_text()
     slider = page.locator("#delta input[type=range]")
     slider.focus()
-    before = page.locator("#result").inner_html()
     for _ in range(30):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("before => document.querySelector('#result').innerHTML != before", arg=before)
-    page.wait_for_function("document.querySelectorAll('#result pre .other')[1].textContent != ''")
+    answered(page, delta=float(slider.input_value()))
     assert any(unsteered != steered for unsteered, steered in probabilities(page))
     assert continuations(page)[0] == plain
     assert continuations(page)[1] != plain
