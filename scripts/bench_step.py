@@ -21,7 +21,6 @@ import torch
 import tyro
 from accelerate import Accelerator
 from cli import report_errors
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bridges.config import BridgeConfig, RunConfig
@@ -105,6 +104,8 @@ def make_trainer(options: Options, folder: Path) -> JointTrainer:
         n_embd=options.d_dense,
         n_layer=options.layers,
         n_head=max(1, options.d_dense // 64),
+        bos_token_id=None,
+        eos_token_id=None,
     )
     torch.manual_seed(0)
     blocks = torch.randint(options.vocab, (16 * options.batch, options.ctx))
@@ -152,6 +153,9 @@ def main(options: Options) -> None:
         synchronize()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        # Not before the peak is read: torch imports Triton with it, if that is installed, which takes 70 MiB.
+        from torch.utils.flop_counter import FlopCounterMode
+
         trainer.step, trainer.skips_zeros = 1, False
         with FlopCounterMode(display=False) as counter:  # the same draws again: counting needs memory of its own
             for _ in range(options.steps):

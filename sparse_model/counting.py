@@ -7,13 +7,14 @@ counts are all that parts of a tensor have to share, so a tensor may lie in shar
 """
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-
-from sparse_model import triton_kernels
 
 Sum = Callable[[Int[Tensor, "*counts"]], Int[Tensor, "*counts"]]
 
@@ -78,10 +79,20 @@ def forced_mask(
     return forced | flat_mask(rest, others, shards).view(bits.shape)
 
 
+@cache
+def triton_kernels() -> ModuleType | None:
+    """`sparse_model.triton_kernels`, or None where Triton is absent. Its import takes 70 MiB, so not without a GPU."""
+    if not find_spec("triton"):
+        return None
+    from sparse_model import triton_kernels
+
+    return triton_kernels
+
+
 def count_digits(bits: Int[Tensor, " n"], prefix: Int[Tensor, ""], shift: int) -> Int[Tensor, "256"]:
     """How many patterns have each digit (pattern >> shift) & 255, among those that agree with prefix above it."""
-    if bits.is_cuda and triton_kernels.available() and bits.element_size() <= 4:
-        return triton_kernels.count_digits(bits, prefix, shift)
+    if bits.is_cuda and bits.element_size() <= 4 and (triton := triton_kernels()):
+        return triton.count_digits(bits, prefix, shift)
     # In two steps: the highest digit leaves a shift by the whole width, which is undefined.
     agrees = (bits >> shift >> 7 >> 1) == (prefix >> shift >> 7 >> 1)
     digits = torch.where(agrees & (bits >= 0), (bits >> shift) & 255, 256).long()

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_model import counting, kernels, triton_kernels
+from sparse_model import counting, kernels
 
 _INT_TYPE = {
     torch.float16: torch.int16,
@@ -52,8 +52,9 @@ def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "r
         _refuse_nan(x)
         return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
     if x.device.type != "cpu":
-        if x.is_cuda and triton_kernels.available() and x.element_size() <= 4 and width <= triton_kernels.MAX_WIDTH:
-            return triton_kernels.select_rows(x.detach(), k)
+        triton = counting.triton_kernels() if x.is_cuda and x.element_size() <= 4 else None
+        if triton and width <= triton.MAX_WIDTH:
+            return triton.select_rows(x.detach(), k)
         mask = counting.rows_mask(magnitude_bits(x), k)
         return x.masked_fill(~mask, 0), mask
     kept, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_selection import matrices
 
-from sparse_model import counting, triton_kernels
+from sparse_model import counting
 from sparse_model.selection import magnitude_bits, select_rows
 
-pytest.importorskip("triton", reason="an optional extra: pip install 'sparse-bridges[triton]'")
+if not (triton_kernels := counting.triton_kernels()):
+    pytest.skip("an optional extra: pip install 'sparse-bridges[triton]'", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
