@@ -5,7 +5,7 @@ RUN ?= runs/demo
 # At the demo's sizes a second thread brings nothing: 40.3 ms per step instead of 40.8.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check format docs clean
+.PHONY: setup demo bundle test check format docs clean
 
 setup: .venv/.installed
 
@@ -22,6 +22,18 @@ demo: setup
 	$(BIN)/python scripts/steer.py --run $(RUN)
 	$(BIN)/python scripts/report.py --run $(RUN)
 	@echo "open $(RUN)/report.html"
+
+# The bundle that comes with the package: the demo's dense model, eight times the demo's text for the joint training.
+bundle: setup
+	$(BIN)/python scripts/train_dense.py demo --run runs/bundle-dense --resume
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		scripts/train_bridge.py demo --dense runs/bundle-dense/dense --batch-size 16 --steps 6000 \
+		--corpus-tokens 6000000 --run runs/bundle --resume
+	for task in single_double_quote while_return_true for_while; do \
+		$(BIN)/python scripts/find_channel.py --run runs/bundle --task $$task && \
+		$(BIN)/python scripts/steer.py --run runs/bundle --task $$task || exit 1; done
+	$(BIN)/python scripts/find_circuit.py --run runs/bundle --controls
+	$(BIN)/python scripts/package_bundle.py --run runs/bundle --name demo
 
 # The tests of the CUDA kernels run in Triton's interpreter; a gigabyte that nothing else needs.
 .venv/.tests-installed: .venv/.installed

@@ -47,7 +47,7 @@ class BridgeConfig:
     """Where positive, this many random mixed paths per step, with any number of crossings, instead of those sites."""
     kl_positions: float = 0.25
     """Share of the positions at which the hybrid KLs are evaluated, drawn anew each step."""
-    logits_at_once: int = 2**23
+    logits_at_once: int = 6 * 2**20
     """Logits in memory at a time (tokens x vocabulary); more is faster on a GPU."""
     hybrid_batch: int | None = None
     """Sequences of a batch that go through a hybrid pass at a time; fewer take less memory. Unset: all."""

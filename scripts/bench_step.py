@@ -55,6 +55,8 @@ class Options:
     """Share of the positions at which the KLs are evaluated."""
     hybrid_batch: int | None = 4
     """Sequences that go through a hybrid pass at a time."""
+    logits_at_once: int = BridgeConfig().logits_at_once
+    """Tokens x vocabulary whose logits are in memory together."""
     bigram: bool = True
     """Whether the sparse model has a bigram table."""
     checkpointing: bool = False
@@ -95,6 +97,7 @@ def make_trainer(options: Options, folder: Path) -> JointTrainer:
             sites="all" if options.sites == "all" else int(options.sites),
             kl_positions=options.kl_positions,
             hybrid_batch=options.hybrid_batch,
+            logits_at_once=options.logits_at_once,
             checkpointing=options.checkpointing,
         ),
     )
