@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/python scripts/report.py --run $(RUN)
 	@echo "open $(RUN)/report.html"
 
-# The bundle that comes with the package: the demo's dense model, eight times the demo's text for the joint training.
+# The bundle that comes with the package: the demo's dense model, four times the demo's text for the joint training.
 bundle: setup
 	$(BIN)/python scripts/train_dense.py demo --run runs/bundle-dense --resume
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \

@@ -21,6 +21,9 @@ from interventions.find import find_channel
 from interventions.from_circuit import channel_from_circuit
 from interventions.tasks import get_task
 
+WEAK = 0.5
+"""Effect of patching the whole read, nats, below which the user is warned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -37,7 +40,7 @@ class Options:
     pairs: int = 64
     """Selection prompt pairs."""
     site: int | None = None
-    """Residual site; unset: of those where the dense model's read decides the answer, the one with the smallest set."""
+    """Residual site; unset: of those where the read decides both models' answer, the one with the smallest set."""
 
 
 def main(options: Options) -> None:
@@ -58,6 +61,14 @@ def main(options: Options) -> None:
         )
     for n, share in channel.selection["share"].items():
         print(f"best {n} channels {channel.selection['sets'][n]}: {share:.0%} of the whole read's effect")
+    whole = channel.selection["whole_effect_nats"]
+    print(
+        f"the whole read of site {channel.site}: {whole:+.3f} nats of log P(counterfactual answer) in the sparse model"
+    )
+    if whole < WEAK:
+        print(
+            "warning: the sparse model's answer does not hang on this read; the channel means little, try another --site"
+        )
     print(f"{channel}\nsaved in {Path(options.run) / FILE}")
 
 

@@ -16,6 +16,7 @@ from interventions.channels import load_channels, read_nodes
 from interventions.circuit import Circuit, make_circuit, save_circuit
 from interventions.find import (
     ENOUGH,
+    ChannelSearch,
     ReadPatch,
     SiteEffect,
     eligible_sites,
@@ -98,9 +99,26 @@ def test_eligible_sites() -> None:
     def effects(*pairs: tuple[float, float]) -> list[SiteEffect]:
         return [SiteEffect(i, str(i), stream, read) for i, (stream, read) in enumerate(pairs)]
 
-    assert eligible_sites(effects((0.9, 0.9), (0.1, 0.7), (0.1, 0.1), (0.0, 1.0))) == [0, 1]
+    assert eligible_sites(effects((0.9, 0.9), (0.1, 0.82), (0.1, 0.1), (0.0, 1.0))) == [0, 1]
+    assert eligible_sites(effects((0.9, 0.9), (0.1, 0.7), (0.1, 0.1), (0.0, 1.0))) == [0]
     assert eligible_sites(effects((0.9, 0.2), (0.8, 0.3), (0.1, 0.1), (0.0, 1.0))) == [1]
     assert eligible_sites(effects((0.3, 0.2), (0.2, 0.3), (0.1, 0.1), (0.0, 1.0))) == [0]
+
+
+def test_a_site_the_sparse_model_does_not_read_is_not_taken_for_its_share_of_nothing(
+    run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sites decide in the dense model; at site 3 a single channel has nine times the effect of next to nothing."""
+    found = {
+        1: ChannelSearch({1: [4], 2: [4, 5]}, {1: 0.7, 2: 0.95}, torch.zeros(32), 7.0, torch.ones(32)),
+        3: ChannelSearch({1: [8]}, {1: 9.1}, torch.zeros(32), 0.005, torch.ones(32)),
+    }
+    effects = [SiteEffect(i, "", 0.1, 0.99 if i in found else 0.1) for i in range(5)]
+    monkeypatch.setattr("interventions.find.site_effects", lambda *_: effects)
+    monkeypatch.setattr("interventions.find.search_channels", lambda run, batch, site, **_: found[site])
+    channel = find_channel(run, "quote_type", "single_double_quote", batch)
+    assert (channel.site, channel.indices) == (1, (4, 5))
+    assert channel.selection["site_whole_effect_nats"] == {"1": 7.0, "3": 0.005}
 
 
 def circuit_with(run: Run, task: str = "single_double_quote", **nodes: list[int]) -> Circuit:
