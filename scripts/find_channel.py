@@ -66,9 +66,7 @@ def main(options: Options) -> None:
         f"the whole read of site {channel.site}: {whole:+.3f} nats of log P(counterfactual answer) in the sparse model"
     )
     if whole < WEAK:
-        print(
-            "warning: the sparse model's answer does not hang on this read; the channel means little, try another --site"
-        )
+        print("warning: the sparse model's answer does not hang on this read; the channel means little")
     print(f"{channel}\nsaved in {Path(options.run) / FILE}")
 
 
