@@ -33,7 +33,7 @@ from interventions.channels import Channel, read_nodes
 from interventions.tasks.base import TaskBatch
 
 ENOUGH = 0.9
-"""Share that a named channel must carry of the whole read's effect, and that a site must reach of the surest one's P."""
+"""Share that a named channel must carry of the whole read's effect, and a site must reach of the surest one's P."""
 HANGS = 0.5
 """Share of the largest effect of a whole read in the sparse model that a site's must reach."""
 MOST = 4
