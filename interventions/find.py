@@ -4,16 +4,16 @@ Only *selection* prompts are looked at, and steering not at all:
 
 1. Sites, in the dense model. Its own activations are patched with the counterfactual's: the stream at all tokens but
    the last (where does the feature still wait to be read?), and what the next sublayer reads, at all tokens (does that
-   read alone decide the answer?). Sites before a sublayer whose read decides it about as surely as any are eligible;
-   where several sublayers share the work no read does, and the last site where the stream still flips the answer is
-   taken.
+   read alone decide the answer?). Sites before a sublayer whose read decides it are eligible; where several sublayers
+   share the work no read does, and the last site where the stream still flips the answer is taken.
 2. Candidates, in the sparse model. Each channel of its read at a site is set alone to its counterfactual value at every
    token; its effect is the gain in log P(counterfactual answer). The strongest by effect, and by activation difference
    times decoder norm, go on.
 3. Sets. A beam search adds channels one at a time, by the joint effect of patching the whole set.
-4. Of the eligible sites those count whose read the sparse model, too, hangs on: a share of next to nothing is
-   nothing. Of these the one whose smallest sufficient set is smallest is taken (then the one whose set carries more);
-   sufficient means 90 % of the effect of patching the whole read.
+4. Of the eligible sites those come first whose read the sparse model, too, hangs on (a large share of next to nothing
+   is nothing), then those whose read decides the dense model's answer about as surely as any. Of these the one whose
+   smallest sufficient set is smallest is taken, then the one whose set carries more; sufficient means 90 % of the
+   effect of patching the whole read.
 5. The channel is that set, at most 4 indices. Its weights are the mean activation differences, largest magnitude 1,
    positive for member 0 of the task's pairs.
 """
@@ -104,13 +104,11 @@ def site_effects(dense: Sublayered, batch: TaskBatch) -> list[SiteEffect]:
 
 
 def eligible_sites(effects: list[SiteEffect]) -> list[int]:
-    """Sites before a sublayer whose read alone decides: P(counterfactual answer) above one half, and at least
-    90 % of what the most decisive read gives.
+    """Sites before a sublayer whose read alone gives the counterfactual answer more than half of the probability.
 
-    Where there is none, the last whose stream gives more than half; failing that, the one with the largest effect.
+    Where there is none, the last whose stream does; failing that, the one with the largest effect.
     """
-    surest = max(e.p_read for e in effects[:-1])
-    reads = [e.site for e in effects[:-1] if e.p_read > 0.5 and e.p_read >= ENOUGH * surest]
+    reads = [e.site for e in effects[:-1] if e.p_read > 0.5]
     streams = [e.site for e in effects[:-1] if e.p_stream > 0.5]
     return reads or streams[-1:] or [max(effects[:-1], key=lambda e: e.p_stream).site]
 
@@ -220,10 +218,12 @@ def find_channel(
         quick = {i: search_channels(run, batch, i, largest=MOST, beam=2, progress=progress) for i in sites}
 
     largest = max((q.whole for q in quick.values()), default=0.0)
+    surest = max(effects[i].p_read for i in sites)
 
-    def merit(i: int) -> tuple[bool, bool, int, float]:
+    def merit(i: int) -> tuple[bool, bool, bool, int, float]:
         size, share = sufficient(quick[i])
-        return quick[i].whole >= HANGS * largest, share >= ENOUGH, -size, share
+        sure = effects[i].p_read >= ENOUGH * surest
+        return quick[i].whole >= HANGS * largest, sure, share >= ENOUGH, -size, share
 
     chosen = max(sites, key=merit) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)

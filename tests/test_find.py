@@ -99,26 +99,43 @@ def test_eligible_sites() -> None:
     def effects(*pairs: tuple[float, float]) -> list[SiteEffect]:
         return [SiteEffect(i, str(i), stream, read) for i, (stream, read) in enumerate(pairs)]
 
-    assert eligible_sites(effects((0.9, 0.9), (0.1, 0.82), (0.1, 0.1), (0.0, 1.0))) == [0, 1]
-    assert eligible_sites(effects((0.9, 0.9), (0.1, 0.7), (0.1, 0.1), (0.0, 1.0))) == [0]
+    assert eligible_sites(effects((0.9, 0.9), (0.1, 0.7), (0.1, 0.1), (0.0, 1.0))) == [0, 1]
     assert eligible_sites(effects((0.9, 0.2), (0.8, 0.3), (0.1, 0.1), (0.0, 1.0))) == [1]
     assert eligible_sites(effects((0.3, 0.2), (0.2, 0.3), (0.1, 0.1), (0.0, 1.0))) == [0]
 
 
-def test_a_site_the_sparse_model_does_not_read_is_not_taken_for_its_share_of_nothing(
-    run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch
+def found(whole: float, *shares: float) -> ChannelSearch:
+    sizes = range(1, len(shares) + 1)
+    sets = {n: list(range(n)) for n in sizes}
+    return ChannelSearch(sets, dict(zip(sizes, shares, strict=True)), torch.zeros(32), whole, torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("p_read", "searches", "chosen"),
+    [
+        # A single channel's nine times next to nothing is not taken for a large share.
+        ({1: 0.99, 3: 0.99}, {1: found(7.0, 0.7, 0.95), 3: found(0.005, 9.1)}, 1),
+        # Fewer channels do not make up for a read that decides less surely ...
+        ({1: 0.99, 3: 0.8}, {1: found(7.0, 0.7, 0.95), 3: found(7.0, 0.95)}, 1),
+        # ... but one that the sparse model does not hang on does not come into question.
+        ({1: 0.99, 3: 0.8}, {1: found(0.01, 1.0), 3: found(7.0, 0.7, 0.95)}, 3),
+        ({1: 0.99, 3: 0.95}, {1: found(7.0, 0.7, 0.95), 3: found(5.0, 0.95)}, 3),
+    ],
+)
+def test_the_site_is_one_that_both_models_read_and_then_the_one_with_the_smallest_set(
+    run: Run,
+    batch: TaskBatch,
+    monkeypatch: pytest.MonkeyPatch,
+    p_read: dict[int, float],
+    searches: dict[int, ChannelSearch],
+    chosen: int,
 ) -> None:
-    """Both sites decide in the dense model; at site 3 a single channel has nine times the effect of next to nothing."""
-    found = {
-        1: ChannelSearch({1: [4], 2: [4, 5]}, {1: 0.7, 2: 0.95}, torch.zeros(32), 7.0, torch.ones(32)),
-        3: ChannelSearch({1: [8]}, {1: 9.1}, torch.zeros(32), 0.005, torch.ones(32)),
-    }
-    effects = [SiteEffect(i, "", 0.1, 0.99 if i in found else 0.1) for i in range(5)]
+    effects = [SiteEffect(i, "", 0.1, p_read.get(i, 0.1)) for i in range(5)]
     monkeypatch.setattr("interventions.find.site_effects", lambda *_: effects)
-    monkeypatch.setattr("interventions.find.search_channels", lambda run, batch, site, **_: found[site])
+    monkeypatch.setattr("interventions.find.search_channels", lambda run, batch, site, **_: searches[site])
     channel = find_channel(run, "quote_type", "single_double_quote", batch)
-    assert (channel.site, channel.indices) == (1, (4, 5))
-    assert channel.selection["site_whole_effect_nats"] == {"1": 7.0, "3": 0.005}
+    assert channel.site == chosen
+    assert channel.selection["site_whole_effect_nats"] == {str(i): round(s.whole, 4) for i, s in searches.items()}
 
 
 def circuit_with(run: Run, task: str = "single_double_quote", **nodes: list[int]) -> Circuit:
