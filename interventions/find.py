@@ -10,10 +10,10 @@ Only *selection* prompts are looked at, and steering not at all:
    token; its effect is the gain in log P(counterfactual answer). The strongest by effect, and by activation difference
    times decoder norm, go on.
 3. Sets. A beam search adds channels one at a time, by the joint effect of patching the whole set.
-4. Of the eligible sites those come first whose read the sparse model, too, hangs on (a large share of next to nothing
-   is nothing), then those whose read decides the dense model's answer about as surely as any. Of these the one whose
-   smallest sufficient set is smallest is taken, then the one whose set carries more; sufficient means 90 % of the
-   effect of patching the whole read.
+4. Of the eligible sites those are kept whose read the sparse model, too, hangs on (a large share of next to nothing is
+   nothing), and of those the ones whose read decides the dense model's answer about as surely as any does. Of what is
+   left the site whose smallest sufficient set is smallest is taken, then the one whose set carries more; sufficient
+   means 90 % of the effect of patching the whole read.
 5. The channel is that set, at most 4 indices. Its weights are the mean activation differences, largest magnitude 1,
    positive for member 0 of the task's pairs.
 """
@@ -217,13 +217,15 @@ def find_channel(
     if len(sites) > 1:
         quick = {i: search_channels(run, batch, i, largest=MOST, beam=2, progress=progress) for i in sites}
 
-    largest = max((q.whole for q in quick.values()), default=0.0)
-    surest = max(effects[i].p_read for i in sites)
+    if quick:
+        largest = max(q.whole for q in quick.values())
+        sites = [i for i in sites if quick[i].whole >= HANGS * largest] or sites
+        surest = max(effects[i].p_read for i in sites)
+        sites = [i for i in sites if effects[i].p_read >= ENOUGH * surest]
 
-    def merit(i: int) -> tuple[bool, bool, bool, int, float]:
+    def merit(i: int) -> tuple[bool, int, float]:
         size, share = sufficient(quick[i])
-        sure = effects[i].p_read >= ENOUGH * surest
-        return quick[i].whole >= HANGS * largest, sure, share >= ENOUGH, -size, share
+        return share >= ENOUGH, -size, share
 
     chosen = max(sites, key=merit) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)
