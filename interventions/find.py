@@ -12,8 +12,8 @@ Only *selection* prompts are looked at, and steering not at all:
 3. Sets. A beam search adds channels one at a time, by the joint effect of patching the whole set.
 4. Of the eligible sites those are kept whose read the sparse model, too, hangs on (a large share of next to nothing is
    nothing), and of those the ones whose read decides the dense model's answer about as surely as any does. Of what is
-   left the site whose smallest sufficient set is smallest is taken, then the one whose set carries more; sufficient
-   means 90 % of the effect of patching the whole read.
+   left the site whose smallest sufficient set is smallest is taken, of equal ones the last: early reads are of words
+   rather than of what the model has made of them. Sufficient means 90 % of the effect of patching the whole read.
 5. The channel is that set, at most 4 indices. Its weights are the mean activation differences, largest magnitude 1,
    positive for member 0 of the task's pairs.
 """
@@ -223,9 +223,9 @@ def find_channel(
         surest = max(effects[i].p_read for i in sites)
         sites = [i for i in sites if effects[i].p_read >= ENOUGH * surest]
 
-    def merit(i: int) -> tuple[bool, int, float]:
+    def merit(i: int) -> tuple[bool, int, int]:
         size, share = sufficient(quick[i])
-        return share >= ENOUGH, -size, share
+        return share >= ENOUGH, -size, i
 
     chosen = max(sites, key=merit) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)

@@ -120,6 +120,7 @@ def found(whole: float, *shares: float) -> ChannelSearch:
         # ... but one that the sparse model does not hang on does not come into question.
         ({1: 0.99, 3: 0.8}, {1: found(0.01, 1.0), 3: found(7.0, 0.7, 0.95)}, 3),
         ({1: 0.99, 3: 0.95}, {1: found(7.0, 0.7, 0.95), 3: found(5.0, 0.95)}, 3),
+        ({1: 0.99, 3: 0.95}, {1: found(7.0, 0.7, 0.99), 3: found(5.0, 0.7, 0.95)}, 3),  # of equal sets the last
         # The surest is looked for among those.
         ({1: 0.8, 2: 0.99, 3: 0.6}, {1: found(3.0, 0.7, 0.95), 2: found(0.1, 1.0), 3: found(4.0, 0.95)}, 1),
     ],
