@@ -203,6 +203,19 @@ def sufficient(search: ChannelSearch) -> tuple[int, float]:
     return size, search.share[size]
 
 
+def choose_site(effects: list[SiteEffect], searches: dict[int, ChannelSearch]) -> int:
+    """The site of those searched that both models hang on and whose smallest sufficient set is smallest (step 4)."""
+    largest = max(search.whole for search in searches.values())
+    sites = [i for i, search in searches.items() if search.whole >= HANGS * largest] or list(searches)
+    surest = max(effects[i].p_read for i in sites)
+
+    def merit(i: int) -> tuple[bool, int, int]:
+        size, share = sufficient(searches[i])
+        return share >= ENOUGH, -size, i
+
+    return max((i for i in sites if effects[i].p_read >= ENOUGH * surest), key=merit)
+
+
 @torch.no_grad()
 def find_channel(
     run: Run, name: str, task: str, batch: TaskBatch, *, site: int | None = None, progress: bool = False
@@ -217,17 +230,7 @@ def find_channel(
     if len(sites) > 1:
         quick = {i: search_channels(run, batch, i, largest=MOST, beam=2, progress=progress) for i in sites}
 
-    if quick:
-        largest = max(q.whole for q in quick.values())
-        sites = [i for i in sites if quick[i].whole >= HANGS * largest] or sites
-        surest = max(effects[i].p_read for i in sites)
-        sites = [i for i in sites if effects[i].p_read >= ENOUGH * surest]
-
-    def merit(i: int) -> tuple[bool, int, int]:
-        size, share = sufficient(quick[i])
-        return share >= ENOUGH, -size, i
-
-    chosen = max(sites, key=merit) if quick else sites[0]
+    chosen = choose_site(effects, quick) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)
     how = {
         "criterion": f"joint patching of the sparse read, at least {ENOUGH:.0%} of the whole read's effect",

@@ -21,6 +21,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from cli import report_errors
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bridges.config import BridgeConfig, RunConfig
@@ -156,9 +157,6 @@ def main(options: Options) -> None:
         synchronize()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        # Not before the peak is read: torch imports Triton with it, if that is installed, which takes 70 MiB.
-        from torch.utils.flop_counter import FlopCounterMode
-
         trainer.step, trainer.skips_zeros = 1, False
         with FlopCounterMode(display=False) as counter:  # the same draws again: counting needs memory of its own
             for _ in range(options.steps):

@@ -8,7 +8,6 @@ counts are all that parts of a tensor have to share, so a tensor may lie in shar
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -81,11 +80,11 @@ def forced_mask(
 
 @cache
 def triton_kernels() -> ModuleType | None:
-    """`sparse_model.triton_kernels`, or None where Triton is absent. Its import takes 70 MiB, so not without a GPU."""
-    if not find_spec("triton"):
+    """`sparse_model.triton_kernels`, imported when a CUDA tensor first asks; None where Triton cannot be."""
+    try:
+        from sparse_model import triton_kernels
+    except ImportError:
         return None
-    from sparse_model import triton_kernels
-
     return triton_kernels
 
 
