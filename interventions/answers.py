@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel
 
+from bridges.run import Run
 from interventions.bundle import Bundle, check_raw, get_bundle
 from interventions.calls import Calls
 from interventions.edits import Where
@@ -70,9 +71,14 @@ def plain_model(dense: nn.Module) -> GPT2LMHeadModel:
     """
     bundle = get_bundle(dense)
     check_raw(dense)
-    hf: Any = bundle.hf
+    return steerable(bundle.run)
+
+
+def steerable(run: Run) -> GPT2LMHeadModel:
+    """The dense model of an opened run, as `intervene` takes it."""
+    hf: Any = run.dense.hf
     if getattr(hf, "bundle", None) is None:
-        hf.bundle = Bundle(bundle.folder, hf, bundle.bridges, Calls(hf.transformer), bundle.run)
+        hf.bundle = Bundle(run.folder, hf, run.bridges, Calls(hf.transformer), run)
     return hf
 
 

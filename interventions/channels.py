@@ -63,6 +63,12 @@ class Channel:
         weights = torch.tensor(self.weights).to(reads)
         return reads[..., list(self.indices)] @ weights / weights.square().sum()
 
+    @property
+    def strength(self) -> float:
+        """The strength of `toward` that was chosen for the channel on selection prompts; 1 where none was."""
+        dose = self.selection.get("doses", {}).get(str(len(self.indices)), {})
+        return float(dose.get("strength", 1.0))
+
     def __str__(self) -> str:
         parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))
         count = f"{len(self.indices)} channel{'s' if len(self.indices) > 1 else ''}"

@@ -1,15 +1,18 @@
 """What a steering experiment is: declared in full, saved with its result, and run by `interventions.steering.steer`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from interventions.bundle import Bundle
-from interventions.channels import resolve
+from interventions.channels import Channel, resolve
+from interventions.doses import LADDER
 from interventions.edits import Where
 from interventions.tasks import get_task
 from sparse_model.config import check_choices, from_dict, require
 
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(11))
+"""Strengths of an experiment that names none; more where larger ones were chosen for its sets."""
 
 _COUNTS = ("pairs", "draws", "maps", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
 
@@ -27,8 +30,9 @@ class Experiment:
     """Of the sets of channels that the search found, those of these sizes are moved."""
     sets: tuple[tuple[int, ...], ...] = ()
     """Sets to move instead, no two of one size. A channel that was not searched for is a set by itself."""
-    strengths: tuple[int | float, ...] = STRENGTHS
-    """1 moves the channels to their counterfactual values."""
+    strengths: tuple[int | float, ...] = ()
+    """1 moves the channels to their counterfactual values. Unset: 0, 0.1 .. 1, and the strengths up to the largest of
+    those that were chosen on selection prompts when the channel was found."""
     where: Where = "read"
     """Edit only what the next sublayer reads, or the stream."""
     pairs: int = 64
@@ -52,7 +56,6 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        require(len(self.strengths) > 0, "strengths", self.strengths, "name at least one")
         for name in _COUNTS:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for one in self.sets:
@@ -90,4 +93,24 @@ def resolved(experiment: Experiment, bundle: Bundle) -> Experiment:
     wrong = [c for one in sets for c in one if not 0 <= c < bundle.shape.d_model]
     require(not wrong, "sets", wrong, f"the sparse stream has channels 0 .. {bundle.shape.d_model - 1}")
     seed = bundle.run.config.seed if experiment.seed is None else experiment.seed
-    return replace(experiment, channel=name, task=task, sets=sets, sizes=tuple(map(len, sets)), seed=seed)
+    return replace(
+        experiment,
+        channel=name,
+        task=task,
+        sets=sets,
+        sizes=tuple(map(len, sets)),
+        seed=seed,
+        strengths=experiment.strengths or _strengths(chosen_strengths(channel, sets)),
+    )
+
+
+def _strengths(chosen: dict[str, float]) -> tuple[float, ...]:
+    largest = max([1.0, *chosen.values()])
+    return tuple(sorted({*STRENGTHS, *chosen.values(), *(s for s in LADDER if 1 < s <= largest)}))
+
+
+def chosen_strengths(channel: Channel, sets: Sequence[Sequence[int]]) -> dict[str, float]:
+    """By size, the strength that was chosen on selection prompts for those of the sets that the search found."""
+    found, doses = (channel.selection.get(part, {}) for part in ("sets", "doses"))
+    sizes = {str(len(one)): list(one) for one in sets}
+    return {n: doses[n]["strength"] for n, one in sizes.items() if found.get(n) == one and n in doses}

@@ -232,7 +232,7 @@ def find_channel(
 
     chosen = choose_site(effects, quick) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)
-    how = {
+    how: dict[str, Any] = {
         "criterion": f"joint patching of the sparse read, at least {ENOUGH:.0%} of the whole read's effect",
         "site_whole_effect_nats": {str(i): round(q.whole, 4) for i, q in quick.items()},
         "site_shares": {str(i): [round(s, 4) for s in q.share.values()] for i, q in quick.items()},
@@ -242,11 +242,21 @@ def find_channel(
 
 @torch.no_grad()
 def named_channel(
-    run: Run, name: str, task: str, batch: TaskBatch, site: int, search: ChannelSearch, **how: Any
+    run: Run,
+    name: str,
+    task: str,
+    batch: TaskBatch,
+    site: int,
+    search: ChannelSearch,
+    *,
+    size: int | None = None,
+    **how: Any,
 ) -> Channel:
-    """The channel of a search, its smallest sufficient set at a site, with statistics; `how` is kept beside them."""
-    count, _ = sufficient(search)
-    indices = search.sets[count]
+    """The channel of a search, one of its sets at a site, with statistics; `how` is kept beside them.
+
+    `size` is that of the set; unset: of the smallest sufficient one.
+    """
+    indices = search.sets[size or sufficient(search)[0]]
     weights = search.difference[indices] / search.difference[indices].abs().max().clamp(min=1e-12)
     nodes = [read_nodes(run.sparse, batch.tokens[:, m], site)[..., indices] for m in (0, 1)]
     differs = (nodes[0] != nodes[1]).any(-1)

@@ -5,13 +5,15 @@
 2. The controls (`interventions.steering_edits`) do without the channels' meaning, the bridge or the sparse model. One
    set is the reference: the drawn controls have its number of channels and, token by token, its edit's norm. Random
    directions are repeated with the norm of every other set and of the difference of means.
-3. What each set does to everything else is measured at full strength (`interventions.side_effects`).
+3. What each set does to everything else is measured at the strength that was chosen for it on selection prompts, or at
+   full strength (`interventions.side_effects`).
+4. A channel that was searched for among several is compared with what the same search finds through other decoders.
 """
 
 # ruff: noqa: RUF012 (a NamedTuple has no default factories; nobody changes its defaults)
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -25,7 +27,9 @@ from interventions import steering_edits
 from interventions.answers import SteeredPrompts, Vectors, plain_model, prompts_of
 from interventions.bundle import get_bundle
 from interventions.channels import resolve
-from interventions.experiment import Experiment, resolved
+from interventions.doses import quiet_count
+from interventions.experiment import Experiment, chosen_strengths, resolved
+from interventions.find_steering import searched_again
 from interventions.side_effects import Bystanders, fixed_vector, mean_effects
 from interventions.tasks import get_task
 from sparse_model.prepare import prepare_corpus
@@ -87,6 +91,11 @@ class Steering(NamedTuple):
     """Shape and seed of the run."""
     random_own_p95: dict[str, Curve] = {}
     """95th percentile of random directions as long as each set's own edit, and as the difference of means."""
+    chosen: dict[str, float] = {}
+    """By set, the strength that was chosen on selection prompts."""
+    searched: dict[str, list[float]] = {}
+    """P(counterfactual answer) of the one channel that the same search finds through each shuffled decoder, and each
+    untrained bridge, at the strength chosen for it; of channels that were found by steering."""
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
@@ -102,6 +111,18 @@ DRAWN = {
     "untrained": "untrained bridge",
 }
 """What is drawn at random, by the names of the fields."""
+
+
+def quiet_strength(result: Steering, name: str) -> float:
+    """The largest strength of a set, or of the difference of means, that is quiet on the evaluation prompts.
+
+    Quiet up to there; not above the strength that was chosen on selection prompts, where one was.
+    """
+    most, p95 = result.chosen.get(name), result.random_own_p95.get(name)
+    if p95 is None:
+        return most or 1.0
+    quiet = result.strength[: quiet_count(p95)]
+    return max([s for s in quiet if most is None or s <= most], default=result.strength[0])
 
 
 def named_curves(result: Steering) -> dict[str, Curve]:
@@ -153,12 +174,14 @@ def steer(dense: nn.Module, experiment: Experiment, *, progress: bool = True) ->
         ridge={name: curves[f"ridge {name}"] for name in study.sets},
         exact_patch=curves["exact_patch"],
         reference=study.reference,
-        norms={name: mean_norm(edit) for name, edit in edits.items()} | norms,
+        norms={name: steering_edits.mean_norm(edit) for name, edit in edits.items()} | norms,
         ridge_fit=study.ridge_fit(),
         side_effects=study.side_effects(edits, directions[:_SIDE_DRAWS]),
         experiment=json.loads(json.dumps(asdict(study.plan))),
         model=study.model(),
         random_own_p95=study.random_own(edits, directions) | {study.reference: drawn["random_p95"]},
+        chosen=study.chosen,
+        searched=study.searched(),
     )
 
 
@@ -173,13 +196,16 @@ class _Study:
         assert plan.task is not None
         assert plan.seed is not None
         self.seed = plan.seed
-        self.site = resolve(plan.channel, bundle.channels, bundle.shape).site
+        self.channel = resolve(plan.channel, bundle.channels, bundle.shape)
+        self.site = self.channel.site
+        chosen = chosen_strengths(self.channel, plan.sets)
+        self.chosen = {n: strength for n, strength in chosen.items() if strength in plan.strengths}
         self.task = get_task(plan.task, self.run.tokenizer, max_tokens=self.run.config.sparse.n_ctx)
-        evaluation, self.selection = (
+        self.evaluation, self.selection = (
             self.task.sample(plan.pairs, split=split, seed=self.seed).to(self.hf.device)
             for split in ("evaluation", "selection")
         )
-        self.prompts = prompts_of(evaluation)
+        self.prompts = prompts_of(self.evaluation)
         self.sets = {str(len(one)): list(one) for one in plan.sets}
         self.reference = "4" if "4" in self.sets else max(self.sets, key=int)
         blocks = prepare_corpus(self.run.config, self.run.tokenizer, progress=progress)
@@ -217,8 +243,7 @@ class _Study:
         used, count = {c for one in self.sets.values() for c in one}, len(self.sets[self.reference])
         directions = steering_edits.random_directions(plan.draws, edit.shape[-1], generator)
         others = steering_edits.random_channels(self.columns, used, count, plan.draws, generator)
-        shuffled = steering_edits.shuffled_columns(self.columns, plan.maps, generator)
-        untrained = steering_edits.untrained_columns(self.run.bridges, plan.maps, self.seed)
+        shuffled, untrained = self.decoders(generator)
         found = {
             **self._percentiles("random", steering_edits.along(directions, norm), plan.draws, (5, 95)),
             **self._percentiles("random_channels", steering_edits.along(others, norm), plan.draws),
@@ -226,9 +251,32 @@ class _Study:
         norms = {}
         for name, decoders in (("shuffled", shuffled), ("untrained", untrained)):
             raw = [self.through(columns, self.reference) for columns in decoders]
-            norms[name] = sum(map(mean_norm, raw)) / len(raw)
+            norms[name] = sum(map(steering_edits.mean_norm, raw)) / len(raw)
             found |= self._percentiles(name, (steering_edits.scaled(one, norm) for one in raw), plan.maps)
         return found, directions, norms
+
+    def decoders(self, generator: torch.Generator) -> tuple[Iterator[steering_edits.Columns], ...]:
+        """Shuffled decoders, and untrained bridges."""
+        shuffled = steering_edits.shuffled_columns(self.columns, self.plan.maps, generator)
+        return shuffled, steering_edits.untrained_columns(self.run.bridges, self.plan.maps, self.seed)
+
+    def searched(self) -> dict[str, list[float]]:
+        """What the search for one channel finds through other decoders; nothing where there was no such search."""
+        candidates = self.channel.selection.get("candidates", [])
+        if not candidates or self.plan.where != "read" or self.plan.task != self.channel.selection["task"]:
+            return {}
+        names = ("shuffled", "untrained")
+        return {
+            name: searched_again(
+                self.run,
+                candidates,
+                self.site,
+                self.selection,
+                self.evaluation,
+                iter(tqdm(maps, f"searched again: {name}", self.plan.maps, leave=False, disable=not self.progress)),
+            )
+            for name, maps in zip(names, self.decoders(torch.Generator().manual_seed(self.seed)), strict=True)
+        }
 
     def random_own(self, edits: dict[str, Vectors], directions: Float[Tensor, "draw d_dense"]) -> dict[str, Curve]:
         """95th percentile of the random directions, as long as each edit but the reference's."""
@@ -260,7 +308,9 @@ class _Study:
     ) -> dict[str, dict[str, Any]]:
         """`SideEffects` of each set and of what it is to be compared with."""
         bystanders = Bystanders(self.hf, self.run, self.prompts, self.site, self.plan, self.held_out)
-        fixed = {name: fixed_vector(edits[name]) for name in (*self.sets, "difference_of_means")}
+        fixed = {
+            name: self.chosen.get(name, 1) * fixed_vector(edits[name]) for name in (*self.sets, "difference_of_means")
+        }
         length = fixed[self.reference].norm()
         names = tqdm(fixed, f"{self.task.name}: side effects", leave=False, disable=not self.progress)
         found = {"unsteered": bystanders.measure(None)} | {name: bystanders.measure(fixed[name]) for name in names}
@@ -277,12 +327,6 @@ class _Study:
             "nonzero_fraction": config.sparsity.nonzero_fraction,
             "seed": config.seed,
         }
-
-
-def mean_norm(edit: Vectors) -> float:
-    """Mean length of an edit over the tokens that it moves; 0 where it moves none."""
-    norms = edit.norm(dim=-1)
-    return float(norms.sum() / (norms > 0).sum().clamp(min=1))
 
 
 def bootstrap(

@@ -63,6 +63,12 @@ def scaled(edit: Vectors, norm: Float[Tensor, "prompt pos 1"]) -> Vectors:
     return edit * (norm / edit.norm(dim=-1, keepdim=True).clamp(min=1e-30))
 
 
+def mean_norm(edit: Vectors) -> float:
+    """Mean length of an edit over the tokens that it moves; 0 where it moves none."""
+    norms = edit.norm(dim=-1)
+    return float(norms.sum() / (norms > 0).sum().clamp(min=1))
+
+
 def random_directions(draws: int, d_dense: int, generator: torch.Generator) -> Float[Tensor, "draw d_dense"]:
     """Unit vectors, uniform on the sphere."""
     drawn = torch.randn(draws, d_dense, generator=generator)

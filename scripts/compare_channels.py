@@ -42,7 +42,9 @@ def row(run: str, channel: Channel) -> list[str]:
     share, whole = selection["share"], selection["whole_effect_nats"]
     carried = share[str(len(channel.indices))]
     enough = next((n for n, s in share.items() if s >= ENOUGH), f"more than {max(share, key=int)}")
-    source = f"circuit of {selection['circuit']['nodes']} nodes" if "circuit" in selection else "search"
+    source = "steering" if "candidates" in selection else "patching"
+    if "circuit" in selection:
+        source = f"circuit of {selection['circuit']['nodes']} nodes"
     indices = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(channel.indices, channel.weights, strict=True))
     return [Path(run).name, channel.name, source, str(channel.site), indices, f"{carried:.0%}",
             f"{carried * whole:.2f} of {whole:.2f}", enough]  # fmt: skip

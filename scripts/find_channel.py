@@ -1,9 +1,11 @@
 """Find the sparse channel that carries a task's feature and name it in RUN/channels.json.
 
-It is searched for by patching, or taken from the task's circuit (scripts/find_circuit.py).
+It is searched for by what steers the dense model, by patching the sparse model alone, or taken from the task's circuit
+(scripts/find_circuit.py). Only selection prompts are looked at; their strengths are kept with it.
 
 Examples:
     python scripts/find_channel.py --run runs/demo
+    python scripts/find_channel.py --run runs/demo --task while_return_true --from patching
     python scripts/find_channel.py --run runs/demo --task while_return_true --from circuit
 """
 
@@ -17,12 +19,11 @@ from cli import report_errors
 from bridges.run import open_run
 from interventions.channels import FILE, save_channel
 from interventions.circuit import load_circuit
+from interventions.doses import with_doses
 from interventions.find import find_channel
+from interventions.find_steering import HANGS, find_steering_channel
 from interventions.from_circuit import channel_from_circuit
 from interventions.tasks import get_task
-
-WEAK = 0.5
-"""Effect of patching the whole read, nats, below which the user is warned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,16 @@ class Options:
     """Run folder."""
     task: str = "single_double_quote"
     """Task whose feature is wanted."""
-    source: Annotated[Literal["search", "circuit"], tyro.conf.arg(name="from")] = "search"
-    """Search all channels, or take those of the task's circuit that the last deciding sublayer reads."""
+    source: Annotated[Literal["steering", "patching", "circuit"], tyro.conf.arg(name="from")] = "steering"
+    """Take the channels that steer the dense model best, of those that the sparse model uses; those that carry most of
+    what patching a read does in the sparse model alone; or those of the task's circuit that the last deciding sublayer
+    reads."""
     name: str | None = None
     """Name for the channel; unset: the one that the task proposes, quote_type for single_double_quote."""
     pairs: int = 64
     """Selection prompt pairs."""
     site: int | None = None
-    """Residual site; unset: of those where the read decides both models' answer, the one with the smallest set."""
+    """Residual site; unset: it is chosen among those where the read decides both models' answer."""
 
 
 def main(options: Options) -> None:
@@ -50,8 +53,12 @@ def main(options: Options) -> None:
     batch = task.sample(options.pairs, split="selection", seed=run.config.seed)
     if options.source == "circuit":
         channel = channel_from_circuit(run, name, load_circuit(run, task.name), batch, site=options.site)
-    else:
+    elif options.source == "patching":
         channel = find_channel(run, name, task.name, batch, site=options.site, progress=True)
+    else:
+        channel = find_steering_channel(run, name, task.name, batch, site=options.site, progress=True)
+    if options.source != "steering":
+        channel = with_doses(run, channel, batch)
     save_channel(run.folder, channel)
     for effect in channel.selection["site_effects"]:
         mark = "  <- chosen" if effect["site"] == channel.site else ""
@@ -60,12 +67,17 @@ def main(options: Options) -> None:
             f"{effect['p_stream']:.3f}, the read alone {effect['p_read']:.3f}{mark}"
         )
     for n, share in channel.selection["share"].items():
-        print(f"best {n} channels {channel.selection['sets'][n]}: {share:.0%} of the whole read's effect")
+        dose = channel.selection["doses"][n]
+        print(
+            f"{n} channels {channel.selection['sets'][n]}: {share:.0%} of the whole read's effect in the sparse model; "
+            f"P(counterfactual answer) in the dense model {dose['p']:.3f} at strength {dose['strength']:g} (random "
+            f"directions {dose['random_p98']:.3f})"
+        )
     whole = channel.selection["whole_effect_nats"]
     print(
         f"the whole read of site {channel.site}: {whole:+.3f} nats of log P(counterfactual answer) in the sparse model"
     )
-    if whole < WEAK:
+    if whole < HANGS:
         print("warning: the sparse model's answer does not hang on this read; the channel means little")
     print(f"{channel}\nsaved in {Path(options.run) / FILE}")
 

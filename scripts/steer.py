@@ -5,6 +5,7 @@ Examples:
     python scripts/steer.py --run runs/demo --task while_return_true --where stream --out runs/demo/stream
 """
 
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from interventions import load_dense
 from interventions.bundle import get_bundle
 from interventions.experiment import Experiment, read_experiment
 from interventions.plots import plot_steering
-from interventions.steering import Steering, named_curves, set_name, steer
+from interventions.steering import DRAWN, Steering, named_curves, quiet_strength, set_name, steer
 from interventions.tasks import answer_probabilities, get_task, pair_accuracy
 
 
@@ -70,6 +71,19 @@ def print_curves(result: Steering) -> None:
         print(f"{name:42}" + "".join(f"{curve[i]:8.4f}" for i in shown) + interval)
 
 
+def print_quiet(result: Steering) -> None:
+    """Each set at its quiet strength, and what the search for one channel finds through other decoders."""
+    print(f"\n{'at the largest quiet strength':42}strength   P(cf.)  random p95   chosen")
+    for n, curve in {**result.channels, "difference_of_means": result.difference_of_means}.items():
+        strength = quiet_strength(result, n)
+        at = result.strength.index(strength)
+        chosen = f"{result.chosen[n]:9g}" if n in result.chosen else ""
+        print(f"{set_name(n):42}{strength:8g}{curve[at]:9.4f}{result.random_own_p95[n][at]:12.4f}{chosen}")
+    for name, found in result.searched.items():
+        values = f"median {statistics.median(found):.4f}, largest {max(found):.4f} of {len(found)}"
+        print(f"{f'1 channel searched for, {DRAWN[name]}':42}  {values}")
+
+
 def print_side_effects(effects: dict[str, dict[str, Any]]) -> None:
     """What the fixed vectors do to everything else."""
     heads = "  norm    P(cf.)  KL, nats   perplexity (cf.)   other tasks"
@@ -102,6 +116,7 @@ def main(options: Options) -> None:
         + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
     )
     print_curves(result)
+    print_quiet(result)
     print_side_effects(result.side_effects)
     print(f"\nNMSE at the site: decoder {result.ridge_fit['decoder_nmse']:.3f}, ridge {result.ridge_fit['nmse']:.3f}")
     print(f"plot: {plot}")

@@ -2,7 +2,8 @@
 
 Runs that differ in depth, width, kept fraction or place of the edit stand in columns of their own. A cell is the median
 over a column's runs and their range; of n runs the range holds the median of all seeds with probability 1 - 2^(1-n).
-A strength is quiet for an edit where 95 % of random directions of its norm stay below 0.05.
+A strength is quiet for an edit where 95 % of random directions of its norm stay below 0.05. Each set is shown at its
+largest quiet strength, not above the one that was chosen for it on selection prompts; the controls at their set's.
 
 Example:
     python scripts/steering_study.py runs/demo runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4
@@ -15,12 +16,10 @@ from pathlib import Path
 import tyro
 from cli import report_errors
 from matplotlib.figure import Figure
-from summary import read_steering, steering_figures
+from summary import at_strength, read_steering, steering_figures, strength_of, value_at
 
 from interventions.plots import DEPTH, GREY, save_figure
-from interventions.steering import Steering, named_curves, set_name
-
-QUIET = 0.05
+from interventions.steering import Steering, set_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +30,8 @@ class Options:
     """Run folders, or folders given to scripts/steer.py as --out."""
     task: str = "single_double_quote"
     """Task that was steered."""
-    strength: float = 1.0
-    """Steering strength of the table and the figure."""
+    strength: float | None = None
+    """Steering strength of the table and the figure; unset: for each set its quiet one."""
     plot: str | None = None
     """Where the figure goes; unset: steering_study-TASK.png beside the first run."""
 
@@ -43,14 +42,6 @@ def group_of(result: Steering) -> str:
     return f"{m['layers']} layers, {m['d_sparse']} wide, 1/{1 / m['nonzero_fraction']:g} nonzero, where={result.where}"
 
 
-def at_strength(result: Steering, strength: float, folder: str) -> int:
-    """The place of a strength in a result's curves. Raises ValueError where it was not measured."""
-    for at, one in enumerate(result.strength):
-        if abs(one - strength) < 1e-6:
-            return at
-    raise ValueError(f"strength={strength}: {folder} was steered at {', '.join(f'{s:g}' for s in result.strength)}")
-
-
 def read_groups(options: Options) -> dict[str, list[Steering]]:
     """The runs' results by group. Raises what `read_steering` raises, and ValueError for an old or a foreign result."""
     groups: dict[str, list[Steering]] = {}
@@ -58,37 +49,18 @@ def read_groups(options: Options) -> dict[str, list[Steering]]:
         _, result = read_steering(Path(folder), options.task)
         if not result.model:
             raise ValueError(f"{folder} was steered by an earlier version: run scripts/steer.py on it again")
-        at_strength(result, options.strength, folder)
+        for name in result.channels:
+            at_strength(result, strength_of(result, set_name(name), options.strength), folder)
         groups.setdefault(group_of(result), []).append(result)
     return groups
 
 
-def quiet_figures(result: Steering) -> dict[str, float]:
-    """The effect of each set at the largest strength at which random directions of its own norm do next to nothing.
-
-    That is the last strength up to which 95 % of them stay below 0.05; where there is none, the set has no row.
-    """
-    rows: dict[str, float] = {}
-    curves = {set_name(n): (curve, result.random_own_p95.get(n)) for n, curve in result.channels.items()}
-    name = "difference_of_means"
-    curves[set_name(name)] = result.difference_of_means, result.random_own_p95.get(name)
-    for name, (curve, p95) in curves.items():
-        loud = [p > QUIET for p in p95 or ()]
-        at = (loud.index(True) if True in loud else len(loud)) - 1
-        if at >= 0:
-            rows[f"{name}, largest quiet strength"] = result.strength[at]
-            rows[f"{name}, there"] = curve[at]
-            rows[f"{name}, random p95 there"] = p95[at] if p95 else 0.0
-    return rows
-
-
-def print_table(groups: dict[str, list[Steering]], strength: float) -> None:
+def print_table(groups: dict[str, list[Steering]], strength: float | None) -> None:
     """Medians with ranges, a column for each group."""
-    columns = [
-        [steering_figures(r, at_strength(r, strength, "")) | quiet_figures(r) for r in runs] for runs in groups.values()
-    ]
+    columns = [[steering_figures(r, strength) for r in runs] for runs in groups.values()]
     heads = [f"{name} ({len(runs)} run{'s' * (len(runs) != 1)})" for name, runs in groups.items()]
-    print(f"| strength {strength:g} | {' | '.join(heads)} |")
+    at = "at quiet strengths" if strength is None else f"strength {strength:g}"
+    print(f"| {at} | {' | '.join(heads)} |")
     print("|---" * (len(heads) + 1) + "|")
     print(f"| sites | {' | '.join(', '.join(str(r.site) for r in runs) for runs in groups.values())} |")
     for name in dict.fromkeys(name for column in columns for row in column for name in row):
@@ -106,10 +78,9 @@ def draw(groups: dict[str, list[Steering]], options: Options, path: Path) -> Pat
     axes = figure.subplots()
     for number, (name, runs) in enumerate(groups.items()):
         colour = DEPTH(number / max(1, len(groups) - 1))
-        at = [at_strength(r, options.strength, "") for r in runs]
         found: dict[int, list[float]] = {}
-        for place, result in zip(at, runs, strict=True):
-            points = sorted((int(n), curve[place]) for n, curve in result.channels.items())
+        for result in runs:
+            points = sorted((int(n), value_at(result, set_name(n), options.strength)) for n in result.channels)
             axes.plot(*zip(*points, strict=True), color=colour, lw=0.8, alpha=0.5)
             for n, p in points:
                 found.setdefault(n, []).append(p)
@@ -118,10 +89,10 @@ def draw(groups: dict[str, list[Steering]], options: Options, path: Path) -> Pat
         if len(groups) == 1:
             styles = {"exact patch": "-", "difference of means": "--", "random directions, 95th percentile": ":"}
             for control, style in styles.items():
-                level = statistics.median(named_curves(r)[control][i] for i, r in zip(at, runs, strict=True))
+                level = statistics.median(value_at(r, control, options.strength) for r in runs)
                 axes.axhline(level, color=GREY, ls=style, lw=1.2, label=f"{control}, median")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="sparse channels moved", ylabel=f"P(counterfactual answer), strength {options.strength:g}")
+    axes.set(xlabel="sparse channels moved", ylabel="P(counterfactual answer)")
     axes.set(ylim=(-0.02, 1.02), title=options.task)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)

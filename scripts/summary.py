@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 from cli import report_errors
 
-from interventions.steering import Steering, named_curves, set_name
+from interventions.steering import DRAWN, Steering, named_curves, quiet_strength, set_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,47 @@ def read_steering(folder: Path, task: str) -> tuple[dict[str, Any], Steering]:
         raise ValueError(f"{path}: steering of {task} does not read ({error}): run scripts/steer.py again") from error
 
 
-def steering_figures(result: Steering, at: int = -1) -> dict[str, float]:
-    """P(counterfactual answer) unsteered and at one of the strengths, by edit, and the side effects of the edits."""
+def at_strength(result: Steering, strength: float, folder: str = "this run") -> int:
+    """The place of a strength in a result's curves. Raises ValueError where it was not measured."""
+    for at, one in enumerate(result.strength):
+        if abs(one - strength) < 1e-6:
+            return at
+    raise ValueError(f"strength={strength}: {folder} was steered at {', '.join(f'{s:g}' for s in result.strength)}")
+
+
+def strength_of(result: Steering, name: str, strength: float | None = None) -> float:
+    """Where a curve is read: at the strength given; unset: at the quiet one of the set that it goes with, or at 1."""
+    if strength is not None:
+        return strength
+    for n in (*result.sets, "difference_of_means"):
+        own = set_name(n)
+        if name in (own, f"ridge regression, {own}") or name.startswith(f"random directions as long as {own},"):
+            return quiet_strength(result, n)
+    return quiet_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else 1.0
+
+
+def value_at(result: Steering, name: str, strength: float | None = None) -> float:
+    """P(counterfactual answer) on one of the `named_curves`."""
+    return named_curves(result)[name][at_strength(result, strength_of(result, name, strength))]
+
+
+def steering_figures(result: Steering, strength: float | None = None) -> dict[str, float]:
+    """P(counterfactual answer) unsteered and steered, by edit, and the side effects of the edits.
+
+    At one strength; unset: each set, and the difference of means, at its quiet strength, the controls at their set's.
+    """
     rows = {}
     if result.strength[0] == 0:
         rows["P(counterfactual answer), unsteered"] = next(iter(result.channels.values()))[0]
-    sets = [set_name(n) for n in result.channels]
-    rows |= {f"steered, {name}" if name in sets else name: curve[at] for name, curve in named_curves(result).items()}
+    curves, sets = named_curves(result), [set_name(n) for n in result.channels]
+    for name in (*sets, "difference of means"):
+        if strength is None:
+            rows[f"{name}, strength"] = strength_of(result, name)
+        rows[f"steered, {name}" if name in sets else name] = value_at(result, name, strength)
+    rows |= {name: value_at(result, name, strength) for name in curves if name not in (*sets, "difference of means")}
+    for name, found in result.searched.items():
+        rows[f"1 channel searched for, {DRAWN[name]}, median"] = statistics.median(found)
+        rows[f"1 channel searched for, {DRAWN[name]}, largest"] = max(found)
     for name, effects in result.side_effects.items():
         if name != "unsteered":
             rows[f"KL on other text, {set_name(name)}"] = effects["kl"]

@@ -221,6 +221,6 @@ def test_the_scripts_name_a_circuit_s_channel_and_compare_runs(run: Run, capsys:
     heads, _, first, second = capsys.readouterr().out.splitlines()
     assert heads.count("|") == first.count("|") == second.count("|")
     assert "| bracket_type | circuit of 2 nodes | 3 |" in first
-    assert "| mine | search | 2 |" in second
+    assert "| mine | steering | 2 |" in second
     with pytest.raises(ValueError, match=rf"has no channel for for_while: find one with .* --run {folder}"):
         compare_channels.main(compare_channels.Options(runs=(folder,), task="for_while"))

@@ -20,10 +20,10 @@ from interventions import Channel, answers, intervene, intervene_vector, load_de
 from interventions.answers import Prompts, SteeredPrompts, plain_model, prompts_of
 from interventions.bundle import get_bundle
 from interventions.channels import read_nodes, save_channel
-from interventions.experiment import Experiment, read_experiment, resolved
+from interventions.experiment import Experiment, chosen_strengths, read_experiment, resolved
 from interventions.plots import draw_steering
 from interventions.side_effects import Bystanders, SideEffects, fixed_vector, mean_effects
-from interventions.steering import DRAWN, Steering, bootstrap, named_curves, steer
+from interventions.steering import DRAWN, Steering, bootstrap, named_curves, quiet_strength, steer
 from interventions.tasks import get_task, list_tasks, pair_accuracy
 from sparse_model.generated import generate_document
 from sparse_model.prepare import prepare_corpus
@@ -443,7 +443,7 @@ def test_study_gives_medians_and_ranges_by_group(result: Steering, tmp_path: Pat
         runs.append(str(tmp_path / f"run{number}"))
         Path(runs[-1]).mkdir()
         update_metrics(Path(runs[-1]), steering={TASK: one._asdict()})
-    steering_study.main(steering_study.Options(runs=tuple(runs)))
+    steering_study.main(steering_study.Options(runs=tuple(runs), strength=1))
     rows = {
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
         for line in capsys.readouterr().out.splitlines()
@@ -454,11 +454,8 @@ def test_study_gives_medians_and_ranges_by_group(result: Steering, tmp_path: Pat
     ]
     assert rows["steered, 1 channel"] == ["0.4 (0.2 to 0.9)", "0.7"]
     assert rows["P(counterfactual answer), unsteered"][0] == "0.01 (0.01 to 0.01)"
-    assert rows["1 channel, largest quiet strength"] == ["0.5 (0.5 to 0.5)", "0.5"]
-    assert rows["1 channel, there"][0] == "0.1 (0.1 to 0.1)"
-    assert rows["1 channel, random p95 there"][0] == "0.04 (0.04 to 0.04)"
-    assert rows["2 channels, there"][1] == "0.95"
-    assert "difference of means, there" not in rows  # never quiet
+    assert rows["random directions as long as 1 channel, 95th percentile"][0] == "0.06 (0.06 to 0.06)"
+    assert rows["steered, 2 channels"][1] == "0.95"
     assert (tmp_path / f"steering_study-{TASK}.png").stat().st_size > 5000
     steering_study.main(steering_study.Options(runs=tuple(runs), strength=0.5, plot=str(tmp_path / "half.png")))
     assert "steered, 1 channel | 0.1 (0.1 to 0.1)" in capsys.readouterr().out
@@ -467,6 +464,66 @@ def test_study_gives_medians_and_ranges_by_group(result: Steering, tmp_path: Pat
     update_metrics(Path(runs[0]), steering={TASK: result._replace(model={})._asdict()})
     with pytest.raises(ValueError, match="steered by an earlier version"):
         steering_study.main(steering_study.Options(runs=tuple(runs)))
+
+
+def test_study_shows_each_set_at_its_quiet_strength(result: Steering, tmp_path: Path, capsys) -> None:
+    import steering_study
+
+    one = result._replace(
+        channels={"1": [0.01, 0.1, 0.2], "2": [0.01, 0.5, 0.95]},
+        ridge={"1": [0.01, 0.11, 0.21], "2": [0.01, 0.51, 0.91]},
+        random_own_p95={"1": [0.01, 0.04, 0.06], "2": [0.01, 0.02, 0.03], "difference_of_means": [0.01, 0.03, 0.06]},
+        random_p95=[0.01, 0.021, 0.031],
+        difference_of_means=[0.01, 0.3, 0.7],
+        exact_patch=[0.01, 0.8, 0.99],
+        chosen={"2": 0.5},
+        searched={"shuffled": [0.1, 0.2, 0.6], "untrained": [0.3]},
+    )
+    update_metrics(tmp_path, steering={TASK: one._asdict()})
+    steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
+    lines = capsys.readouterr().out.splitlines()
+    rows = dict(line.strip("| ").split(" | ") for line in lines if line.count(" | ") == 1)
+    expected = {
+        "1 channel, strength": "0.5",  # the control's
+        "steered, 1 channel": "0.1",
+        "2 channels, strength": "0.5",  # the one chosen
+        "steered, 2 channels": "0.5",
+        "ridge regression, 1 channel": "0.11",
+        "ridge regression, 2 channels": "0.51",
+        "random directions as long as 1 channel, 95th percentile": "0.04",
+        "random directions, 95th percentile": "0.021",  # of the reference, which is the set of two
+        "exact patch": "0.99",
+        "difference of means, strength": "0.5",
+        "difference of means": "0.3",
+        "1 channel searched for, shuffled decoder, median": "0.2",
+        "1 channel searched for, shuffled decoder, largest": "0.6",
+        "1 channel searched for, untrained bridge, median": "0.3",
+    }
+    assert expected.items() <= rows.items()
+    assert quiet_strength(one._replace(random_own_p95={"1": [0.06, 0.01, 0.01]}), "1") == 0  # never quiet
+    assert quiet_strength(one._replace(random_own_p95={}), "1") == 1  # of a version that did not measure it
+
+
+def test_strengths_chosen_on_selection_prompts_are_measured(
+    dense, result: Steering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection = {
+        "task": TASK,
+        "sets": {"1": [3], "2": [3, 11]},
+        "doses": {"1": {"strength": 4.0}, "2": {"strength": 0.5}},
+        "candidates": [3, 11, 12],
+    }
+    channel = dataclasses.replace(CHANNEL, selection=selection)
+    monkeypatch.setitem(get_bundle(dense).channels, "pair", channel)
+    plan = resolved(dataclasses.replace(SMALL, strengths=(), sets=()), get_bundle(dense))
+    assert list(plan.strengths) == [*(i / 10 for i in range(11)), 1.25, 1.5, 2, 2.5, 3, 4]
+    # Another set of the same size has none.
+    assert chosen_strengths(channel, [[5], [3, 11]]) == {"2": 0.5}
+    found = steer(dense, dataclasses.replace(SMALL, strengths=(0, 0.5), maps=3), progress=False)
+    assert found.chosen == {"2": 0.5}  # 4 was not asked for
+    assert {name: len(values) for name, values in found.searched.items()} == {"shuffled": 3, "untrained": 3}
+    norm = found.side_effects["2"]["norm"]
+    assert norm == pytest.approx(result.side_effects["2"]["norm"] / 2, rel=1e-4)
 
 
 def test_the_script_steers_sets_from_the_command_line(dense, tmp_path: Path, capsys) -> None:

@@ -1,0 +1,122 @@
+"""How strong an edit may be: the strength is chosen on selection prompts, by what random directions of its norm do.
+
+1. A set of channels of the sparse read moves by strength times its per-token difference between the two prompts of a
+   pair, as in a steering experiment (paper A.4). Strengths beyond 1 are tried, too: of all that the sparse model moves
+   between the two prompts, a few channels are a short edit.
+2. A strength is quiet if there and at all smaller ones next to no random direction of the edit's own norm, token by
+   token, does anything: an experiment asks that 95 % of them leave P(counterfactual answer) at or below .05, and here,
+   where the strength for other prompts and other random directions is chosen, it is 98 %.
+3. Of the quiet strengths the smallest is taken that reaches 90 % of the largest P(counterfactual answer) among them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bridges.run import Run
+from interventions.answers import SteeredPrompts, Vectors, prompts_of, steerable
+from interventions.channels import Channel
+from interventions.edits import Where
+from interventions.steering_edits import Columns, activation_changes, along, channel_edit, random_directions, scaled
+from interventions.tasks.base import TaskBatch
+
+LADDER = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6)
+"""Strengths that are tried."""
+QUIET = 0.05
+"""P(counterfactual answer) that all but a few random directions must not pass."""
+QUIET_SHARE = 0.98
+"""How many must not pass it on selection prompts."""
+NEARLY = 0.9
+"""Share of the largest quiet effect that the chosen strength must reach."""
+
+DRAWS = 100
+"""Random directions that a strength is chosen by."""
+
+
+class Dose(NamedTuple):
+    """A strength, and mean P(counterfactual answer) there."""
+
+    strength: float
+    """0 where none of the ladder is quiet."""
+    p: float
+    """Of the set of channels."""
+    random_p98: float
+    """98th percentile of random directions as long."""
+
+
+def quiet_count(random: Sequence[float]) -> int:
+    """How many strengths, from the first on, are quiet."""
+    return next((i for i, p in enumerate(random) if p > QUIET), len(random))
+
+
+def choose_dose(p: Sequence[float], quiet: Sequence[float], base: float) -> Dose:
+    """The smallest quiet strength of the ladder that reaches nearly the largest quiet effect.
+
+    `p` is the effect at every strength, `quiet` that of random directions at the quiet ones, `base` P without an edit.
+    """
+    if not quiet:
+        return Dose(0.0, base, base)
+    at = next(i for i in range(len(quiet)) if p[i] >= NEARLY * max(p[: len(quiet)]))
+    return Dose(float(LADDER[at]), float(p[at]), float(quiet[at]))
+
+
+class Dosing:
+    """Steers prompts of a task, member 0 towards member 1, through sets of channels of one site."""
+
+    @torch.no_grad()
+    def __init__(self, run: Run, batch: TaskBatch, site: int, where: Where = "read") -> None:
+        prompts = prompts_of(batch)
+        self.changes = activation_changes(run, site, prompts)
+        self._steered = SteeredPrompts(steerable(run), prompts, site, where)
+        self._columns, self._rms = run.bridges.directions(site), run.bridges.rms_sparse[site]
+        self._random = random_directions(DRAWS, self._columns.shape[1], torch.Generator().manual_seed(0))
+        self.base = float(self._steered.base.target.mean())
+        """P(counterfactual answer) of the unsteered model."""
+
+    def edit(self, channels: Sequence[int], columns: Columns | None = None) -> Vectors:
+        """The edit of a set at strength 1; through other columns than the decoder's as long as through those."""
+        own = channel_edit(self.changes, self._columns, self._rms, channels)
+        if columns is None:
+            return own
+        return scaled(channel_edit(self.changes, columns, self._rms, channels), own.norm(dim=-1, keepdim=True))
+
+    def effects(
+        self, sets: Sequence[Sequence[int]], columns: Columns | None = None, strengths: Sequence[float] = LADDER
+    ) -> Float[Tensor, "strength set"]:
+        """Mean P(counterfactual answer) of every set at every strength."""
+        return self._steered.answers((self.edit(one, columns) for one in sets), strengths).target.mean(2)
+
+    def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
+        """98th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
+        norms = [self.edit(one).norm(dim=-1, keepdim=True) for one in sets]
+        found: list[list[float]] = [[] for _ in sets]
+        left = list(range(len(sets)))
+        for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
+            edits = (edit for i in left for edit in along(self._random[:draws], norms[i]))
+            random = self._steered.answers(edits, [strength]).target.mean(2).view(len(left), -1)
+            percentiles = random.quantile(QUIET_SHARE, dim=1).tolist()
+            for i, p in zip(left, percentiles, strict=True):
+                found[i].append(p)
+            left = [i for i in left if found[i][-1] <= QUIET]
+            if not left:
+                break
+        return [p[: quiet_count(p)] for p in found]
+
+    def doses(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[Dose]:
+        """The strength of each set."""
+        effects = self.effects(sets).T.tolist()
+        return [choose_dose(p, q, self.base) for p, q in zip(effects, self.quiet(sets, draws), strict=True)]
+
+
+def with_doses(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
+    """A channel that was found on selection prompts, with the dose of each of its sets among its figures."""
+    sets = channel.selection["sets"]
+    doses = Dosing(run, batch, channel.site).doses(list(sets.values()))
+    return replace(
+        channel,
+        selection=channel.selection | {"doses": {n: one._asdict() for n, one in zip(sets, doses, strict=True)}},
+    )
