@@ -3,9 +3,9 @@
 1. A set of channels of the sparse read moves by strength times its per-token difference between the two prompts of a
    pair, as in a steering experiment (paper A.4). Strengths beyond 1 are tried, too: of all that the sparse model moves
    between the two prompts, a few channels are a short edit.
-2. A strength is quiet if there and at all smaller ones next to no random direction of the edit's own norm, token by
-   token, does anything: an experiment asks that 95 % of them leave P(counterfactual answer) at or below .05, and here,
-   where the strength for other prompts and other random directions is chosen, it is 98 %.
+2. A strength is quiet if there and at all smaller ones 95 % of random directions of the edit's own norm, token by
+   token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts: an experiment
+   measures it again, and reports the largest strength up to the chosen one that is.
 3. Of the quiet strengths the smallest is taken that reaches 90 % of the largest P(counterfactual answer) among them.
 """
 
@@ -27,9 +27,7 @@ from interventions.tasks.base import TaskBatch
 LADDER = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6)
 """Strengths that are tried."""
 QUIET = 0.05
-"""P(counterfactual answer) that all but a few random directions must not pass."""
-QUIET_SHARE = 0.98
-"""How many must not pass it on selection prompts."""
+"""P(counterfactual answer) that 95 % of random directions must not pass."""
 NEARLY = 0.9
 """Share of the largest quiet effect that the chosen strength must reach."""
 
@@ -44,8 +42,8 @@ class Dose(NamedTuple):
     """0 where none of the ladder is quiet."""
     p: float
     """Of the set of channels."""
-    random_p98: float
-    """98th percentile of random directions as long."""
+    random_p95: float
+    """95th percentile of random directions as long."""
 
 
 def quiet_count(random: Sequence[float]) -> int:
@@ -91,14 +89,14 @@ class Dosing:
         return self._steered.answers((self.edit(one, columns) for one in sets), strengths).target.mean(2)
 
     def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
-        """98th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
+        """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
         norms = [self.edit(one).norm(dim=-1, keepdim=True) for one in sets]
         found: list[list[float]] = [[] for _ in sets]
         left = list(range(len(sets)))
         for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
             edits = (edit for i in left for edit in along(self._random[:draws], norms[i]))
             random = self._steered.answers(edits, [strength]).target.mean(2).view(len(left), -1)
-            percentiles = random.quantile(QUIET_SHARE, dim=1).tolist()
+            percentiles = random.quantile(0.95, dim=1).tolist()
             for i, p in zip(left, percentiles, strict=True):
                 found[i].append(p)
             left = [i for i in left if found[i][-1] <= QUIET]

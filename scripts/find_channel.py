@@ -71,7 +71,7 @@ def main(options: Options) -> None:
         print(
             f"{n} channels {channel.selection['sets'][n]}: {share:.0%} of the whole read's effect in the sparse model; "
             f"P(counterfactual answer) in the dense model {dose['p']:.3f} at strength {dose['strength']:g} (random "
-            f"directions {dose['random_p98']:.3f})"
+            f"directions {dose['random_p95']:.3f})"
         )
     whole = channel.selection["whole_effect_nats"]
     print(
