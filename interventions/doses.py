@@ -4,8 +4,8 @@
    pair, as in a steering experiment (paper A.4). Strengths beyond 1 are tried, too: of all that the sparse model moves
    between the two prompts, a few channels are a short edit.
 2. A strength is quiet if there and at all smaller ones 95 % of random directions of the edit's own norm, token by
-   token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts: an experiment
-   measures it again, and reports the largest strength up to the chosen one that is.
+   token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts, so an
+   experiment measures it again (`interventions.steering.quiet_strength`).
 3. Of the quiet strengths the smallest is taken that reaches 90 % of the largest P(counterfactual answer) among them.
 """
 
@@ -24,7 +24,7 @@ from interventions.edits import Where
 from interventions.steering_edits import Columns, activation_changes, along, channel_edit, random_directions, scaled
 from interventions.tasks.base import TaskBatch
 
-LADDER = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6)
+LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 """Strengths that are tried."""
 QUIET = 0.05
 """P(counterfactual answer) that 95 % of random directions must not pass."""

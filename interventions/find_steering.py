@@ -170,15 +170,17 @@ def searched_again(
     """What the search for one channel would have found through other decoders: P on evaluation prompts, by decoder.
 
     As `find_steering_channel` does it at one site: every candidate at its own quiet strength on selection prompts, with
-    the norm of its true edit at every token; the one with the largest effect is steered with on evaluation prompts.
+    the norm of its true edit at every token; the one with the largest effect is steered with on evaluation prompts, at
+    the largest strength that is quiet there and not above 1 or the one chosen.
     """
     choosing, steering = Dosing(run, selection, site), Dosing(run, evaluation, site)
     alone = [[c] for c in candidates]
-    quiet = choosing.quiet(alone, _DRAWS)
+    quiet, measured = choosing.quiet(alone, _DRAWS), steering.quiet(alone, _DRAWS)
     found = []
     for columns in maps:
         effects = choosing.effects(alone, columns).T.tolist()
         doses = [choose_dose(p, p95, choosing.base) for p, p95 in zip(effects, quiet, strict=True)]
         best = max(range(len(doses)), key=lambda i: doses[i].p)
-        found.append(float(steering.effects([alone[best]], columns, [doses[best].strength])[0, 0]))
+        allowed = [s for s in LADDER[: len(measured[best])] if s <= max(1.0, doses[best].strength)]
+        found.append(float(steering.effects([alone[best]], columns, allowed[-1:] or [0.0])[0, 0]))
     return found

@@ -5,8 +5,7 @@
 2. The controls (`interventions.steering_edits`) do without the channels' meaning, the bridge or the sparse model. One
    set is the reference: the drawn controls have its number of channels and, token by token, its edit's norm. Random
    directions are repeated with the norm of every other set and of the difference of means.
-3. What each set does to everything else is measured at the strength that was chosen for it on selection prompts, or at
-   full strength (`interventions.side_effects`).
+3. What each set does to everything else is measured at its quiet strength (`interventions.side_effects`).
 4. A channel that was searched for among several is compared with what the same search finds through other decoders.
 """
 
@@ -116,13 +115,14 @@ DRAWN = {
 def quiet_strength(result: Steering, name: str) -> float:
     """The largest strength of a set, or of the difference of means, that is quiet on the evaluation prompts.
 
-    Quiet up to there; not above the strength that was chosen on selection prompts, where one was.
+    What an edit does to the answer has no say in it. For a set it is not above 1, its counterfactual value, unless a
+    larger one was chosen on selection prompts.
     """
-    most, p95 = result.chosen.get(name), result.random_own_p95.get(name)
-    if p95 is None:
-        return most or 1.0
-    quiet = result.strength[: quiet_count(p95)]
-    return max([s for s in quiet if most is None or s <= most], default=result.strength[0])
+    most = max(1.0, result.chosen.get(name, 0.0)) if name in result.sets else result.strength[-1]
+    p95 = result.random_own_p95.get(name)
+    if p95 is None:  # of a version that did not measure it
+        return 1.0
+    return max([s for s in result.strength[: quiet_count(p95)] if s <= most], default=result.strength[0])
 
 
 def named_curves(result: Steering) -> dict[str, Curve]:
@@ -157,7 +157,7 @@ def steer(dense: nn.Module, experiment: Experiment, *, progress: bool = True) ->
     curves = dict(zip(edits, answers.target.mean(2).T.tolist(), strict=True))
     two_way = dict(zip(edits, answers.two_way.mean(2).T.tolist(), strict=True))
     low, high = bootstrap(answers.target, study.plan.resamples, study.seed)
-    return Steering(
+    result = Steering(
         task=study.task.name,
         strength=[float(s) for s in study.plan.strengths],
         channels={name: curves[name] for name in study.sets},
@@ -176,13 +176,16 @@ def steer(dense: nn.Module, experiment: Experiment, *, progress: bool = True) ->
         reference=study.reference,
         norms={name: steering_edits.mean_norm(edit) for name, edit in edits.items()} | norms,
         ridge_fit=study.ridge_fit(),
-        side_effects=study.side_effects(edits, directions[:_SIDE_DRAWS]),
+        side_effects={},
         experiment=json.loads(json.dumps(asdict(study.plan))),
         model=study.model(),
         random_own_p95=study.random_own(edits, directions) | {study.reference: drawn["random_p95"]},
         chosen=study.chosen,
         searched=study.searched(),
     )
+    names = (*study.sets, "difference_of_means")
+    quiet = {name: quiet_strength(result, name) * edits[name] for name in names}
+    return result._replace(side_effects=study.side_effects(quiet, directions[:_SIDE_DRAWS]))
 
 
 class _Study:
@@ -306,11 +309,9 @@ class _Study:
     def side_effects(
         self, edits: dict[str, Vectors], directions: Float[Tensor, "draw d_dense"]
     ) -> dict[str, dict[str, Any]]:
-        """`SideEffects` of each set and of what it is to be compared with."""
+        """`SideEffects` of the sets and the difference of means, and of what they are to be compared with."""
         bystanders = Bystanders(self.hf, self.run, self.prompts, self.site, self.plan, self.held_out)
-        fixed = {
-            name: self.chosen.get(name, 1) * fixed_vector(edits[name]) for name in (*self.sets, "difference_of_means")
-        }
+        fixed = {name: fixed_vector(edit) for name, edit in edits.items()}
         length = fixed[self.reference].norm()
         names = tqdm(fixed, f"{self.task.name}: side effects", leave=False, disable=not self.progress)
         found = {"unsteered": bystanders.measure(None)} | {name: bystanders.measure(fixed[name]) for name in names}

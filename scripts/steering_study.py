@@ -3,7 +3,7 @@
 Runs that differ in depth, width, kept fraction or place of the edit stand in columns of their own. A cell is the median
 over a column's runs and their range; of n runs the range holds the median of all seeds with probability 1 - 2^(1-n).
 A strength is quiet for an edit where 95 % of random directions of its norm stay below 0.05. Each set is shown at its
-largest quiet strength, not above the one that was chosen for it on selection prompts; the controls at their set's.
+largest quiet strength, not above 1 unless a larger one was chosen on selection prompts; the controls at their set's.
 
 Example:
     python scripts/steering_study.py runs/demo runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4

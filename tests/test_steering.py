@@ -476,7 +476,7 @@ def test_study_shows_each_set_at_its_quiet_strength(result: Steering, tmp_path: 
         random_p95=[0.01, 0.021, 0.031],
         difference_of_means=[0.01, 0.3, 0.7],
         exact_patch=[0.01, 0.8, 0.99],
-        chosen={"2": 0.5},
+        chosen={"2": 0.25},  # up to 1 the control decides
         searched={"shuffled": [0.1, 0.2, 0.6], "untrained": [0.3]},
     )
     update_metrics(tmp_path, steering={TASK: one._asdict()})
@@ -486,12 +486,12 @@ def test_study_shows_each_set_at_its_quiet_strength(result: Steering, tmp_path: 
     expected = {
         "1 channel, strength": "0.5",  # the control's
         "steered, 1 channel": "0.1",
-        "2 channels, strength": "0.5",  # the one chosen
-        "steered, 2 channels": "0.5",
+        "2 channels, strength": "1",
+        "steered, 2 channels": "0.95",
         "ridge regression, 1 channel": "0.11",
-        "ridge regression, 2 channels": "0.51",
+        "ridge regression, 2 channels": "0.91",
         "random directions as long as 1 channel, 95th percentile": "0.04",
-        "random directions, 95th percentile": "0.021",  # of the reference, which is the set of two
+        "random directions, 95th percentile": "0.031",  # of the reference, which is the set of two
         "exact patch": "0.99",
         "difference of means, strength": "0.5",
         "difference of means": "0.3",
@@ -522,8 +522,10 @@ def test_strengths_chosen_on_selection_prompts_are_measured(
     found = steer(dense, dataclasses.replace(SMALL, strengths=(0, 0.5), maps=3), progress=False)
     assert found.chosen == {"2": 0.5}  # 4 was not asked for
     assert {name: len(values) for name, values in found.searched.items()} == {"shuffled": 3, "untrained": 3}
-    norm = found.side_effects["2"]["norm"]
-    assert norm == pytest.approx(result.side_effects["2"]["norm"] / 2, rel=1e-4)
+    # Side effects are those at the quiet strength.
+    assert (quiet_strength(found, "2"), quiet_strength(result, "2")) == (0.5, 1)
+    norm = result.side_effects["2"]["norm"] / 2
+    assert found.side_effects["2"]["norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_the_script_steers_sets_from_the_command_line(dense, tmp_path: Path, capsys) -> None:
