@@ -21,7 +21,15 @@ from bridges.run import Run
 from interventions.answers import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.channels import Channel
 from interventions.edits import Where
-from interventions.steering_edits import Columns, activation_changes, along, channel_edit, random_directions, scaled
+from interventions.steering_edits import (
+    Columns,
+    activation_changes,
+    along,
+    channel_edit,
+    mean_norm,
+    random_directions,
+    scaled,
+)
 from interventions.tasks.base import TaskBatch
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
@@ -87,6 +95,12 @@ class Dosing:
     ) -> Float[Tensor, "strength set"]:
         """Mean P(counterfactual answer) of every set at every strength."""
         return self._steered.answers((self.edit(one, columns) for one in sets), strengths).target.mean(2)
+
+    def effects_at(self, sets: Sequence[Sequence[int]], norms: Sequence[float]) -> Float[Tensor, "norm set"]:
+        """Mean P(counterfactual answer) of every set at strengths that give its edit these mean norms."""
+        edits = [self.edit(one) for one in sets]
+        unit = (edit / max(mean_norm(edit), 1e-30) for edit in edits)
+        return self._steered.answers(unit, norms).target.mean(2)
 
     def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
         """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""

@@ -11,9 +11,9 @@ So here the dense model is steered, on *selection* prompts; evaluation prompts s
 3. Each candidate steers at the strength that `interventions.doses` chooses. Of those that reach nearly the largest
    effect the ones at the last site are taken (early reads are of words rather than of what the model has made of
    them), and of those the one that carries most of the whole read's effect in the sparse model.
-4. Sets grow from there by a beam search: ranked by their effect at norms no larger than the longest dose of a single
-   channel, the first of each size get doses of their own, and of those that do nearly equally well the one is taken
-   that carries most in the sparse model.
+4. Sets grow from there by a beam search. They are ranked by their mean effect at several norms up to that of the one
+   channel's dose (where all flip the answer none is better than another). The first of each size get doses of their own,
+   and of those that do nearly equally well the one is taken that carries most in the sparse model.
 5. The channel is the smallest set, at most 4 indices, with 90 % of the largest effect of those.
 """
 
@@ -21,8 +21,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from bridges.run import Run
@@ -47,6 +45,7 @@ HANGS = 0.5
 
 _BEAM = 4
 _DOSED = 8  # candidates of a site that get a dose
+_NORMS = (0.4, 0.6, 0.8, 1.0)  # at which sets are compared, in units of the norm of one channel's dose
 _DRAWS = 25  # random directions of a dose while sets are compared, the same for all
 
 
@@ -87,20 +86,16 @@ class SteeringSite:
 
     def grow(self, first: Dosed, alone: list[Dosed], largest: int, *, progress: bool = False) -> dict[int, Dosed]:
         """The best set found of each size (step 4), of size 1 the `first`."""
-        longest = max(one.dose.strength * float(self._norms([one.channels])) for one in alone)
-        beams, best = alone[:_BEAM], {1: first}
+        norm = first.dose.strength * mean_norm(self.dosing.edit(first.channels))
+        beams, best = [first, *(one for one in alone if one is not first)][:_BEAM], {1: first}
         sizes = range(2, min(largest, len(self.pool)) + 1)
         for count in tqdm(sizes, f"site {self.site}: sets", leave=False, unit="size", disable=not progress):
             grown = [[*b.channels, c] for b in beams for c in self.pool if c not in b.channels]
             sets = list({tuple(sorted(one)): one for one in grown}.values())
-            short = torch.tensor(LADDER)[:, None] * self._norms(sets) <= longest
-            ranked = self.dosing.effects(sets).where(short, 0).amax(0).argsort(descending=True)
+            ranked = self.dosing.effects_at(sets, [norm * part for part in _NORMS]).mean(0).argsort(descending=True)
             beams = self._dosed([sets[i] for i in ranked[:_BEAM]])
             best[count] = best_of(beams)
         return best
-
-    def _norms(self, sets: list[list[int]]) -> Float[Tensor, " set"]:
-        return torch.tensor([mean_norm(self.dosing.edit(one)) for one in sets])
 
     def _dosed(self, sets: list[list[int]]) -> list[Dosed]:
         whole = self.patch.whole or 1.0
