@@ -12,8 +12,8 @@ So here the dense model is steered, on *selection* prompts; evaluation prompts s
    effect the ones at the last site are taken (early reads are of words rather than of what the model has made of
    them), and of those the one that carries most of the whole read's effect in the sparse model.
 4. Sets grow from there by a beam search. They are ranked by their mean effect at several norms up to that of the one
-   channel's dose (where all flip the answer none is better than another). The first of each size get doses of their own,
-   and of those that do nearly equally well the one is taken that carries most in the sparse model.
+   channel's dose, for where all flip the answer none is better than another. The first of each size get doses of their
+   own, and of those that do nearly equally well the one is taken that carries most in the sparse model.
 5. The channel is the smallest set, at most 4 indices, with 90 % of the largest effect of those.
 """
 
