@@ -20,7 +20,6 @@ from torch import Tensor
 from bridges.run import Run
 from interventions.answers import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.channels import Channel
-from interventions.edits import Where
 from interventions.steering_edits import (
     Columns,
     activation_changes,
@@ -74,10 +73,10 @@ class Dosing:
     """Steers prompts of a task, member 0 towards member 1, through sets of channels of one site."""
 
     @torch.no_grad()
-    def __init__(self, run: Run, batch: TaskBatch, site: int, where: Where = "read") -> None:
+    def __init__(self, run: Run, batch: TaskBatch, site: int) -> None:
         prompts = prompts_of(batch)
         self.changes = activation_changes(run, site, prompts)
-        self._steered = SteeredPrompts(steerable(run), prompts, site, where)
+        self._steered = SteeredPrompts(steerable(run), prompts, site, "read")
         self._columns, self._rms = run.bridges.directions(site), run.bridges.rms_sparse[site]
         self._random = random_directions(DRAWS, self._columns.shape[1], torch.Generator().manual_seed(0))
         self.base = float(self._steered.base.target.mean())
@@ -124,6 +123,7 @@ class Dosing:
         return [choose_dose(p, q, self.base) for p, q in zip(effects, self.quiet(sets, draws), strict=True)]
 
 
+@torch.no_grad()
 def with_doses(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
     """A channel that was found on selection prompts, with the dose of each of its sets among its figures."""
     sets = channel.selection["sets"]

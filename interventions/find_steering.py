@@ -40,8 +40,8 @@ from interventions.find import (
 from interventions.steering_edits import Columns, mean_norm
 from interventions.tasks.base import TaskBatch
 
-HANGS = 0.5
-"""Effect of patching a site's whole read in the sparse model, nats, from which on it is said to hang on that read."""
+WEAK = 0.5
+"""Effect of patching a whole read in the sparse model, nats, below which its answer does not hang on that read."""
 
 _BEAM = 4
 _DOSED = 8  # candidates of a site that get a dose
@@ -126,7 +126,7 @@ def find_steering_channel(
     sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
     bar = tqdm(sites, "sites", leave=False, unit="site", disable=not progress)
     searched = {i: SteeringSite(run, batch, i, candidates) for i in bar}
-    hanging = [i for i, at in searched.items() if at.patch.whole >= HANGS] or sites
+    hanging = [i for i, at in searched.items() if at.patch.whole >= WEAK] or sites
     alone = {i: searched[i].alone() for i in hanging}
     best = best_of([one for found in alone.values() for one in found])
     chosen = searched[best.site]

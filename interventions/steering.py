@@ -94,7 +94,7 @@ class Steering(NamedTuple):
     """By set, the strength that was chosen on selection prompts."""
     searched: dict[str, list[float]] = {}
     """P(counterfactual answer) of the one channel that the same search finds through each shuffled decoder, and each
-    untrained bridge, at the strength chosen for it; of channels that were found by steering."""
+    untrained bridge, at its quiet strength; of channels that were found by steering."""
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
@@ -118,11 +118,16 @@ def quiet_strength(result: Steering, name: str) -> float:
     What an edit does to the answer has no say in it. For a set it is not above 1, its counterfactual value, unless a
     larger one was chosen on selection prompts.
     """
-    most = max(1.0, result.chosen.get(name, 0.0)) if name in result.sets else result.strength[-1]
     p95 = result.random_own_p95.get(name)
     if p95 is None:  # of a version that did not measure it
-        return 1.0
+        return full_strength(result)
+    most = max(1.0, result.chosen.get(name, 0.0)) if name in result.sets else result.strength[-1]
     return max([s for s in result.strength[: quiet_count(p95)] if s <= most], default=result.strength[0])
+
+
+def full_strength(result: Steering) -> float:
+    """1, the counterfactual value; where that was not measured, the last strength below it, or the first above."""
+    return max([s for s in result.strength if s <= 1], default=result.strength[0])
 
 
 def named_curves(result: Steering) -> dict[str, Curve]:

@@ -21,7 +21,7 @@ from interventions.channels import FILE, save_channel
 from interventions.circuit import load_circuit
 from interventions.doses import with_doses
 from interventions.find import find_channel
-from interventions.find_steering import HANGS, find_steering_channel
+from interventions.find_steering import WEAK, find_steering_channel
 from interventions.from_circuit import channel_from_circuit
 from interventions.tasks import get_task
 
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
     print(
         f"the whole read of site {channel.site}: {whole:+.3f} nats of log P(counterfactual answer) in the sparse model"
     )
-    if whole < HANGS:
+    if whole < WEAK:
         print("warning: the sparse model's answer does not hang on this read; the channel means little")
     print(f"{channel}\nsaved in {Path(options.run) / FILE}")
 

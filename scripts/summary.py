@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 from cli import report_errors
 
-from interventions.steering import DRAWN, Steering, named_curves, quiet_strength, set_name
+from interventions.steering import DRAWN, Steering, full_strength, named_curves, quiet_strength, set_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def strength_of(result: Steering, name: str, strength: float | None = None) -> f
         own = set_name(n)
         if name in (own, f"ridge regression, {own}") or name.startswith(f"random directions as long as {own},"):
             return quiet_strength(result, n)
-    return quiet_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else 1.0
+    return quiet_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else full_strength(result)
 
 
 def value_at(result: Steering, name: str, strength: float | None = None) -> float:

@@ -13,7 +13,7 @@ from interventions.answers import SteeredPrompts, prompts_of, steerable
 from interventions.doses import LADDER, Dose, Dosing, choose_dose, quiet_count, with_doses
 from interventions.find import ReadPatch, find_channel
 from interventions.find_steering import Dosed, SteeringSite, best_of, find_steering_channel, searched_again
-from interventions.steering_edits import activation_changes, shuffled_columns
+from interventions.steering_edits import activation_changes, exact_patch, shuffled_columns
 from interventions.tasks import get_task
 from interventions.tasks.base import TaskBatch
 
@@ -80,12 +80,10 @@ def test_of_sets_that_steer_alike_the_one_that_the_sparse_model_uses_most() -> N
 
 
 def test_a_planted_channel_is_found(run: Run, batch: TaskBatch) -> None:
-    """One channel's column is made the dense model's own difference at the site; the others' point away from it."""
+    """One channel's column is made the dense model's own difference at the site; the others are made short."""
     site, planted = 2, 7
     dosing = Dosing(run, batch, site)
     patch = ReadPatch(run, batch, site)
-    from interventions.steering_edits import exact_patch
-
     wanted = exact_patch(steerable(run), run.dense, site, prompts_of(batch), "read")
     with torch.no_grad():
         weight = run.bridges.decoders[site].weight
@@ -123,13 +121,13 @@ def test_the_site_is_one_that_the_sparse_model_hangs_on(
     monkeypatch.setattr(find_steering, "eligible_sites", lambda _: [1, 2, 3])
     wholes = {i: ReadPatch(run, batch, i).whole for i in (1, 2, 3)}
     largest = max(wholes, key=wholes.__getitem__)
-    monkeypatch.setattr(find_steering, "HANGS", wholes[largest])
+    monkeypatch.setattr(find_steering, "WEAK", wholes[largest])
     channel = find_steering_channel(run, "quote_type", TASK, batch, largest=1, candidates=3)
     assert channel.site == largest
     assert list(channel.selection["site_single_p"]) == [str(largest)]
     assert channel.selection["site_whole_effect_nats"] == {str(i): round(w, 4) for i, w in wholes.items()}
     # Where there is none, all are searched.
-    monkeypatch.setattr(find_steering, "HANGS", math.inf)
+    monkeypatch.setattr(find_steering, "WEAK", math.inf)
     channel = find_steering_channel(run, "quote_type", TASK, batch, largest=1, candidates=3)
     assert list(channel.selection["site_single_p"]) == ["1", "2", "3"]
 
@@ -148,7 +146,9 @@ def test_channels_found_otherwise_get_doses_too(run: Run, batch: TaskBatch) -> N
     assert found["doses"]["2"] == Dosing(run, batch, 2).doses([found["sets"]["2"]])[0]._asdict()
 
 
-def test_the_search_through_the_true_decoder_finds_what_was_found(run: Run, batch: TaskBatch) -> None:
+def test_the_search_through_the_true_decoder_finds_what_was_found(
+    run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at = SteeringSite(run, batch, 2, 6)
     best = at.alone()[0]
     evaluation = get_task(TASK, run.tokenizer).sample(6, split="evaluation", seed=0)
@@ -158,3 +158,7 @@ def test_the_search_through_the_true_decoder_finds_what_was_found(run: Run, batc
     strength = best.dose.strength
     assert true == pytest.approx(float(Dosing(run, evaluation, 2).effects([best.channels], None, [strength])), rel=1e-4)
     assert true != other
+    # Where the evaluation prompts are loud at every strength, nothing is steered.
+    monkeypatch.setattr(doses, "QUIET", -1.0)
+    base = Dosing(run, evaluation, 2).base
+    assert searched_again(run, at.pool, 2, batch, evaluation, [columns]) == [pytest.approx(base, rel=1e-5)]

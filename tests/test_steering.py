@@ -502,6 +502,11 @@ def test_study_shows_each_set_at_its_quiet_strength(result: Steering, tmp_path: 
     assert expected.items() <= rows.items()
     assert quiet_strength(one._replace(random_own_p95={"1": [0.06, 0.01, 0.01]}), "1") == 0  # never quiet
     assert quiet_strength(one._replace(random_own_p95={}), "1") == 1  # of a version that did not measure it
+    # An experiment that stops short of 1 has its table, too.
+    short = {name: curve[:2] for name, curve in one.channels.items()}
+    update_metrics(tmp_path, steering={TASK: one._replace(strength=[0.0, 0.5], channels=short)._asdict()})
+    steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
+    assert "| exact patch | 0.8 |" in capsys.readouterr().out
 
 
 def test_strengths_chosen_on_selection_prompts_are_measured(
