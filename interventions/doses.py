@@ -20,6 +20,7 @@ from torch import Tensor
 from bridges.run import Run
 from interventions.answers import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.channels import Channel
+from interventions.edits import Where
 from interventions.steering_edits import (
     Columns,
     activation_changes,
@@ -73,10 +74,10 @@ class Dosing:
     """Steers prompts of a task, member 0 towards member 1, through sets of channels of one site."""
 
     @torch.no_grad()
-    def __init__(self, run: Run, batch: TaskBatch, site: int) -> None:
+    def __init__(self, run: Run, batch: TaskBatch, site: int, where: Where = "read") -> None:
         prompts = prompts_of(batch)
         self.changes = activation_changes(run, site, prompts)
-        self._steered = SteeredPrompts(steerable(run), prompts, site, "read")
+        self._steered = SteeredPrompts(steerable(run), prompts, site, where)
         self._columns, self._rms = run.bridges.directions(site), run.bridges.rms_sparse[site]
         self._random = random_directions(DRAWS, self._columns.shape[1], torch.Generator().manual_seed(0))
         self.base = float(self._steered.base.target.mean())
@@ -103,12 +104,15 @@ class Dosing:
 
     def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
         """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
-        norms = [self.edit(one).norm(dim=-1, keepdim=True) for one in sets]
-        found: list[list[float]] = [[] for _ in sets]
-        left = list(range(len(sets)))
+        return self._quiet([self.edit(one) for one in sets], draws)
+
+    def _quiet(self, edits: Sequence[Vectors], draws: int) -> list[list[float]]:
+        norms = [edit.norm(dim=-1, keepdim=True) for edit in edits]
+        found: list[list[float]] = [[] for _ in edits]
+        left = list(range(len(edits)))
         for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
-            edits = (edit for i in left for edit in along(self._random[:draws], norms[i]))
-            random = self._steered.answers(edits, [strength]).target.mean(2).view(len(left), -1)
+            drawn = (one for i in left for one in along(self._random[:draws], norms[i]))
+            random = self._steered.answers(drawn, [strength]).target.mean(2).view(len(left), -1)
             percentiles = random.quantile(0.95, dim=1).tolist()
             for i, p in zip(left, percentiles, strict=True):
                 found[i].append(p)
@@ -119,8 +123,12 @@ class Dosing:
 
     def doses(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[Dose]:
         """The strength of each set."""
-        effects = self.effects(sets).T.tolist()
-        return [choose_dose(p, q, self.base) for p, q in zip(effects, self.quiet(sets, draws), strict=True)]
+        return self.edit_doses([self.edit(one) for one in sets], draws)
+
+    def edit_doses(self, edits: Sequence[Vectors], draws: int = DRAWS) -> list[Dose]:
+        """The strength of each edit, whatever it was made from."""
+        effects = self._steered.answers(edits, LADDER).target.mean(2).T.tolist()
+        return [choose_dose(p, q, self.base) for p, q in zip(effects, self._quiet(edits, draws), strict=True)]
 
 
 @torch.no_grad()

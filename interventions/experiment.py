@@ -12,7 +12,7 @@ from interventions.tasks import get_task
 from sparse_model.config import check_choices, from_dict, require
 
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(11))
-"""Strengths of an experiment that names none; more where larger ones were chosen for its sets."""
+"""Strengths of an experiment that names none; more where larger ones were chosen."""
 
 _COUNTS = ("pairs", "draws", "maps", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
 
@@ -31,8 +31,8 @@ class Experiment:
     sets: tuple[tuple[int, ...], ...] = ()
     """Sets to move instead, no two of one size. A channel that was not searched for is a set by itself."""
     strengths: tuple[int | float, ...] = ()
-    """1 moves the channels to their counterfactual values. Unset: 0, 0.1 .. 1, and the strengths up to the largest of
-    those that were chosen on selection prompts when the channel was found."""
+    """1 moves the channels to their counterfactual values. Unset: 0, 0.1 .. 1, and the strengths up to the largest that
+    was chosen on selection prompts, for a set when the channel was found or for the difference of means."""
     where: Where = "read"
     """Edit only what the next sublayer reads, or the stream."""
     pairs: int = 64
@@ -100,11 +100,11 @@ def resolved(experiment: Experiment, bundle: Bundle) -> Experiment:
         sets=sets,
         sizes=tuple(map(len, sets)),
         seed=seed,
-        strengths=experiment.strengths or _strengths(chosen_strengths(channel, sets)),
     )
 
 
-def _strengths(chosen: dict[str, float]) -> tuple[float, ...]:
+def default_strengths(chosen: dict[str, float]) -> tuple[float, ...]:
+    """The strengths of an experiment that names none, given those that were chosen on selection prompts."""
     largest = max([1.0, *chosen.values()])
     return tuple(sorted({*STRENGTHS, *chosen.values(), *(s for s in LADDER if 1 < s <= largest)}))
 

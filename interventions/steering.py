@@ -13,7 +13,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,9 @@ from interventions import steering_edits
 from interventions.answers import SteeredPrompts, Vectors, plain_model, prompts_of
 from interventions.bundle import get_bundle
 from interventions.channels import resolve
-from interventions.doses import quiet_count
-from interventions.experiment import Experiment, chosen_strengths, resolved
+from interventions.doses import Dosing, quiet_count
+from interventions.edits import Where
+from interventions.experiment import Experiment, chosen_strengths, default_strengths, resolved
 from interventions.find_steering import searched_again
 from interventions.side_effects import Bystanders, fixed_vector, mean_effects
 from interventions.tasks import get_task
@@ -91,7 +92,7 @@ class Steering(NamedTuple):
     random_own_p95: dict[str, Curve] = {}
     """95th percentile of random directions as long as each set's own edit, and as the difference of means."""
     chosen: dict[str, float] = {}
-    """By set, the strength that was chosen on selection prompts."""
+    """The strength that was chosen on selection prompts: for each set, and for `difference_of_means`."""
     searched: dict[str, list[float]] = {}
     """P(counterfactual answer) of the one channel that the same search finds through each shuffled decoder, and each
     untrained bridge, at its quiet strength; of channels that were found by steering."""
@@ -115,13 +116,13 @@ DRAWN = {
 def quiet_strength(result: Steering, name: str) -> float:
     """The largest strength of a set, or of the difference of means, that is quiet on the evaluation prompts.
 
-    What an edit does to the answer has no say in it. For a set it is not above 1, its counterfactual value, unless a
-    larger one was chosen on selection prompts.
+    What an edit does to the answer has no say in it. It is not above 1, the counterfactual value, unless a larger one
+    was chosen on selection prompts.
     """
     p95 = result.random_own_p95.get(name)
     if p95 is None:  # of a version that did not measure it
         return full_strength(result)
-    most = max(1.0, result.chosen.get(name, 0.0)) if name in result.sets else result.strength[-1]
+    most = max(1.0, result.chosen.get(name, 0.0))
     return max([s for s in result.strength[: quiet_count(p95)] if s <= most], default=result.strength[0])
 
 
@@ -199,21 +200,22 @@ class _Study:
     def __init__(self, dense: nn.Module, experiment: Experiment, progress: bool) -> None:
         bundle = get_bundle(dense)
         self.hf, self.run, self.progress = plain_model(dense), bundle.run, progress
-        self.plan = plan = resolved(experiment, bundle)
+        plan = resolved(experiment, bundle)
         assert plan.channel is not None
         assert plan.task is not None
         assert plan.seed is not None
         self.seed = plan.seed
         self.channel = resolve(plan.channel, bundle.channels, bundle.shape)
         self.site = self.channel.site
-        chosen = chosen_strengths(self.channel, plan.sets)
-        self.chosen = {n: strength for n, strength in chosen.items() if strength in plan.strengths}
         self.task = get_task(plan.task, self.run.tokenizer, max_tokens=self.run.config.sparse.n_ctx)
         self.evaluation, self.selection = (
             self.task.sample(plan.pairs, split=split, seed=self.seed).to(self.hf.device)
             for split in ("evaluation", "selection")
         )
         self.prompts = prompts_of(self.evaluation)
+        chosen = chosen_strengths(self.channel, plan.sets) | {"difference_of_means": self.means_strength(plan.where)}
+        self.plan = plan = replace(plan, strengths=plan.strengths or default_strengths(chosen))
+        self.chosen = {name: strength for name, strength in chosen.items() if strength in plan.strengths}
         self.sets = {str(len(one)): list(one) for one in plan.sets}
         self.reference = "4" if "4" in self.sets else max(self.sets, key=int)
         blocks = prepare_corpus(self.run.config, self.run.tokenizer, progress=progress)
@@ -228,6 +230,12 @@ class _Study:
         ]
         self.ridge = steering_edits.fit_ridge(streams[0], streams[1])
         self.steered = SteeredPrompts(self.hf, self.prompts, self.site, plan.where)
+
+    def means_strength(self, where: Where) -> float:
+        """The strength of the difference of means, by the rule that chooses those of sets: a fair rival."""
+        on, at = self.selection, self.site
+        edit = steering_edits.difference_of_means(self.run.dense, on, at, prompts_of(on))
+        return Dosing(self.run, on, at, where).edit_doses([edit])[0].strength
 
     def through(self, columns: steering_edits.Columns, name: str) -> Vectors:
         """A set's edit through the columns of some decoder."""

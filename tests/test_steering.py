@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from bridges.hybrid import residuals, suffix
 from bridges.run import Run, update_metrics
-from interventions import Channel, answers, intervene, intervene_vector, load_dense, side_effects, steering_edits
+from interventions import Channel, answers, doses, intervene, intervene_vector, load_dense, side_effects, steering_edits
 from interventions.answers import Prompts, SteeredPrompts, plain_model, prompts_of
 from interventions.bundle import get_bundle
 from interventions.channels import read_nodes, save_channel
-from interventions.experiment import Experiment, chosen_strengths, read_experiment, resolved
+from interventions.doses import LADDER
+from interventions.experiment import Experiment, chosen_strengths, default_strengths, read_experiment, resolved
 from interventions.plots import draw_steering
 from interventions.side_effects import Bystanders, SideEffects, fixed_vector, mean_effects
 from interventions.steering import DRAWN, Steering, bootstrap, named_curves, quiet_strength, steer
@@ -520,17 +521,34 @@ def test_strengths_chosen_on_selection_prompts_are_measured(
     }
     channel = dataclasses.replace(CHANNEL, selection=selection)
     monkeypatch.setitem(get_bundle(dense).channels, "pair", channel)
-    plan = resolved(dataclasses.replace(SMALL, strengths=(), sets=()), get_bundle(dense))
-    assert list(plan.strengths) == [*(i / 10 for i in range(11)), 1.25, 1.5, 2, 2.5, 3, 4]
+    assert list(default_strengths({"1": 4.0, "2": 0.5})) == [*(i / 10 for i in range(11)), 1.25, 1.5, 2, 2.5, 3, 4]
+    assert list(default_strengths({"1": 0.75})) == [*(i / 10 for i in range(8)), 0.75, 0.8, 0.9, 1]
     # Another set of the same size has none.
     assert chosen_strengths(channel, [[5], [3, 11]]) == {"2": 0.5}
     found = steer(dense, dataclasses.replace(SMALL, strengths=(0, 0.5), maps=3), progress=False)
-    assert found.chosen == {"2": 0.5}  # 4 was not asked for
+    assert "1" not in found.chosen  # 4 was not asked for
+    assert found.chosen["2"] == 0.5
     assert {name: len(values) for name, values in found.searched.items()} == {"shuffled": 3, "untrained": 3}
     # Side effects are those at the quiet strength.
     assert (quiet_strength(found, "2"), quiet_strength(result, "2")) == (0.5, 1)
     norm = result.side_effects["2"]["norm"] / 2
     assert found.side_effects["2"]["norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_difference_of_means_gets_a_strength_like_any_set(dense, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    selection = {"task": TASK, "sets": {"1": [3]}, "doses": {"1": {"strength": 1.25}}}
+    monkeypatch.setitem(get_bundle(dense).channels, "pair", dataclasses.replace(CHANNEL, selection=selection))
+    monkeypatch.setattr(doses, "QUIET", 1.0)
+    monkeypatch.setattr(doses, "NEARLY", 1.0)
+    chosen_on = get_task(TASK, run.tokenizer, max_tokens=run.config.sparse.n_ctx).sample(6, split="selection", seed=1)
+    found = steer(dense, dataclasses.replace(SMALL, strengths=(), sets=(), seed=1), progress=False)
+    prompts = prompts_of(chosen_on)
+    edit = steering_edits.difference_of_means(run.dense, chosen_on, found.site, prompts)
+    p = SteeredPrompts(get_bundle(dense).run.dense.hf, prompts, found.site, "read").answers([edit], LADDER).target
+    best = LADDER[int(p.mean(2)[:, 0].argmax())]
+    assert found.chosen == {"1": 1.25, "difference_of_means": best}
+    assert found.strength == list(default_strengths(found.chosen))
+    assert quiet_strength(found, "difference_of_means") == max(1.0, best)
 
 
 def test_the_script_steers_sets_from_the_command_line(dense, tmp_path: Path, capsys) -> None:
