@@ -23,12 +23,12 @@ demo: setup
 	$(BIN)/python scripts/report.py --run $(RUN)
 	@echo "open $(RUN)/report.html"
 
-# The bundle that comes with the package: the demo's dense model, four times the demo's text for the joint training.
+# The bundle that comes with the package: the demo's dense model, seven times the demo's text for the joint training.
 bundle: setup
 	$(BIN)/python scripts/train_dense.py demo --run runs/bundle-dense --resume
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		scripts/train_bridge.py demo --dense runs/bundle-dense/dense --batch-size 16 --steps 6000 \
-		--corpus-tokens 6000000 --run runs/bundle --resume
+		scripts/train_bridge.py demo --dense runs/bundle-dense/dense --batch-size 16 --steps 10000 \
+		--corpus-tokens 10000000 --run runs/bundle --resume
 	for task in single_double_quote while_return_true for_while; do \
 		$(BIN)/python scripts/find_channel.py --run runs/bundle --task $$task && \
 		$(BIN)/python scripts/steer.py --run runs/bundle --task $$task || exit 1; done

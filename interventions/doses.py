@@ -5,7 +5,7 @@
    between the two prompts, a few channels are a short edit.
 2. A strength is quiet if there and at all smaller ones 95 % of random directions of the edit's own norm, token by
    token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts, so an
-   experiment measures it again (`interventions.steering.quiet_strength`).
+   experiment measures it again (`interventions.curves.quiet_strength`).
 3. Of the quiet strengths the smallest is taken that reaches 90 % of the largest P(counterfactual answer) among them.
 """
 

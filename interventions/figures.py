@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from interventions.circuit import Circuit
+from interventions.curves import Steering
 from interventions.layout import LINKS, Layout, place_nodes
 from interventions.plots import GREY, draw_steering
-from interventions.steering import Steering
 from interventions.validation import IDLE
 from sparse_model.nodes import parse_node
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from interventions.steering import Steering, named_curves, set_name
+from interventions.curves import Steering, named_curves, set_name
 
 GREY = "#8a8f98"
 # Of middling lightness from end to end: legible on white and on black.

@@ -17,9 +17,10 @@ from cli import report_errors
 from bridges.run import Run, update_metrics
 from interventions import load_dense
 from interventions.bundle import get_bundle
+from interventions.curves import DRAWN, Steering, named_curves, quiet_strength, set_name
 from interventions.experiment import Experiment, read_experiment
 from interventions.plots import plot_steering
-from interventions.steering import DRAWN, Steering, named_curves, quiet_strength, set_name, steer
+from interventions.steering import steer
 from interventions.tasks import answer_probabilities, get_task, pair_accuracy
 
 

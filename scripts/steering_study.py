@@ -16,10 +16,10 @@ from pathlib import Path
 import tyro
 from cli import report_errors
 from matplotlib.figure import Figure
-from summary import at_strength, read_steering, steering_figures, strength_of, value_at
+from summary import read_steering, steering_figures
 
+from interventions.curves import Steering, at_strength, set_name, strength_of, value_at
 from interventions.plots import DEPTH, GREY, save_figure
-from interventions.steering import Steering, set_name
 
 
 @dataclass(frozen=True, kw_only=True)

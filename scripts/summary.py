@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 from cli import report_errors
 
-from interventions.steering import DRAWN, Steering, full_strength, named_curves, quiet_strength, set_name
+from interventions.curves import DRAWN, Steering, named_curves, set_name, strength_of, value_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +38,6 @@ def read_steering(folder: Path, task: str) -> tuple[dict[str, Any], Steering]:
         return metrics, Steering(**metrics["steering"][task])
     except TypeError as error:
         raise ValueError(f"{path}: steering of {task} does not read ({error}): run scripts/steer.py again") from error
-
-
-def at_strength(result: Steering, strength: float, folder: str = "this run") -> int:
-    """The place of a strength in a result's curves. Raises ValueError where it was not measured."""
-    for at, one in enumerate(result.strength):
-        if abs(one - strength) < 1e-6:
-            return at
-    raise ValueError(f"strength={strength}: {folder} was steered at {', '.join(f'{s:g}' for s in result.strength)}")
-
-
-def strength_of(result: Steering, name: str, strength: float | None = None) -> float:
-    """Where a curve is read: at the strength given; unset: at the quiet one of the set that it goes with, or at 1."""
-    if strength is not None:
-        return strength
-    for n in (*result.sets, "difference_of_means"):
-        own = set_name(n)
-        if name in (own, f"ridge regression, {own}") or name.startswith(f"random directions as long as {own},"):
-            return quiet_strength(result, n)
-    return quiet_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else full_strength(result)
-
-
-def value_at(result: Steering, name: str, strength: float | None = None) -> float:
-    """P(counterfactual answer) on one of the `named_curves`."""
-    return named_curves(result)[name][at_strength(result, strength_of(result, name, strength))]
 
 
 def steering_figures(result: Steering, strength: float | None = None) -> dict[str, float]:

@@ -13,10 +13,10 @@ from bridges.run import Run, fingerprint, open_run, update_metrics
 from interventions.ablation import Calibration, measure_ablation
 from interventions.channels import Channel, save_channel
 from interventions.circuit import Circuit, make_circuit, save_circuit
+from interventions.curves import Steering
 from interventions.gates import PruneConfig
 from interventions.graph import ModelKind, as_nodes, locations
 from interventions.solved import score_tasks
-from interventions.steering import Steering
 from interventions.tasks import get_task
 from interventions.validation import validate
 

@@ -20,11 +20,12 @@ from interventions import Channel, answers, doses, intervene, intervene_vector, 
 from interventions.answers import Prompts, SteeredPrompts, plain_model, prompts_of
 from interventions.bundle import get_bundle
 from interventions.channels import read_nodes, save_channel
+from interventions.curves import DRAWN, Steering, named_curves, quiet_strength
 from interventions.doses import LADDER
 from interventions.experiment import Experiment, chosen_strengths, default_strengths, read_experiment, resolved
 from interventions.plots import draw_steering
 from interventions.side_effects import Bystanders, SideEffects, fixed_vector, mean_effects
-from interventions.steering import DRAWN, Steering, bootstrap, named_curves, quiet_strength, steer
+from interventions.steering import bootstrap, steer
 from interventions.tasks import get_task, list_tasks, pair_accuracy
 from sparse_model.generated import generate_document
 from sparse_model.prepare import prepare_corpus

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 from bridges.run import Run
 from interventions.channels import Channel
+from interventions.curves import DRAWN, Steering
 from interventions.find import ENOUGH
 from interventions.report.circuits import CircuitPage
 from interventions.report.sites import site_means
-from interventions.steering import DRAWN, Steering
 
 
 class Card(NamedTuple):
