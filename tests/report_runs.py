@@ -77,6 +77,7 @@ def thorough_steering(task: str = TASK) -> Steering:
         ridge_fit={"nmse": 0.111, "decoder_nmse": 0.222, "penalty": 1.0},
         side_effects={"unsteered": effects | {"pair_accuracy": {}}, "2": effects},
         experiment={"channel": "quote_type"},
+        model={"layers": 2, "d_dense": 16, "d_sparse": 32, "nonzero_fraction": 1 / 64, "seed": 0},
     )
 
 
