@@ -14,7 +14,8 @@ So here the dense model is steered, on *selection* prompts; evaluation prompts s
 4. Sets grow from there by a beam search. They are ranked by their mean effect at several norms up to that of the one
    channel's dose, for where all flip the answer none is better than another. The first of each size get doses of their
    own, and of those that do nearly equally well the one is taken that carries most in the sparse model.
-5. The channel is the smallest set, at most 4 indices, with 90 % of the largest effect of those.
+5. The channel is the smallest set, at most 4 indices, with 95 % of the largest effect of those: a name should work on
+   nearly every prompt.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,6 @@ from bridges.sites import Site
 from interventions.channels import Channel, read_nodes
 from interventions.doses import LADDER, NEARLY, Dose, Dosing, choose_dose
 from interventions.find import (
-    ENOUGH,
     MOST,
     ChannelSearch,
     ReadPatch,
@@ -42,6 +42,9 @@ from interventions.tasks.base import TaskBatch
 
 WEAK = 0.5
 """Effect of patching a whole read in the sparse model, nats, below which its answer does not hang on that read."""
+
+ENOUGH = 0.95
+"""Share of the largest effect that the channel must have."""
 
 _BEAM = 4
 _DOSED = 8  # candidates of a site that get a dose
