@@ -132,6 +132,20 @@ def test_the_site_is_one_that_the_sparse_model_hangs_on(
     assert list(channel.selection["site_single_p"]) == ["1", "2", "3"]
 
 
+def test_the_channel_is_the_smallest_set_that_does_nearly_as_much_as_any(
+    run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effects = {1: 0.9, 2: 0.96, 3: 0.97, 4: 1.0, 5: 5.0}  # a set of 5 is no channel, however much it does
+
+    def doses(self: Dosing, sets: list[list[int]], draws: int = 100) -> list[Dose]:
+        return [Dose(1.0, effects[len(one)], 0.0) for one in sets]
+
+    monkeypatch.setattr(Dosing, "doses", doses)
+    channel = find_steering_channel(run, "quote_type", TASK, batch, site=2, largest=5, candidates=6)
+    assert len(channel.indices) == 2
+    assert "95%" in channel.selection["criterion"]
+
+
 def test_a_site_where_nothing_differs_is_an_error(run: Run, batch: TaskBatch) -> None:
     with torch.no_grad():
         run.sparse.blocks[1].ln1.weight.zero_()
