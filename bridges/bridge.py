@@ -8,9 +8,9 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparse_model.activations import abs_topk
-from sparse_model.files import recover_folder, replace_folder
-from sparse_model.tensors import load_checked, read_tensors
+from sparse_model.io.atomic import recover_folder, replace_folder
+from sparse_model.io.tensors import load_checked, read_tensors
+from sparse_model.sparsity.abs_topk import abs_topk
 
 DenseResid = Float[Tensor, "batch pos d_dense"]
 SparseResid = Float[Tensor, "batch pos d_sparse"]

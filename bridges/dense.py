@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from sparse_model.transformer import check_length
+from sparse_model.model.transformer import check_length
 
 Resid = Float[Tensor, "batch pos d_model"]
 

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridges.config import RunConfig
-from sparse_model.batches import BatchOrder
-from sparse_model.files import replace_folder
-from sparse_model.losses import next_token_loss
-from sparse_model.tokenizer import save_tokenizer
+from sparse_model.data.batch_order import BatchOrder
+from sparse_model.data.tokenizer import save_tokenizer
+from sparse_model.io.atomic import replace_folder
+from sparse_model.training.losses import next_token_loss
 
 
 def train_dense(

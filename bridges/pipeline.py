@@ -1,7 +1,7 @@
 """The main job up to the evaluation: tokenizer, corpus, dense model, joint training, metrics.
 
 1. Tokenizer, corpus blocks and dense model are made, or taken from the run folder where --resume finds them.
-2. Sparse model and bridges are trained jointly (`bridges.training`).
+2. Sparse model and bridges are trained jointly (`bridges.joint_trainer`).
 3. The result is evaluated on held-out text and saved.
 """
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bridges import run as run_folder
+from bridges import run_folder as run_folder
 from bridges.config import RunConfig
 from bridges.dense import DenseModel
-from bridges.evaluate import evaluate, table
-from bridges.training import JointTrainer
-from sparse_model.checkpoint import write_measured
+from bridges.evaluation import evaluate, table
+from bridges.joint_trainer import JointTrainer
 from sparse_model.config import claim_folder
-from sparse_model.launch import ending, make_accelerator, start_trackers
-from sparse_model.losses import next_token_loss
-from sparse_model.prepare import prepare_corpus
-from sparse_model.projection import prove_sparsity
-from sparse_model.training import CHECKPOINT
-from sparse_model.transformer import SparseTransformer
+from sparse_model.data.prepare import prepare_corpus
+from sparse_model.model.checkpoint import write_measured
+from sparse_model.model.transformer import SparseTransformer
+from sparse_model.sparsity.projection import prove_sparsity
+from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
+from sparse_model.training.losses import next_token_loss
+from sparse_model.training.trainer import CHECKPOINT
 
 
 def train_run(

@@ -7,12 +7,12 @@ Example:
 from dataclasses import dataclass
 
 import tyro
-from cli import report_errors
 
-from bridges.evaluate import table
+from bridges.evaluation import table
 from bridges.pipeline import evaluate_run
-from bridges.run import open_run
-from sparse_model.prepare import prepare_corpus
+from bridges.run_folder import open_run
+from interventions.cli.options import report_errors
+from sparse_model.data.prepare import prepare_corpus
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from cli import report_errors
 
-from bridges.run import open_run
-from interventions.channels import FILE, save_channel
-from interventions.circuit import load_circuit
-from interventions.doses import with_doses
-from interventions.find import find_channel
-from interventions.find_steering import WEAK, find_steering_channel
-from interventions.from_circuit import channel_from_circuit
+from bridges.run_folder import open_run
+from interventions.bundle.channels import FILE, save_channel
+from interventions.circuits.circuit import load_circuit
+from interventions.cli.options import report_errors
+from interventions.finding.by_circuit import channel_from_circuit
+from interventions.finding.by_patching import find_channel
+from interventions.finding.by_steering import WEAK, find_steering_channel
+from interventions.steering.strengths import with_doses
 from interventions.tasks import get_task
 
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
-from cli import report_errors
 
-from bridges.run import Run, fingerprint, open_run
-from interventions.ablation import Ablation
-from interventions.channels import load_channels
-from interventions.circuit import FOLDER, Circuit, make_circuit, read_nodes, save_circuit
-from interventions.gates import PruneConfig
-from interventions.graph import Kept, NodeModel, as_nodes, count_edges
-from interventions.interchange import channel_nodes
-from interventions.pruning import Pruned, prune, reference_ablation, splits
-from interventions.search import RANGES, search_config
+from bridges.run_folder import Run, fingerprint, open_run
+from interventions.bundle.channels import load_channels
+from interventions.circuits.ablation import Ablation
+from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_nodes, save_circuit
+from interventions.circuits.controls import format_validation, validate
+from interventions.circuits.gates import PruneConfig
+from interventions.circuits.interchange import channel_nodes
+from interventions.circuits.node_model import Kept, NodeModel, as_nodes, count_edges
+from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
+from interventions.circuits.settings_search import RANGES, search_config
+from interventions.cli.options import report_errors
 from interventions.tasks import TaskBatch, get_task
-from interventions.validation import format_validation, validate
-from sparse_model.prepare import prepare_corpus
+from sparse_model.data.prepare import prepare_corpus
 
 
 @dataclass(frozen=True, kw_only=True)

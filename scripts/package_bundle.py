@@ -7,9 +7,9 @@ Example:
 from dataclasses import dataclass
 
 import tyro
-from cli import report_errors
 
-from interventions.packaged import FOLDER, package_run
+from interventions.bundle.packaged import FOLDER, package_run
+from interventions.cli.options import report_errors
 from sparse_model.config import require
 
 

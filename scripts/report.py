@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from cli import report_errors
 
+from interventions.cli.options import report_errors
 from interventions.report import write_report
 
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from cli import report_errors
 from markupsafe import Markup
 
 from bridges.sites import Site
 from interventions import load_dense
-from interventions.bundle import get_bundle
-from interventions.live import Comparison, Generation, Sampling, compare, delta_range, example_prompts, find_channel
+from interventions.app.live import Comparison, Generation, Sampling, compare, delta_range, example_prompts, find_channel
+from interventions.bundle.bundle import get_bundle
+from interventions.cli.options import report_errors
 from interventions.report.generations import NEW_TOKENS
 
 TITLE = "sparse-bridges"

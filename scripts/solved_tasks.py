@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from cli import report_errors
 from tqdm.auto import tqdm
 
 from bridges.dense import load_gpt2
-from bridges.run import update_metrics
-from interventions.graph import NodeModel, as_nodes
-from interventions.solved import SOLVED, TaskScore, score_tasks
-from sparse_model.checkpoint import load_sparse
+from bridges.run_folder import update_metrics
+from interventions.circuits.node_model import NodeModel, as_nodes
+from interventions.circuits.solved_tasks import SOLVED, TaskScore, score_tasks
+from interventions.cli.options import report_errors
 from sparse_model.config import require
-from sparse_model.tokenizer import load_tokenizer
+from sparse_model.data.tokenizer import load_tokenizer
+from sparse_model.model.checkpoint import load_sparse
 
 
 @dataclass(frozen=True, kw_only=True)

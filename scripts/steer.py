@@ -12,15 +12,15 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from cli import report_errors
 
-from bridges.run import Run, update_metrics
+from bridges.run_folder import Run, update_metrics
 from interventions import load_dense
-from interventions.bundle import get_bundle
-from interventions.curves import DRAWN, Steering, named_curves, quiet_strength, set_name
-from interventions.experiment import Experiment, read_experiment
-from interventions.plots import plot_steering
-from interventions.steering import steer
+from interventions.bundle.bundle import get_bundle
+from interventions.cli.options import report_errors
+from interventions.steering.experiment import Experiment, read_experiment
+from interventions.steering.plot import plot_steering
+from interventions.steering.result import DRAWN, Steering, named_curves, quiet_strength, set_name
+from interventions.steering.steer import steer
 from interventions.tasks import answer_probabilities, get_task, pair_accuracy
 
 

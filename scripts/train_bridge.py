@@ -7,10 +7,9 @@ Examples:
     accelerate launch scripts/train_bridge.py demo --resume      # after a kill
 """
 
-from cli import parse_run, report_errors
-
 from bridges.config import PRESETS
 from bridges.pipeline import train_run
+from interventions.cli.options import parse_run, report_errors
 
 if __name__ == "__main__":
     with report_errors():

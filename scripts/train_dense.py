@@ -6,10 +6,9 @@ Examples:
     accelerate launch scripts/train_bridge.py demo --dense runs/demo/dense --run runs/second
 """
 
-from cli import parse_run, report_errors
-
 from bridges.config import PRESETS
 from bridges.pipeline import make_dense
+from interventions.cli.options import parse_run, report_errors
 
 if __name__ == "__main__":
     with report_errors():

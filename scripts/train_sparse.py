@@ -8,11 +8,10 @@ Examples:
 
 import dataclasses
 
-from cli import parse_run, report_errors
-
 from bridges.config import PRESETS
+from interventions.cli.options import parse_run, report_errors
 from sparse_model.config import TrainConfig
-from sparse_model.pretrain import PretrainConfig, pretrain
+from sparse_model.training.pretrain import PretrainConfig, pretrain
 
 NAMES = [field.name for field in dataclasses.fields(TrainConfig)]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sparse_model.files import write_text
+from sparse_model.io.atomic import write_text
 
 TOPK_LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out")
 """The paper's eight AbsTopK locations: residual reads, q, k, v, residual writes, MLP neurons."""

@@ -1,12 +1,10 @@
 """Fixtures shared by the tests. Nothing here reaches a network or a user's cache."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import pytest
 import torch
@@ -27,9 +25,9 @@ def _seeded() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of random weights with one named channel."""
-    from helpers import CHANNEL, make_tiny_run
+    from support.helpers import CHANNEL, make_tiny_run
 
-    from interventions.channels import save_channel
+    from interventions.bundle.channels import save_channel
 
     folder = tmp_path_factory.mktemp("runs") / "run"
     make_tiny_run(folder)
@@ -48,7 +46,7 @@ def dense(folder: Path):
 @pytest.fixture
 def run(dense):
     """The opened run of `dense`."""
-    from interventions.bundle import get_bundle
+    from interventions.bundle.bundle import get_bundle
 
     return get_bundle(dense).run
 

@@ -22,7 +22,7 @@ import pytest
 import tyro
 
 import interventions
-from interventions.packaged import FOLDER
+from interventions.bundle.packaged import FOLDER
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -75,8 +75,8 @@ def python_blocks(page: Path) -> list[Block]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with what the pages take for granted: a finished run, a sparse model, a released checkpoint."""
     from sparse_model.config import SparseConfig
-    from sparse_model.openai import to_openai
-    from sparse_model.transformer import SparseTransformer
+    from sparse_model.model.openai_format import to_openai
+    from sparse_model.model.transformer import SparseTransformer
 
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(FOLDER / "demo", folder / "runs" / "demo")

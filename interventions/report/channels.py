@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bridges.run import Run
+from bridges.run_folder import Run
 from bridges.sites import Site
-from interventions.channels import FILE, Channel, read_nodes
-from interventions.intervene import intervene
+from interventions.bundle.channels import FILE, Channel, read_nodes
+from interventions.editing.intervene import intervene
 from interventions.report.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.report.generations import Continuation, continuations
 from interventions.report.texts import HeldOut, Text, heads, inline, prompts, task_of, visible

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple, get_args
 from jaxtyping import Int
 from torch import Tensor
 
-from bridges.run import Run
-from interventions.channels import Channel
-from interventions.circuit import FOLDER, Circuit, circuit_paths, load_circuit
-from interventions.graph import ModelKind, as_nodes
+from bridges.run_folder import Run
+from interventions.bundle.channels import Channel
+from interventions.circuits.circuit import FOLDER, Circuit, circuit_paths, load_circuit
+from interventions.circuits.controls import Validation, Verdict, verdicts
+from interventions.circuits.node_model import ModelKind, as_nodes
 from interventions.report.explorer import MOST_EDGES, explorer_data
 from interventions.report.importance import by_importance, effects_of, size_curve
 from interventions.report.nodes import NodeWords, words
 from interventions.report.texts import task_of
 from interventions.tasks.base import TaskBatch
-from interventions.validation import Validation, Verdict, verdicts
 
 DETAILED = 400
 """Nodes of all circuits together that get examples and prompts, the most important of each; it bounds the file."""

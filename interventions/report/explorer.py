@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
-from bridges.run import Run
+from bridges.run_folder import Run
 from bridges.sites import Site
-from interventions.channels import Channel
-from interventions.circuit import Circuit
-from interventions.graph import NodeModel, find_node
-from interventions.layout import LINKS, Layout, place_nodes
+from interventions.bundle.channels import Channel
+from interventions.circuits.circuit import Circuit
+from interventions.circuits.node_model import NodeModel, find_node
+from interventions.circuits.picture_layout import LINKS, Layout, place_nodes
 from interventions.report import nodes as about
 from interventions.report.charts import finite, numbers
 from interventions.report.texts import prompts

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bridges.run import Run
-from interventions.channels import Channel
-from interventions.intervene import Intervention, intervene
+from bridges.run_folder import Run
+from interventions.bundle.channels import Channel
+from interventions.editing.intervene import Intervention, intervene
 from interventions.report.texts import Text, visible
 from interventions.tasks.base import TaskBatch
 

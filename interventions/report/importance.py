@@ -10,11 +10,11 @@
 import numpy as np
 import torch
 
-from interventions.checks import node_effects
-from interventions.circuit import Circuit
-from interventions.gates import PruneConfig
-from interventions.graph import NodeModel, find_node
-from interventions.pruning import score
+from interventions.circuits.circuit import Circuit
+from interventions.circuits.gates import PruneConfig
+from interventions.circuits.measures import node_effects
+from interventions.circuits.node_model import NodeModel, find_node
+from interventions.circuits.pruning import score
 from interventions.report.charts import finite
 from interventions.tasks.base import TaskBatch
 

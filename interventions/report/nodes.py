@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interventions.circuit import Circuit
-from interventions.graph import NodeModel, Values, device_of, find_node
+from interventions.circuits.circuit import Circuit
+from interventions.circuits.node_model import NodeModel, Values, device_of, find_node
 from interventions.report.charts import finite, numbers
 from interventions.tasks.base import TaskBatch
-from sparse_model.nodes import parse_node
-from sparse_model.transformer import SparseTransformer
+from sparse_model.model.node_names import parse_node
+from sparse_model.model.transformer import SparseTransformer
 
 EXAMPLES = 4
 """Top examples of a node, and bottom examples."""

@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
-from bridges.run import Run
-from interventions.channels import Channel
-from interventions.curves import DRAWN, Steering
-from interventions.find import ENOUGH
+from bridges.run_folder import Run
+from interventions.bundle.channels import Channel
+from interventions.finding.by_patching import ENOUGH
 from interventions.report.circuits import CircuitPage
 from interventions.report.sites import site_means
+from interventions.steering.result import DRAWN, Steering
 
 
 class Card(NamedTuple):

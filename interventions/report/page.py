@@ -18,10 +18,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
-from bridges.evaluate import SiteReport
-from bridges.run import Run, open_run
-from interventions.bundle import load_dense
-from interventions.channels import load_channels
+from bridges.evaluation import SiteReport
+from bridges.run_folder import Run, open_run
+from interventions.bundle.bundle import load_dense
+from interventions.bundle.channels import load_channels
+from interventions.circuits.solved_tasks import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
 from interventions.report.charts import Chart
@@ -31,8 +32,7 @@ from interventions.report.steering import CONTROLS, steering_pages
 from interventions.report.tasks import size_ratio, size_warnings, task_rows
 from interventions.report.texts import HeldOut, blocks, held_out, visible
 from interventions.report.training import training_charts
-from interventions.solved import SOLVED
-from sparse_model.files import write_text
+from sparse_model.io.atomic import write_text
 
 REPORT = "report.html"
 HELD_OUT_TOKENS = 16_384
@@ -46,9 +46,9 @@ _SCRIPTS = ("uPlot.iife.min.js", "dom.js", "charts.js", "panel.js", "picture.js"
 def write_report(folder: Path) -> Path:
     """Write RUN/report.html from what the run folder holds; returns its path.
 
-    Raises what `bridges.run.open_run` raises for a folder that is no finished run, and ValueError, naming the file,
-    for a metrics.jsonl, metrics.json or channels.json that is damaged. A circuit that does not read is left out, and
-    the report says so.
+    Raises what `bridges.run_folder.open_run` raises for a folder that is no finished run, and ValueError, naming the
+    file, for a metrics.jsonl, metrics.json or channels.json that is damaged. A circuit that does not read is left out,
+    and the report says so.
     """
     run = open_run(folder)
     metrics = _metrics(run.folder)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interventions.curves import DRAWN, Steering, named_curves, set_name
 from interventions.report.charts import GREY, INK, Band, Chart, Series, depth_colour, numbers
-from interventions.side_effects import SideEffects
+from interventions.steering.result import DRAWN, Steering, named_curves, set_name
+from interventions.steering.side_effects import SideEffects
 
 _STYLES = {"random_channels": GREY, "shuffled": "#9a7f4f", "untrained": "#7d6f9a"}
 

@@ -13,12 +13,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bridges.run import Run
+from bridges.run_folder import Run
 from interventions.tasks import get_task
 from interventions.tasks.base import Task, TaskBatch
-from sparse_model.corpus import iter_documents
-from sparse_model.generated import generate_document
-from sparse_model.prepare import corpus_config
+from sparse_model.data.corpus import iter_documents
+from sparse_model.data.generated_python import generate_document
+from sparse_model.data.prepare import corpus_config
 
 _MOST_TOKENS = 96  # of a document; a few hundred coloured tokens are a page
 # Characters that cannot be seen, or that turn round what follows (bidirectional controls), by their number.

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from bridges.run import Run
+from bridges.run_folder import Run
 from bridges.sites import all_sites
 from interventions.report.charts import BLUE, INK, ORANGE, Chart, Series, depth_colour, numbers
-from sparse_model.metrics import read_metrics
+from sparse_model.training.metrics_log import read_metrics
 
 MOST_POINTS = 400
 """Points of a curve; longer ones are averaged, or a long run's report would be mostly curves."""

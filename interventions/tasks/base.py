@@ -1,7 +1,7 @@
 """What a binary next-token task is, how its prompt pairs are made, and how logits are scored on them.
 
 1. A `TaskSpec` holds templates per split. A template is two prompts, equal but for the feature, in the slot
-   language of `sparse_model.generated.Pattern`; filling it gives a `PromptPair`.
+   language of `sparse_model.data.generated_python.Pattern`; filling it gives a `PromptPair`.
 2. A `Task` is a spec bound to a tokenizer. It keeps a filling only if both prompts have the same number of
    tokens and both answers are one token, alone and within the text that naturally follows.
 3. `Task.sample` stacks such pairs into a `TaskBatch`; `task_loss`, `pair_accuracy` and `answer_probabilities`
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerFast
 
-from sparse_model.generated import Pattern, indented
+from sparse_model.data.generated_python import Pattern, indented
 
 Split = Literal["train", "selection", "evaluation"]
 SPLITS: tuple[Split, ...] = get_args(Split)

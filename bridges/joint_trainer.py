@@ -1,0 +1,76 @@
+"""The joint trainer: sparse model and bridges beside a frozen dense model."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
+
+from bridges.bridge import BridgeSet
+from bridges.config import RunConfig
+from bridges.dense import DenseModel
+from bridges.joint_step import JointLosses, draw, joint_backward
+from sparse_model.config import require
+from sparse_model.model.transformer import SparseTransformer
+from sparse_model.training.trainer import FreeRule, SparseTrainer
+
+
+class JointTrainer(SparseTrainer):
+    """Trains a sparse model and bridges in a run folder; the loop is that of `sparse_model.training.trainer`.
+
+    Raises ValueError where the two models do not fit each other.
+    """
+
+    title = "joint"
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dense: DenseModel,
+        sparse: SparseTransformer,
+        bridges: BridgeSet,
+        blocks: Int[Tensor, "block pos"],
+        folder: Path,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        check_fit(dense, sparse)
+        rule = FreeRule(config.bridge.lr, config.bridge.eps, config.bridge.clip)
+        super().__init__(config, sparse, blocks, folder, accelerator, free_rule=rule, beside={"bridges": bridges})
+        self.bridge_config, self.bridges = config.bridge, bridges
+        self.dense = dense.to(self.accelerator.device)
+
+    def backward(self, tokens: Int[Tensor, "batch pos"], batch: int, scale: float | Tensor) -> JointLosses:
+        """The joint loss of this batch's draw of hybrids and positions."""
+        config = self.bridge_config
+        drawn = draw(config, self.bridges.n_sites, tokens.shape[1], self.config.seed, batch)
+        total = self.total if self.accelerator.num_processes > 1 else None
+        models = self.dense, self.sparse, self.bridges
+        return joint_backward(*models, tokens, drawn, config, scale=scale, total=total)
+
+    def summary(self, record: dict) -> str:
+        """The progress bar's text."""
+        nmse = "/".join(f"{sum(record[n]) / len(record[n]):.2f}" for n in ("nmse_encode", "nmse_decode"))
+        kl = "/".join(f"{value:.2f}" for name, value in record.items() if name.startswith("kl_"))
+        return f"ce {record['ce']:.2f} nmse {nmse} kl {kl}"
+
+
+def check_fit(dense: DenseModel, sparse: SparseTransformer) -> None:
+    """Raise ValueError unless the two models have the same depth and vocabulary and a context that fits."""
+    require(
+        dense.n_layers == sparse.n_layers,
+        "sparse.n_layers",
+        sparse.n_layers,
+        f"the dense model has {dense.n_layers} layers and each sublayer needs its partner: use {dense.n_layers}",
+    )
+    require(
+        dense.d_vocab == sparse.d_vocab,
+        "sparse.d_vocab",
+        sparse.d_vocab,
+        f"the dense model's vocabulary has {dense.d_vocab} tokens: use {dense.d_vocab}",
+    )
+    require(
+        dense.n_ctx >= sparse.n_ctx,
+        "sparse.n_ctx",
+        sparse.n_ctx,
+        f"the dense model's context holds {dense.n_ctx} tokens: use at most that",
+    )

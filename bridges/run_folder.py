@@ -1,0 +1,149 @@
+"""A run folder: what a run is made of, how it is prepared, saved and opened.
+
+config.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json  report.html
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from bridges.bridge import BridgeSet, load_bridges, save_bridges
+from bridges.config import RunConfig
+from bridges.dense import DenseModel, load_gpt2
+from bridges.dense_training import save_dense, train_dense
+from sparse_model.config import from_json
+from sparse_model.data.corpus import CorpusBlocks
+from sparse_model.data.prepare import tokenizer_documents
+from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
+from sparse_model.io.atomic import recover_folder, write_text
+from sparse_model.io.tensors import digest
+from sparse_model.model.checkpoint import load_sparse, save_sparse
+from sparse_model.model.transformer import SparseTransformer
+
+
+class Run(NamedTuple):
+    """A finished run, opened."""
+
+    folder: Path
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerFast
+    dense: DenseModel
+    sparse: SparseTransformer
+    bridges: BridgeSet
+
+
+def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """The run's tokenizer: the run folder's, the one named, the dense model's, or a BPE trained on the corpus.
+
+    Raises ValueError when a named tokenizer differs from the dense model's own, or its size from sparse.d_vocab.
+    """
+    own = folder / "tokenizer"
+    recover_folder(own)
+    with_dense = (
+        config.dense
+        if config.dense and not (Path(config.dense).is_dir() and not (Path(config.dense) / "tokenizer.json").exists())
+        else None
+    )
+    if own.exists():
+        tokenizer = load_tokenizer(own)
+    elif config.tokenizer or with_dense:
+        tokenizer = load_tokenizer(config.tokenizer or with_dense or "")
+    elif config.dense:
+        raise ValueError(f"{config.dense} has no tokenizer.json: name its tokenizer with --tokenizer")
+    else:
+        tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
+    if config.tokenizer and with_dense:
+        check_same_tokenizer(tokenizer, load_tokenizer(with_dense), config.tokenizer, with_dense)
+    if len(tokenizer) > config.sparse.d_vocab:
+        raise ValueError(
+            f"sparse.d_vocab={config.sparse.d_vocab}: the tokenizer has {len(tokenizer)} tokens, use at least that"
+        )
+    save_tokenizer(tokenizer, own)
+    return tokenizer
+
+
+def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, name_a: str, name_b: str) -> None:
+    """Raise ValueError unless two tokenizers are the same."""
+    if tokenizer_fingerprint(a) != tokenizer_fingerprint(b):
+        raise ValueError(
+            f"the tokenizer {name_a} is not that of {name_b}: token ids would mean different text; "
+            "use the tokenizer that the dense model was trained with"
+        )
+
+
+def prepare_dense(
+    config: RunConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    blocks: CorpusBlocks,
+    device: torch.device,
+    *,
+    progress: bool = True,
+) -> GPT2LMHeadModel:
+    """The run's dense model: its dense/ folder, the model named (copied there), or a small one trained now."""
+    own = folder / "dense"
+    recover_folder(own)
+    if own.exists():
+        check_same_tokenizer(tokenizer, load_tokenizer(own), str(folder / "tokenizer"), str(own))
+        return load_gpt2(own)
+    if config.dense:
+        model = load_gpt2(config.dense)
+    else:
+        model = train_dense(config, blocks.train, tokenizer, device, progress=progress)
+    save_dense(model, tokenizer, own)
+    return model
+
+
+def new_bridges(config: RunConfig, d_dense: int) -> BridgeSet:
+    """Untrained bridges of a run's shape."""
+    sparse = config.sparse
+    return BridgeSet(sparse.n_sites, d_dense, sparse.d_model, max(1, int(config.bridge.encoder_topk * sparse.d_model)))
+
+
+def save_trained(folder: Path, sparse: SparseTransformer, bridges: BridgeSet) -> None:
+    """Write sparse/ and bridges/."""
+    save_sparse(sparse, folder / "sparse")
+    save_bridges(bridges, folder / "bridges")
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a finished run.
+
+    Raises FileNotFoundError for a folder that is not one or whose training has not finished, ValueError for parts that
+    are damaged or do not belong together, each naming the file.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run at {folder}: train one with scripts/train_bridge.py --run {folder}")
+    config = from_json(RunConfig, folder / "config.json")
+    bridges = load_bridges(folder / "bridges")
+    sparse = load_sparse(folder / "sparse").eval()
+    dense = DenseModel(load_gpt2(folder / "dense"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
+    for name, found, wanted in (
+        ("sites", bridges.n_sites, 2 * dense.n_layers + 1),
+        ("dense width", bridges.d_dense, dense.d_model),
+        ("sparse width", bridges.d_sparse, sparse.d_model),
+        ("sparse layers", sparse.n_layers, dense.n_layers),
+    ):
+        if found != wanted:
+            raise ValueError(f"{folder / 'bridges'} does not fit the run's models: {name} {found}, expected {wanted}")
+    return Run(folder, config, tokenizer, dense, sparse, bridges)
+
+
+def fingerprint(run: Run) -> str:
+    """Hex digest of the weights of a run's dense and sparse models and bridges: what an intervention belongs to."""
+    parts = {"dense": run.dense, "sparse": run.sparse, "bridges": run.bridges}
+    return digest({f"{part}.{name}": t for part, model in parts.items() for name, t in model.state_dict().items()})
+
+
+def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:
+    """Set top-level keys of RUN/metrics.json, keeping the others; `merge` keeps the keys below them too."""
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.exists() else {}
+    metrics |= {name: metrics.get(name, {}) | part if merge else part for name, part in parts.items()}
+    write_text(path, json.dumps(metrics, indent=1) + "\n")

@@ -1,0 +1,281 @@
+"""One prompt, steered and unsteered: what scripts/serve.py shows on its page, without the page.
+
+1. The prompt is tokenized as for training: end-of-text, then the text. Nothing in it is a special token.
+2. The dense model continues it twice, plainly and with `intervene(channel, delta=...)` at every token, prompt and
+   generated. The first pass of each gives the next-token distribution, so that the two always agree.
+3. Sampling draws both continuations with the same seed: where the distributions are equal, so are the tokens.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from bridges.losses import kl
+from bridges.run_folder import Run
+from interventions.bundle.bundle import get_bundle
+from interventions.bundle.channels import Channel, resolve
+from interventions.editing.hooks import Where
+from interventions.editing.intervene import intervene
+from interventions.report.generations import NEW_TOKENS
+from interventions.report.texts import inline, task_of, visible
+from interventions.steering.steered_prompts import plain_model
+from interventions.tasks import TASKS
+
+Ended = Literal["length", "end of text", "context"]
+
+_TOP = 10
+_EXAMPLES = 6
+_UNKNOWN_LARGEST = 10.0
+"""Range of delta where nothing was measured: before AbsTopK the sparse reads have an RMS of 1."""
+_WIDEST, _SUGGESTED = 4, 3
+"""Deltas in differences of the class means. One is what a counterfactual changes where the prompts differ; the same
+amount at every token, and in one sublayer's input only, takes a few to outweigh what the other sublayers see."""
+
+# Hooks belong to the model: a second thread's pass would be steered by the first one's.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn instead of taking the most likely one."""
+
+    temperature: int | float = 1.0
+    """Divides the logits; above 0."""
+    seed: int = 0
+    """Of both continuations; 0 .. 2^63 - 1."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature={self.temperature:g}: give a number above 0, or take the most likely token")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: give a whole number from 0 to 2^63 - 1")
+
+
+class Likely(NamedTuple):
+    """A possible next token."""
+
+    token: int
+    text: str
+    """As the report writes it, on one line: what cannot be seen has a sign. Untrusted: escape it."""
+    unsteered: float
+    steered: float
+    """Probabilities under the softmax over the whole vocabulary."""
+
+
+class Generation(NamedTuple):
+    """A continuation."""
+
+    tokens: tuple[int, ...]
+    text: str
+    """As the report writes it: line ends and control characters have a sign. Untrusted: escape it."""
+    ended: Ended
+    """length: as many tokens as asked for; end of text: the last token is the model's end; context: no room left."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """What steering a channel does to one prompt."""
+
+    prompt: Int[Tensor, " pos"]
+    """Its tokens, end-of-text first."""
+    prompt_text: str
+    """Without the end-of-text; line ends and control characters have a sign. Untrusted: escape it."""
+    unsteered: Float[Tensor, " vocab"]
+    steered: Float[Tensor, " vocab"]
+    """Probabilities of the next token."""
+    kl: float
+    """KL(unsteered || steered) of the next token, nats."""
+    unsteered_generation: Generation
+    steered_generation: Generation
+    tokenizer: PreTrainedTokenizerFast
+
+    def top(self, count: int = _TOP) -> list[Likely]:
+        """The tokens that are likeliest in either distribution, at most `count`.
+
+        Ordered by probability relative to the distribution's own likeliest token: both of these come first.
+        """
+        both = torch.stack([self.unsteered, self.steered])
+        shares = both / both.amax(1, keepdim=True)
+        order = shares.amax(0).argsort(descending=True, stable=True)[:count]
+        return [Likely(t, inline(self.tokenizer, t), *both[:, t].tolist()) for t in order.tolist()]
+
+
+class DeltaRange(NamedTuple):
+    """Deltas worth trying, in units of the channel's post-norm activation."""
+
+    largest: float
+    """The range is -largest .. largest."""
+    suggested: float
+    """From class 0 beyond class 1: three times the difference of their means; 0 where nothing was measured."""
+    means: tuple[float, float] | None
+    """The channel's mean in classes 0 and 1 on the selection prompts; None where nothing was measured."""
+
+
+def compare(
+    dense: nn.Module,
+    prompt: str,
+    channel: str,
+    delta: int | float,
+    *,
+    where: Where = "read",
+    new_tokens: int = NEW_TOKENS,
+    sampling: Sampling | None = None,
+) -> Comparison:
+    """Steer a dense model from `load_dense` at every token of a prompt and of what it generates, beside itself.
+
+    channel: a name of the run or an address such as "mlp.1.read.107"; delta, where: as for `intervene`.
+    new_tokens: at most so many; generation also ends with the document or the context. 0 asks for none.
+    sampling: None takes the most likely token.
+
+    With delta=0 both sides are exactly equal. Safe to call from several threads, which then wait for each other.
+
+    Raises KeyError for an unknown channel; ValueError for an empty prompt, one that does not fit into the context, a
+    delta that is not finite or so large that the logits are not, and for whatever `intervene` refuses.
+    """
+    if not math.isfinite(delta):
+        raise ValueError(f"delta={delta}: give a finite number")
+    if new_tokens < 0:
+        raise ValueError(f"new_tokens={new_tokens}: give 0 or more")
+    run: Run = get_bundle(dense).run
+    ids = encode_prompt(run, prompt)
+    with _ONE_AT_A_TIME:
+        hf = plain_model(dense)
+        handle = intervene(hf, channel, delta=delta, where=where)
+        plain, plain_tokens = _continue(hf, run, ids, new_tokens, sampling)
+        with handle:
+            steered, steered_tokens = _continue(hf, run, ids, new_tokens, sampling)
+    return Comparison(
+        prompt=ids,
+        prompt_text=visible(run.tokenizer, ids[1:].tolist()),
+        unsteered=plain.softmax(-1),
+        steered=steered.softmax(-1),
+        kl=max(0.0, float(kl(plain, steered))),
+        unsteered_generation=_generation(run, ids, plain_tokens, new_tokens),
+        steered_generation=_generation(run, ids, steered_tokens, new_tokens),
+        tokenizer=run.tokenizer,
+    )
+
+
+def encode_prompt(run: Run, prompt: str) -> Int[Tensor, " pos"]:
+    """End-of-text and the prompt's tokens; what looks like a special token is text.
+
+    Raises ValueError for an empty prompt, one that is no valid Unicode, and one longer than the context.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: type some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid Unicode at character {error.start}: type it again") from error
+    ids = run.tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
+    n_ctx = run.dense.n_ctx
+    if 1 + len(ids) > n_ctx:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, the model's context has room for {n_ctx - 1} after the end-of-text "
+            "token: shorten it"
+        )
+    return torch.tensor([run.tokenizer.eos_token_id, *ids])
+
+
+@torch.no_grad()
+def _continue(
+    hf: GPT2LMHeadModel, run: Run, prompt: Int[Tensor, " pos"], new_tokens: int, sampling: Sampling | None
+) -> tuple[Float[Tensor, " vocab"], list[int]]:
+    """Logits behind the prompt, and the tokens that follow it."""
+    generator = torch.Generator().manual_seed(sampling.seed) if sampling else None
+    room = min(new_tokens, run.dense.n_ctx - len(prompt))
+    first: Tensor | None = None
+    tokens: list[int] = []
+    step, cache = prompt, None
+    while True:
+        out: Any = hf(input_ids=step[None].to(hf.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits, cache = out.logits[0, -1].float().cpu(), out.past_key_values
+        first = logits if first is None else first
+        if not torch.isfinite(logits).all():
+            raise ValueError("the model's logits are no longer finite numbers: use a smaller delta")
+        if len(tokens) == room:
+            return first, tokens
+        if sampling:
+            p = (logits.double() / sampling.temperature).softmax(-1)
+            tokens.append(int(p.multinomial(1, generator=generator)))
+        else:
+            tokens.append(int(logits.argmax()))
+        if len(tokens) == room or tokens[-1] == run.tokenizer.eos_token_id:
+            return first, tokens
+        step = torch.tensor(tokens[-1:])
+
+
+def _generation(run: Run, prompt: Int[Tensor, " pos"], tokens: list[int], asked: int) -> Generation:
+    ended: Ended = "length" if len(tokens) == asked else "context"
+    if tokens and tokens[-1] == run.tokenizer.eos_token_id:
+        ended = "end of text"
+    return Generation(tuple(tokens), visible(run.tokenizer, tokens), ended)
+
+
+def find_channel(dense: nn.Module, name: str) -> Channel:
+    """A channel by name or address. Raises KeyError for an unknown one, ValueError for an address out of range."""
+    bundle = get_bundle(dense)
+    return resolve(name, bundle.channels, bundle.shape)
+
+
+def delta_range(channel: Channel) -> DeltaRange:
+    """Deltas worth trying, from the class means that the channel was found with."""
+    means = _class_means(channel)
+    difference = means[1] - means[0] if means else 0.0
+    if not difference:
+        return DeltaRange(_UNKNOWN_LARGEST, 0.0, means)
+    largest = _rounded_up(_WIDEST * abs(difference))
+    return DeltaRange(largest, round(round(_SUGGESTED * difference / largest, 2) * largest, 6), means)
+
+
+def _class_means(channel: Channel) -> tuple[float, float] | None:
+    """Means in the unit of `Channel.value`; None where they were not measured, or not of these indices."""
+    found = []
+    for member in (0, 1):
+        means = channel.statistics.get(f"mean_member_{member}")
+        if not isinstance(means, list) or len(means) != len(channel.weights):
+            return None
+        total = sum(w * x for w, x in zip(channel.weights, means, strict=True))
+        found.append(total / sum(w * w for w in channel.weights))
+    return (found[0], found[1]) if all(map(math.isfinite, found)) else None
+
+
+def _rounded_up(x: float) -> float:
+    """The next of 1, 2, 5, 10, ..."""
+    power = 10.0 ** math.floor(math.log10(x))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= x)
+
+
+def example_prompts(dense: nn.Module, channel: Channel, count: int = _EXAMPLES) -> list[str]:
+    """Prompts to try a channel on: those of the task it was found on, else one of each task; at most `count`.
+
+    They are of the evaluation templates, which neither training nor the channel's search has seen. A task that the
+    run's tokenizer or context cannot present gives none.
+    """
+    run: Run = get_bundle(dense).run
+    own = channel.selection.get("task")
+    names = [own] if isinstance(own, str) and own in TASKS else list(TASKS)
+    each = count if len(names) == 1 else 1
+    found: dict[str, None] = {}
+    for prompt in (prompt for name in names for prompt in _task_prompts(run, name, each)):
+        if len(found) == count:
+            break
+        found[prompt] = None
+    return list(found)
+
+
+def _task_prompts(run: Run, name: str, count: int) -> Iterator[str]:
+    """Members 0 and 1 in turn, so that there are prompts to move either way."""
+    try:
+        batch = task_of(run, name).sample(count, split="evaluation", seed=0)
+    except ValueError:
+        return
+    for pair, prompts in enumerate(batch.prompts):
+        yield prompts[pair % 2]

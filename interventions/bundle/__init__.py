@@ -1,0 +1,1 @@
+"""What a loaded dense model carries: bridges, channels, packaged bundles, the passes in progress."""

@@ -1,0 +1,170 @@
+"""A run as one steerable object: the dense model, in TransformerLens or as it is, with its bridges and channels.
+
+TransformerLens calls its wrapper of an HF model `TransformerBridge`; that class has nothing to do with the bridges
+between models that this library trains.
+
+TransformerLens and what is built on it are imported where they are needed: `load_hf` works without them.
+"""
+
+import copy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from bridges.bridge import BridgeSet, load_bridges
+from interventions.bundle.channels import Channel, load_channels
+from interventions.bundle.packaged import find_run
+from interventions.bundle.passes import Calls
+from sparse_model.config import SparseConfig, from_json
+from sparse_model.io.tensors import digest
+
+
+class Bundle:
+    """What an intervention needs beside the dense model; `dense.bundle` of a model from `load_dense` or `load_hf`."""
+
+    def __init__(self, folder: Path, hf: GPT2LMHeadModel, bridges: BridgeSet, calls: Calls, run: Any = None) -> None:
+        self.folder, self.hf, self.bridges, self.calls = folder, hf, bridges, calls
+        self.channels: dict[str, Channel] = load_channels(folder)
+        self.shape = from_json(SparseConfig, folder / "sparse" / "config.json")
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """The opened `bridges.run_folder.Run`; ValueError for a plain Hugging Face model, which has none."""
+        if self._run is None:
+            raise ValueError("a model from load_hf has no open run: use load_dense for everything but intervene()")
+        return self._run
+
+    @cached_property
+    def sparse(self) -> Any:
+        """The sparse model (`SparseTransformer`), read from the run on first use: only `toward` needs it."""
+        if self._run is not None:
+            return self._run.sparse
+        try:
+            from sparse_model.model.checkpoint import load_sparse
+        except ImportError as error:
+            raise ImportError(
+                f"toward runs the sparse model, which is built on TransformerLens: {error}. Install transformer-lens, "
+                "or use delta, set_to or intervene_vector"
+            ) from error
+        return load_sparse(self.folder / "sparse").eval().to(self.bridges.rms_sparse.device)
+
+    def identity(self) -> dict[str, Any]:
+        """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now."""
+        return {
+            "layers": self.shape.n_layers,
+            "dense": digest(self.hf.state_dict()),
+            "dense dtype": str(self.hf.dtype).removeprefix("torch."),
+            "sparse": self._sparse_digest(),
+            "bridges": digest(self.bridges.state_dict()),
+        }
+
+    def _sparse_digest(self) -> str:
+        """Of the nonzeros, so that the file will do where the model was not built."""
+        if self._run is None and "sparse" not in self.__dict__:
+            return digest(load_file(self.folder / "sparse" / "model.safetensors"))
+        state = self.sparse.state_dict()
+        if self.shape.tied:  # stored once
+            del state["unembedding.weight"]
+        return digest(state)
+
+
+def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+    """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
+
+    A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
+    and logits are those of the HF model. Raises what `bridges.run_folder.open_run` raises, and ValueError for a device
+    that torch does not have here.
+    """
+    from bridges.run_folder import open_run
+
+    _check_device(device)
+    run = open_run(find_run(folder))
+    for part in (run.dense, run.sparse, run.bridges):
+        part.to(device)
+    dense = boot(run.dense.hf, run.tokenizer, device)
+    dense.bundle = Bundle(run.folder, run.dense.hf, run.bridges, Calls(dense.original_model.transformer), run)
+    return dense
+
+
+def load_hf(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> GPT2LMHeadModel:
+    """The dense model of a run as a plain Hugging Face model that `intervene` takes; no TransformerLens is needed.
+
+    Frozen, in eval mode. The bridges stay in float32 whatever the dtype. `toward` also loads the sparse model, which
+    does need TransformerLens. Raises FileNotFoundError for a folder that is not a finished run, ValueError for bridges
+    that are damaged or do not fit.
+    """
+    _check_device(device)
+    folder = find_run(folder)
+    for part in ("dense/config.json", "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
+        if not (folder / part).is_file():
+            raise FileNotFoundError(f"{folder / part} does not exist: is {folder} a run whose training has finished?")
+    hf = GPT2LMHeadModel.from_pretrained(folder / "dense", dtype=dtype, use_safetensors=True).eval()
+    hf.requires_grad_(False)
+    hf.to(device)
+    bridges = load_bridges(folder / "bridges").eval().to(device)
+    if (bridges.n_sites, bridges.d_dense) != (2 * hf.config.n_layer + 1, hf.config.n_embd):
+        raise ValueError(
+            f"{folder / 'bridges'} has {bridges.n_sites} sites of dense width {bridges.d_dense}, the dense model "
+            f"{2 * hf.config.n_layer + 1} of {hf.config.n_embd}: they are not of one run"
+        )
+    hf.bundle = Bundle(folder, hf, bridges, Calls(hf.transformer))
+    return hf
+
+
+def _check_device(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no CUDA device here, use cpu")
+
+
+def boot(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:
+    """A TransformerLens view of an HF model that shares its tensors and leaves the HF object as it was.
+
+    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. A sequence longer
+    than the context is a ValueError.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from sparse_model.model.transformer import check_length
+
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    name = tokenizer.name_or_path or "dense"
+    dense = TransformerBridge.boot_transformers(
+        name, hf_model=copy.deepcopy(model, shared), tokenizer=tokenizer, device=str(device)
+    ).eval()
+    n_ctx = model.config.n_positions
+
+    def refuse_long(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ids = inputs[0]
+        # Reading a position's value waits for a device; there only the length of one call is checked.
+        check_length(int(ids.max()) + 1 if ids.device.type == "cpu" and ids.numel() else ids.shape[-1], n_ctx)
+
+    dense.pos_embed.register_forward_pre_hook(refuse_long)
+    return dense
+
+
+def get_bundle(dense: nn.Module) -> Bundle:
+    """The bundle of a model from `load_dense` or `load_hf`; another model is a ValueError that says so."""
+    bundle = getattr(dense, "bundle", None)
+    if not isinstance(bundle, Bundle):
+        raise ValueError(
+            f"this {type(dense).__name__} has no bridges: get the dense model from interventions.load_dense(run folder)"
+        )
+    return bundle
+
+
+def check_raw(dense: nn.Module) -> None:
+    """Raise ValueError for a TransformerLens model whose weights were processed, or that is in compatibility mode."""
+    if getattr(dense, "compatibility_mode", False) or getattr(dense, "_weights_processed", False):
+        raise ValueError(
+            "the dense model is in TransformerLens' compatibility mode: its processed weights (folded norms, centred "
+            "stream) give another residual stream than the one the bridges were trained on. Load it again with "
+            "load_dense and leave it in raw mode"
+        )

@@ -1,0 +1,137 @@
+"""Named channels: sparse residual reads that mean something, found by patching and kept in channels.json.
+
+A channel is one or a few (index, signed weight) pairs at one site. The node is the sparse model's residual read there:
+after RMSNorm and AbsTopK, before the norm's gain (which is part of the next matrix). A name may stand for several
+indices because one feature is often two opposing channels.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bridges.sites import Site, all_sites
+from sparse_model.io.atomic import write_text
+
+FILE = "channels.json"
+
+
+@runtime_checkable
+class SparseShape(Protocol):
+    """What an address needs of the sparse model; `SparseTransformer` and `SparseConfig` both have it."""
+
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """A named direction of the sparse model's read at one site."""
+
+    name: str
+    site: int
+    """Residual site, 0 .. 2L."""
+    indices: tuple[int, ...]
+    """Channels of the sparse residual stream."""
+    weights: tuple[float, ...]
+    """Signed share of each index in the name's unit; the largest has magnitude 1."""
+    description: str = ""
+    """What positive values mean."""
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """Mean activations on the selection prompts, per class."""
+    selection: dict[str, Any] = field(default_factory=dict)
+    """How the channel was chosen, with the figures."""
+
+    def __post_init__(self) -> None:
+        if not self.indices or len(self.indices) != len(self.weights):
+            raise ValueError(
+                f"channel {self.name!r}: {len(self.indices)} indices and {len(self.weights)} weights; need as many, "
+                "and at least one"
+            )
+
+    def value(self, reads: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch"]:
+        """The channel's activation, sum_c w_c x_c / sum_c w_c^2, in the unit in which `delta` moves it."""
+        weights = torch.tensor(self.weights).to(reads)
+        return reads[..., list(self.indices)] @ weights / weights.square().sum()
+
+    @property
+    def strength(self) -> float:
+        """The strength of `toward` that was chosen for the channel on selection prompts; 1 where none was."""
+        dose = self.selection.get("doses", {}).get(str(len(self.indices)), {})
+        return float(dose.get("strength", 1.0))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))
+        count = f"{len(self.indices)} channel{'s' if len(self.indices) > 1 else ''}"
+        return f"{self.name}: {count} at site {self.site}: {parts}"
+
+
+def load_channels(folder: Path) -> dict[str, Channel]:
+    """The channels of a run by name; none where channels.json does not exist. A damaged file is a ValueError."""
+    path = folder / FILE
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: Channel(**entry | {"indices": tuple(entry["indices"]), "weights": tuple(entry["weights"])})
+            for name, entry in data.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run scripts/find_channel.py again") from error
+
+
+def save_channel(folder: Path, channel: Channel) -> None:
+    """Add or replace one channel in RUN/channels.json."""
+    channels = load_channels(folder) | {channel.name: channel}
+    entries = {name: asdict(c) for name, c in channels.items()}
+    write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+
+
+def resolve(name: str, channels: Mapping[str, Channel], sparse: SparseShape) -> Channel:
+    """A channel by name, or unnamed by address: `attn.3.read.146`, `mlp.0.read.7`, `unembed.read.12`.
+
+    Raises KeyError listing the known and the near names, ValueError for an address out of range.
+    """
+    if name in channels:
+        return channels[name]
+    sites = {site.label: site.index for site in all_sites(sparse.n_layers)}
+    address = re.fullmatch(r"((?:attn|mlp)\.\d+|unembed)\.read\.(\d+)", name)
+    if not address:
+        near = difflib.get_close_matches(name, channels, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        known = ", ".join(channels) or "none yet; scripts/find_channel.py finds some"
+        raise KeyError(f"unknown channel {name!r}: {hint}named channels are {known}; or an address like attn.1.read.7")
+    label, index = address[1], int(address[2])
+    if label not in sites:
+        raise ValueError(f"channel {name!r}: the model has no {label}; sites are {', '.join(sites)}")
+    if index >= sparse.d_model:
+        raise ValueError(f"channel {name!r}: index {index} is out of range, the sparse stream has {sparse.d_model}")
+    return Channel(name=name, site=sites[label], indices=(index,), weights=(1.0,))
+
+
+def read_gain(sparse: Any, site: int) -> Float[Tensor, " d_sparse"]:
+    """The gain of the norm that reads at a site of a `SparseTransformer`."""
+    # Not annotated, so that plain Hugging Face models can be steered where TransformerLens cannot be imported.
+    where = Site(site, sparse.n_layers)
+    if where.is_final:
+        return sparse.ln_final.weight
+    return getattr(sparse.blocks[where.layer], f"ln{1 + site % 2}").weight
+
+
+def read_nodes(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
+    """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
+    hook = Site(site, sparse.n_layers).read_hook
+    _, cache = sparse.run_with_cache(tokens, names_filter=hook)
+    gain = read_gain(sparse, site)
+    read = cache[hook][..., : sparse.d_model]
+    return torch.where(gain != 0, read / gain, 0)

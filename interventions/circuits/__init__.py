@@ -1,0 +1,1 @@
+"""Circuits by pruning, and their controls."""

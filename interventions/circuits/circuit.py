@@ -1,0 +1,269 @@
+"""A task's circuit: its nodes and edges, runnable as a model, saved with the run that it belongs to (paper 2.2, E).
+
+RUN/circuits/TASK.json holds names, numbers and provenance, TASK.safetensors the ablated values of all nodes; the dense
+model's circuit is TASK-dense. What counts as a node and an edge stands in `graph`; `n_nodes` counts a q and a k
+channel of the same index as two nodes, or as the one node attn.qk where pruning tied their gates, and `n_edges` never
+counts their meeting in the attention scores.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bridges.run_folder import Run, fingerprint
+from interventions.circuits.ablation import Ablation, Calibration
+from interventions.circuits.node_model import (
+    Edge,
+    Kept,
+    ModelKind,
+    NodeModel,
+    as_nodes,
+    edges_between,
+    find_node,
+    locations,
+    node_name,
+)
+from sparse_model.config import SparseConfig
+from sparse_model.io.atomic import write_text
+from sparse_model.io.tensors import read_tensors
+
+FOLDER = "circuits"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Circuit:
+    """The nodes that are left of a model for one task, and the weights between them."""
+
+    task: str
+    model: ModelKind
+    shape: SparseConfig
+    """The sizes of the model."""
+    fingerprint: str
+    """Digest of the weights of the run (bridges.run_folder.fingerprint)."""
+    nodes: dict[str, tuple[int, ...]]
+    """Sorted channels of every location, counted over all heads; locations without nodes have none."""
+    edges: tuple[Edge, ...]
+    tied_qk: bool
+    loss: float
+    """Calibrated task loss on the selection prompts, nats."""
+    unpruned_loss: float
+    """That of the whole model."""
+    calibration: Calibration
+    ablation: Ablation
+    config: dict[str, Any] = field(default_factory=dict)
+    """The pruning configuration, its seed included."""
+    controls: dict[str, Any] | None = None
+    """Result of interventions.circuits.controls; None: the claim is uncontrolled."""
+
+    @property
+    def names(self) -> list[str]:
+        """Published name of every node, in the order of computation; a tied pair of q and k once."""
+        return list(dict.fromkeys(name for _, _, name in self._named()))
+
+    n_nodes = property(lambda self: len(self.names))
+    n_edges = property(lambda self: len(self.edges))
+
+    def _named(self) -> Iterator[tuple[str, int, str]]:
+        for at in locations(self.shape):
+            for channel in self.nodes[at.name]:
+                yield at.name, channel, node_name(at, channel, tied_qk=self.tied_qk)
+
+    @property
+    def kept(self) -> Kept:
+        """The nodes as one mask per location."""
+        masks = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(self.shape)}
+        for name, channels in self.nodes.items():
+            masks[name][list(channels)] = True
+        return masks
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a node, by OpenAI's name or ours, is in the circuit. A name of no node is a ValueError."""
+        return all(channel in self.nodes[at] for at, channel in find_node(self.shape, str(name)))
+
+    def edges_at(self, name: str) -> list[Edge]:
+        """The edges into and out of a node, by OpenAI's name or ours.
+
+        Raises ValueError for a name of no node of the model, KeyError for a node outside the circuit.
+        """
+        if name not in self:
+            raise KeyError(f"{name} is not among the {self.n_nodes} nodes of the circuit for {self.task}: see .names")
+        wanted = set(find_node(self.shape, name))
+        own = {given for at, channel, given in self._named() if (at, channel) in wanted}
+        return [edge for edge in self.edges if own & {edge.source, edge.target}]
+
+    @torch.no_grad()
+    def run(
+        self,
+        model: NodeModel | nn.Module,
+        tokens: Int[Tensor, "batch pos"],
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Calibrated logits of the model with only the circuit left; `generator` draws what is resampled."""
+        edit = self.ablation.edit(dict(self.kept), self.ablation.draw(len(tokens), tokens.shape[1], generator))
+        return self.calibration.apply(as_nodes(model).logits(tokens, edit))
+
+    def to_networkx(self, *, links: bool = False) -> nx.MultiDiGraph:
+        """The circuit as a graph: nodes with layer, place and channel, edges with weight and matrix.
+
+        `links` adds what is no edge, with weight 1: matrix "residual" from a write to the same channel of every later
+        read, and "qk" between a q and a k channel of the same index.
+        """
+        graph = nx.MultiDiGraph(task=self.task, model=self.model, fingerprint=self.fingerprint)
+        by_name = {at.name: at for at in locations(self.shape)}
+        for at, channel, name in self._named():
+            graph.add_node(name, layer=by_name[at].layer, place=by_name[at].place, channel=channel)
+        for edge in self.edges:
+            graph.add_edge(edge.source, edge.target, weight=edge.weight, matrix=edge.matrix)
+        for source, target, kind in self._links() if links else ():
+            graph.add_edge(source, target, weight=1.0, matrix=kind)
+        return graph
+
+    def _links(self) -> Iterator[tuple[str, str, str]]:
+        named = list(self._named())
+        for i, (at, channel, name) in enumerate(named):
+            for later, same, other in named[i + 1 :]:
+                if channel != same or name == other:
+                    continue
+                if at.endswith("_out") and later.endswith("hook_in"):
+                    yield name, other, "residual"
+                if at.endswith("hook_q") and later == at.removesuffix("q") + "k":
+                    yield name, other, "qk"
+
+    def plot(self) -> Figure:
+        """The circuit, layers left to right; needs no display."""
+        from interventions.circuits.draw import plot_circuit
+
+        return plot_circuit(self)
+
+    def save_graphml(self, path: str | Path, *, links: bool = False) -> None:
+        """Write `to_networkx` as GraphML, by way of a temporary name."""
+        write_text(Path(path), "\n".join(nx.generate_graphml(self.to_networkx(links=links))) + "\n")
+
+
+def make_circuit(model: NodeModel | nn.Module, kept: Kept, *, tied_qk: bool, **fields: Any) -> Circuit:
+    """A circuit from the kept nodes of a model; `fields` are the rest of `Circuit`'s."""
+    nodes = as_nodes(model)
+    return Circuit(
+        model=nodes.kind,
+        shape=nodes.shape,
+        nodes={at.name: tuple(kept[at.name].nonzero().flatten().tolist()) for at in locations(nodes.shape)},
+        edges=tuple(edges_between(nodes, kept, tied_qk=tied_qk)),
+        tied_qk=tied_qk,
+        **fields,
+    )
+
+
+def circuit_paths(folder: Path, task: str, model: ModelKind = "sparse") -> tuple[Path, Path]:
+    """The JSON and the safetensors file of a circuit of the run in `folder`."""
+    name = task if model == "sparse" else f"{task}-{model}"
+    return folder / FOLDER / f"{name}.json", folder / FOLDER / f"{name}.safetensors"
+
+
+def save_circuit(folder: Path, circuit: Circuit) -> Path:
+    """Write a circuit into the run in `folder`, tensors first; returns the JSON file's path.
+
+    Each file appears in one rename, and the JSON holds the tensors' digest: a kill between the two is seen on loading.
+    """
+    path, tensors = circuit_paths(folder, circuit.task, circuit.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tensors.with_name(tensors.name + ".tmp")
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in circuit.ablation.values.items()}, temporary)
+        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        temporary.replace(tensors)
+    finally:
+        temporary.unlink(missing_ok=True)
+    plain = {n: getattr(circuit, n) for n in ("task", "model", "fingerprint", "tied_qk", "loss", "unpruned_loss")}
+    counts = {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges, "nodes": circuit.names}
+    rest = {
+        "edges": [edge._asdict() for edge in circuit.edges],
+        "calibration": circuit.calibration._asdict(),
+        "ablation": circuit.ablation.kind,
+        "config": circuit.config,
+        "controls": circuit.controls,
+        "tensors_sha256": digest,
+    }
+    write_text(path, json.dumps(plain | counts | rest, indent=1) + "\n")
+    return path
+
+
+def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
+    """A circuit of a run.
+
+    Raises FileNotFoundError where there is none; ValueError for a circuit of another run, a damaged or truncated file,
+    or an unknown node name, each naming the file.
+    """
+    path, tensors = circuit_paths(run.folder, task, model)
+    command = f"scripts/find_circuit.py --run {run.folder} --task {task}" + " --model dense" * (model == "dense")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: find it with {command}")
+    again = f"find the circuit again with {command}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        belongs = data["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): {again}") from error
+    own = fingerprint(run)
+    if belongs != own:
+        raise ValueError(f"{path} is the circuit of another run ({belongs}; {run.folder} is {own}): {again}")
+    shape = as_nodes(run.sparse if model == "sparse" else run.dense).shape
+    values = _read_values(tensors, data, shape, again)
+    try:
+        return _from_json(data, shape, values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {again}") from error
+
+
+def read_nodes(path: str | Path, shape: SparseConfig) -> Kept:
+    """The nodes of a circuit file as masks for a model of a shape, of whatever run and task the circuit is.
+
+    Raises FileNotFoundError without the file; ValueError where it is damaged or has a node that the model has not.
+    """
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))["nodes"]
+        masks = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(shape)}
+        for name in names:
+            for at, channel in find_node(shape, name):
+                masks[at][channel] = True
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: name the .json file of a circuit") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no circuit for this model: {error}") from error
+    return masks
+
+
+def _read_values(path: Path, data: dict[str, Any], shape: SparseConfig, again: str) -> dict[str, Tensor]:
+    values = read_tensors(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != data.get("tensors_sha256"):
+        raise ValueError(f"{path} does not belong to the .json beside it (other digest): {again}")
+    wanted = {at.name: at.width for at in locations(shape)}
+    if {name: t.shape[-1] for name, t in values.items()} != wanted:
+        raise ValueError(f"{path} does not have the model's node locations: {again}")
+    return values
+
+
+def _from_json(data: dict[str, Any], shape: SparseConfig, values: dict[str, Tensor]) -> Circuit:
+    nodes: dict[str, set[int]] = {at.name: set() for at in locations(shape)}
+    for name in data["nodes"]:
+        for at, channel in find_node(shape, name):
+            nodes[at].add(channel)
+    calibration = data["calibration"]
+    return Circuit(
+        **{n: data[n] for n in ("task", "model", "fingerprint", "tied_qk", "loss", "unpruned_loss", "config")},
+        shape=shape,
+        nodes={at: tuple(sorted(channels)) for at, channels in nodes.items()},
+        edges=tuple(Edge(**edge) for edge in data["edges"]),
+        calibration=Calibration(calibration["scale"], {int(i): s for i, s in calibration["shift"].items()}),
+        ablation=Ablation(data["ablation"], values),
+        controls=data["controls"],
+    )

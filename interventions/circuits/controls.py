@@ -1,0 +1,231 @@
+"""Controls of a circuit: what would also be seen if the claim were false (paper 2.2, A.5; criticism: method.md 4).
+
+1. Sufficiency: the task loss of the circuit alone, on evaluation templates that neither pruning nor selection saw.
+2. Necessity: the loss of the model without the circuit's nodes, against as many other nodes removed at the same
+   locations, drawn among those whose value varies on the prompts (dead ones would be no control). As it is: does the
+   model still answer? Calibrated anew: could the answer still be read off its logits?
+3. Minimality: how much the loss rises when each node is deleted from the circuit as well.
+4. Interchange: how much of the answer's log-odds goes with the circuit's nodes, or a named channel, when they take
+   their values from the other member of the pair, against as many other nodes (see `interchange`).
+5. Ablation: the same circuit with its deleted nodes at zero instead of at their means, and the same pruning so.
+6. Frozen norms: the same circuit where norms divide by what they divide by in the whole model (see `FrozenNorms`).
+7. Nonsense: the same pruning where a coin decides, for each pair, which member has which answer (nothing to learn),
+   and where an arbitrary class of one of the pair's words decides it (a rule that holds in every split).
+8. Redrawn: the same pruning of a model with random weights at the same nonzero positions, each matrix at its own scale,
+   with live norms and with frozen ones.
+
+1 uses the circuit's own calibration, 4 none; every loss from 3 on is calibrated anew, so that only lost information
+counts: ln 2 = 0.693 means none is left. The limits that `verdicts` puts on the figures are ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from interventions.circuits.ablation import AblationKind
+from interventions.circuits.circuit import Circuit
+from interventions.circuits.gates import PruneConfig
+from interventions.circuits.interchange import Interchange, interchange
+from interventions.circuits.measures import (
+    Necessity,
+    Repruned,
+    Sufficiency,
+    necessity,
+    node_effects,
+    reprune,
+    sufficiency,
+)
+from interventions.circuits.node_model import Kept, NodeModel, as_nodes, device_of
+from interventions.circuits.pruning import reference_ablation, score
+from interventions.circuits.rivals import FrozenNorms, by_word, redrawn, scrambled
+from interventions.tasks.base import TaskBatch
+
+IDLE = 0.01
+"""A node whose deletion raises the loss by less than this, in nats, does nothing."""
+
+
+class Validation(NamedTuple):
+    """The controls of one circuit on evaluation prompts; losses in nats."""
+
+    target_loss: float
+    n_nodes: int
+    n_edges: int
+    sufficiency: Sufficiency
+    necessity: Necessity
+    node_effects: dict[str, float]
+    """Rise of the circuit's loss when one node more is deleted."""
+    interchange: Interchange
+    """The circuit's nodes exchanged between the members of each pair."""
+    channels: dict[str, Interchange]
+    """The same of the named channels of this task, by name."""
+    other_ablation: AblationKind
+    """zero; mean where the circuit was pruned with zero."""
+    other_loss: float
+    """Loss of the same circuit under that ablation."""
+    other: Repruned
+    """The same pruning under it."""
+    frozen_loss: float
+    """Loss of the same circuit with frozen norms."""
+    nonsense: Repruned
+    """Answers exchanged by a coin."""
+    nonsense_rule: Repruned
+    """Answers exchanged by the class of a word."""
+    redrawn: Repruned
+    redrawn_frozen: Repruned
+    """Redrawn weights, pruned with frozen norms."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return self._asdict() | {
+            "channels": {name: found._asdict() for name, found in self.channels.items()},
+            **{name: getattr(self, name)._asdict() for name in _parts()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Validation":
+        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        parts: dict[str, Any] = {name: part(**data[name]) for name, part in _parts().items()}
+        channels = {name: Interchange(**found) for name, found in data["channels"].items()}
+        return cls(**{**data, **parts, "channels": channels})
+
+
+def _parts() -> dict[str, Any]:
+    kinds = (Sufficiency, Necessity, Interchange, Repruned)
+    return {name: kind for name, kind in Validation.__annotations__.items() if kind in kinds}
+
+
+def validate(
+    model: NodeModel | nn.Module,
+    circuit: Circuit,
+    train: TaskBatch,
+    selection: TaskBatch,
+    evaluation: TaskBatch,
+    blocks: Int[Tensor, "block pos"],
+    config: PruneConfig,
+    *,
+    channels: Mapping[str, Kept] | None = None,
+    draws: int = 20,
+    progress: bool = False,
+) -> Validation:
+    """All controls of a circuit of `model` that was pruned with these pairs, held-out blocks and config.
+
+    `channels` are the nodes of named channels of the task. Prunes five times more. Raises ValueError for fewer than one
+    draw.
+    """
+    if draws < 1:
+        raise ValueError(f"draws={draws}: necessity needs at least one random removal to compare with")
+    nodes = as_nodes(model)
+    kept = {name: mask.to(device_of(nodes)) for name, mask in circuit.kept.items()}
+    own, seed = circuit.ablation, config.seed
+    changed = replace(config, ablation="zero" if own.kind != "zero" else "mean")
+    other = reference_ablation(nodes, blocks, changed)
+    fresh = redrawn(nodes, seed=seed)
+    fresh_values = reference_ablation(fresh, blocks, config)
+    again = partial(reprune, k=circuit.n_nodes, progress=progress)
+    coin = scrambled(train, seed=seed), scrambled(selection, seed=seed + 1)
+    rule = by_word(train, selection, seed=seed)
+    exchange = partial(interchange, nodes, batch=evaluation, draws=draws, seed=seed)
+    return Validation(
+        target_loss=config.target_loss,
+        n_nodes=circuit.n_nodes,
+        n_edges=circuit.n_edges,
+        sufficiency=sufficiency(nodes, circuit, kept, evaluation, config),
+        necessity=necessity(nodes, kept, own, evaluation, config, draws),
+        node_effects=node_effects(nodes, circuit, kept, evaluation, config),
+        interchange=exchange(kept),
+        channels={name: exchange(chosen) for name, chosen in (channels or {}).items()},
+        other_ablation=changed.ablation,
+        other_loss=score(nodes, kept, other, evaluation, config).loss,
+        other=again(nodes, train, selection, other, changed),
+        frozen_loss=score(FrozenNorms(nodes), kept, own, evaluation, config).loss,
+        nonsense=again(nodes, *coin, own, config),
+        nonsense_rule=again(nodes, *rule, own, config),
+        redrawn=again(fresh, train, selection, fresh_values, config),
+        redrawn_frozen=again(FrozenNorms(fresh), train, selection, fresh_values, config),
+    )
+
+
+class Verdict(NamedTuple):
+    """One line of the table."""
+
+    control: str
+    survived: bool
+    found: str
+    limit: str
+    """What it had to be."""
+
+
+def verdicts(v: Validation) -> list[Verdict]:
+    """Which controls the claim survives, with the figure and the limit of each."""
+    idle = [name for name, effect in v.node_effects.items() if effect < IDLE]
+    enough, alone, removed = 2 * v.target_loss, v.sufficiency, v.necessity
+    reprunings = {
+        "nonsense: a coin": v.nonsense,
+        "nonsense: a rule": v.nonsense_rule,
+        "redrawn weights": v.redrawn,
+        "redrawn, frozen norms": v.redrawn_frozen,
+    }
+    return [
+        Verdict(
+            "sufficiency",
+            alone.loss <= enough,
+            f"circuit alone {alone.loss:.3f}, whole model {alone.whole_loss:.3f}; pairs right {alone.accuracy:.0%}",
+            f"at most {enough:.3g}",
+        ),
+        _removed("necessity", removed.loss, removed.random, removed.limit),
+        _removed("necessity, calibrated", removed.calibrated, removed.calibrated_random, removed.calibrated_limit),
+        Verdict(
+            "minimality", not idle, f"{len(idle)} of {v.n_nodes} nodes change the loss by less than {IDLE}", "none"
+        ),
+        _moved("interchange", v.interchange),
+        *(_moved(f"interchange of {name}", found) for name, found in v.channels.items()),
+        Verdict(
+            f"{v.other_ablation} ablation",
+            v.other_loss <= enough,
+            f"same circuit {v.other_loss:.3f}; pruned so: {_size(v.other, v.n_nodes)}",
+            f"same circuit at most {enough:.3g}",
+        ),
+        Verdict("frozen norms", v.frozen_loss <= enough, f"same circuit {v.frozen_loss:.3f}", f"at most {enough:.3g}"),
+        *(
+            Verdict(
+                name,
+                found.k is None or found.k >= 2 * v.n_nodes,
+                _size(found, v.n_nodes),
+                "not reached, or twice the nodes",
+            )
+            for name, found in reprunings.items()
+        ),
+    ]
+
+
+def _removed(control: str, loss: float, random: list[float], limit: float) -> Verdict:
+    found = f"{loss:.3f} without it; without as many others at most {max(random):.3f} in {len(random)} draws"
+    return Verdict(control, loss > limit, found, f"above {limit:.3f}: every draw, and half of ln 2")
+
+
+def _moved(control: str, found: Interchange) -> Verdict:
+    worst = max(found.random)
+    return Verdict(
+        control,
+        found.share > max(worst, 0.5),
+        f"{found.share:.0%} of the log-odds move with {found.nodes} nodes; with as many others at most {worst:.0%} "
+        f"in {len(found.random)} draws",
+        f"above {max(worst, 0.5):.0%}: every draw, and half",
+    )
+
+
+def _size(found: Repruned, k: int) -> str:
+    reached = "target not reached" if found.k is None else f"{found.k} nodes, {found.edges} edges"
+    return f"{reached}; {found.loss_at_k:.3f} with the best {k} nodes, {found.whole_loss:.3f} with all"
+
+
+def format_validation(v: Validation) -> str:
+    """The table of verdicts, a line each."""
+    rows = [("control", "", "found (losses in nats)", "limit")]
+    rows += [(r.control, "survived" if r.survived else "FAILED", r.found, r.limit) for r in verdicts(v)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,205 @@
+"""Gates on a model's nodes and their optimisation: steps 1 and 2 of `pruning`."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from interventions.circuits.ablation import Ablation, AblationKind
+from interventions.circuits.node_model import Kept, Location, NodeModel, device_of, locations
+from interventions.tasks.base import TaskBatch, task_loss
+from sparse_model.config import check_choices, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Node pruning; the defaults are the centres of the paper's search where it gives them (A.5)."""
+
+    steps: int = 300
+    """Optimizer steps."""
+    pairs: int = 64
+    """Task pairs per step."""
+    pool: int = 512
+    """Training pairs that the steps draw from."""
+    selection_pairs: int = 64
+    """Selection pairs on which the smallest circuit is chosen and calibrated."""
+    target_loss: float = 0.15
+    """Two-way task loss that the circuit must reach, nats."""
+    k_coef: float = 1e-3
+    """Price of a kept node, nats (the paper's centre is 1e-4)."""
+    init_noise_scale: float = 1e-2
+    """Standard deviation of the initial tau."""
+    init_noise_bias: float = 1e-1
+    """Mean of the initial tau."""
+    heaviside_temp: float = 1.0
+    """Temperature of the sigmoid whose derivative is the gate's; far below 1, deleted nodes hardly come back (ours)."""
+    lr: float = 1e-2
+    """Peak learning rate (the paper's centre is 3e-3)."""
+    weight_decay: float = 1e-3
+    """Decoupled weight decay of tau."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment (ours)."""
+    beta2: float = 0.95
+    """Decay of its second moment."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises."""
+    grad_clip: float = 1.0
+    """Largest norm of tau's gradient (ours)."""
+    ablation: AblationKind = "mean"
+    """What deleted nodes are replaced by."""
+    tied_qk: bool = False
+    """Whether a q and a k channel of the same index share a gate and count as one node."""
+    eliminate: bool = True
+    """Delete nodes one by one as long as the target stays reached, after the bisection (ours)."""
+    reference_tokens: int = 16_384
+    """Held-out tokens from which ablated values are taken."""
+    resample_tokens: int = 1024
+    """Tokens of them whose values are kept for `resample`."""
+    lbfgs_steps: int = 16
+    """Steps of the calibration."""
+    seed: int = 0
+    """Seeds the initial tau, the batches, and what is resampled."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("steps", "pairs", "pool", "selection_pairs", "reference_tokens", "resample_tokens", "lbfgs_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("target_loss", "heaviside_temp", "lr", "grad_clip"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        for name in ("k_coef", "init_noise_scale", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("beta1", "beta2", "warmup"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
+        require(-1 <= self.init_noise_bias <= 1, "init_noise_bias", self.init_noise_bias, "must lie in [-1, 1]")
+        require(self.pairs <= self.pool, "pairs", self.pairs, f"must not exceed the pool of {self.pool} training pairs")
+
+
+class _Heaviside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tau: Tensor, temp: float) -> Tensor:
+        ctx.save_for_backward(tau)
+        ctx.temp = temp
+        return (tau > 0).to(tau.dtype)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (tau,) = ctx.saved_tensors
+        s = torch.sigmoid(tau / ctx.temp)
+        return grad_outputs[0] * s * (1 - s) / ctx.temp, None
+
+
+def heaviside(tau: Float[Tensor, "*shape"], temp: int | float) -> Float[Tensor, "*shape"]:
+    """1 where tau > 0, else 0; its gradient is that of sigmoid(tau / temp) (straight-through, paper A.5)."""
+    return _Heaviside.apply(tau, float(temp))
+
+
+class GateLayout:
+    """Where each location's gates lie in one flat vector; with `tied_qk`, k's are q's."""
+
+    def __init__(self, places: list[Location], *, tied_qk: bool = False) -> None:
+        self.slices: dict[str, slice] = {}
+        self.n_gates = 0
+        for at in places:
+            if tied_qk and at.place == "attn.k":
+                self.slices[at.name] = self.slices[at.name.removesuffix("k") + "q"]
+                continue
+            self.slices[at.name] = slice(self.n_gates, self.n_gates + at.width)
+            self.n_gates += at.width
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """A vector over gates as one vector per location."""
+        return {name: flat[where] for name, where in self.slices.items()}
+
+    def join(self, kept: Kept) -> Bool[Tensor, " gate"]:
+        """The inverse of `split`: one mask over gates. A shared gate is open if either of its nodes is."""
+        flat = torch.zeros(self.n_gates, dtype=torch.bool)
+        for name, where in self.slices.items():
+            flat[where] |= kept[name].cpu()
+        return flat
+
+
+def answer_logits(
+    model: NodeModel,
+    gates: dict[str, Tensor],
+    ablation: Ablation,
+    batch: TaskBatch,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "pair 2 1 d_vocab"]:
+    """Logits of the masked model at the last prompt token of both members; score them with `at_answer(batch)`."""
+    device = device_of(model)
+    tokens = batch.tokens[..., : int(batch.last.max()) + 1].flatten(0, 1).to(device)
+    edit = ablation.edit(gates, ablation.draw(len(tokens), tokens.shape[1], generator))
+    logits = model.logits(tokens, edit, batch.last.repeat_interleave(2).to(device))
+    return rearrange(logits, "(pair member) pos v -> pair member pos v", member=2)
+
+
+def at_answer(batch: TaskBatch) -> TaskBatch:
+    """The batch as `task_loss` and its kin score logits of the last prompt token alone."""
+    return batch._replace(last=torch.zeros_like(batch.last))
+
+
+class Fitted(NamedTuple):
+    """Gates after optimisation."""
+
+    tau: Float[Tensor, " gate"]
+    history: list[tuple[float, int]]
+    """Task loss and number of kept nodes at each step."""
+
+
+def fit_gates(
+    model: NodeModel,
+    train: TaskBatch,
+    ablation: Ablation,
+    config: PruneConfig,
+    *,
+    start: Kept | None = None,
+    progress: bool = False,
+) -> Fitted:
+    """Step 2 of `pruning`'s docstring on a pool of training pairs.
+
+    `start` is a warm start: the nodes of an earlier circuit begin as far above 0 as its config's init_noise_bias says,
+    all others as far below, from where they can still come back. Raises ValueError for a pool below config.pairs.
+    """
+    if len(train.last) < config.pairs:
+        raise ValueError(f"{len(train.last)} training pairs are too few for batches of {config.pairs}: give more")
+    layout = GateLayout(locations(model.shape), tied_qk=config.tied_qk)
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(layout.n_gates, generator=generator)
+    sign = 1.0 if start is None else layout.join(start).float() * 2 - 1
+    tau = (config.init_noise_bias * sign + config.init_noise_scale * noise).clamp(-1, 1).to(device_of(model))
+    tau = nn.Parameter(tau)
+    adam = torch.optim.AdamW([tau], lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, config))
+    history = []
+    with tqdm(total=config.steps, desc="pruning", unit="step", leave=False, disable=not progress) as bar:
+        for _ in range(config.steps):
+            batch = take(train, torch.randperm(len(train.last), generator=generator)[: config.pairs])
+            gates = heaviside(tau, config.heaviside_temp)
+            logits = answer_logits(model, layout.split(gates), ablation, batch, generator)
+            loss = task_loss(logits, at_answer(batch.to(logits.device)))
+            # grad() of tau alone: the model's weights get none, which also saves computing them.
+            (tau.grad,) = torch.autograd.grad(loss + config.k_coef * gates.sum(), tau)
+            nn.utils.clip_grad_norm_([tau], config.grad_clip)
+            adam.step()
+            schedule.step()
+            tau.data.clamp_(-1, 1)
+            history.append((float(loss.detach()), int(gates.detach().sum())))
+            bar.set_postfix(loss=f"{history[-1][0]:.3f}", nodes=history[-1][1], refresh=False)
+            bar.update()
+    return Fitted(tau.detach(), history)
+
+
+def rate(step: int, config: PruneConfig) -> float:
+    """Share of the peak learning rate at a step: up over the warm-up, then linearly down to 0."""
+    warm = max(1, round(config.warmup * config.steps))
+    return min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm), 1.0)
+
+
+def take(batch: TaskBatch, pairs: Int[Tensor, " pair"]) -> TaskBatch:
+    """Some pairs of a batch."""
+    prompts = [batch.prompts[int(i)] for i in pairs]
+    return TaskBatch(batch.tokens[pairs], batch.answers[pairs], batch.last[pairs], prompts)

@@ -1,0 +1,312 @@
+"""What a circuit is made of in a model: node locations, running with the nodes edited, and the weights between them.
+
+Nodes are the channels of eight locations per layer (paper 2.2): residual read, q, k, v and residual write of the
+attention; residual read, neuron (after the activation) and residual write of the MLP. Edges are the nonzero weights
+between two nodes of consecutive locations:
+
+    attn.hook_in -> attn.hook_q, attn.hook_k, attn.hook_v      the qkv matrix
+    attn.hook_v  -> hook_attn_out                              the output matrix; column h * d_head + c is v channel c
+    mlp.hook_in  -> mlp.hook_post -> hook_mlp_out              the MLP's two matrices
+
+What has no weight of its own is no edge: a residual write reaches the same channel of every later read, and a q and a
+k channel of the same index meet in the attention scores, both with the constant weight 1. Nor are embeddings,
+unembedding, biases and the read before the unembedding: they are the frame that every circuit of the model shares.
+
+The dense GPT-2 has the same locations under the same names, its reads being the outputs of its layer norms.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from bridges.dense import DenseModel
+from bridges.hybrid import advance
+from sparse_model.config import SparseConfig
+from sparse_model.model.node_names import Node, parse_node
+from sparse_model.model.transformer import SparseTransformer, check_length
+
+Values = Float[Tensor, "batch pos width"]
+Edit = Callable[[str, Values], Values]
+"""(location's name, its values) -> the values that the model goes on with."""
+ModelKind = Literal["sparse", "dense"]
+Kept = dict[str, Bool[Tensor, " width"]]
+"""Which channels of each location are kept, by the location's name."""
+
+# OpenAI's place, our hook within the block, the field that gives the width; in the order of computation.
+_LOCATIONS = (
+    ("attn.act_in", "attn.hook_in", "d_model"),
+    ("attn.q", "attn.hook_q", "heads"),
+    ("attn.k", "attn.hook_k", "heads"),
+    ("attn.v", "attn.hook_v", "heads"),
+    ("attn.resid_delta", "hook_attn_out", "d_model"),
+    ("mlp.act_in", "mlp.hook_in", "d_model"),
+    ("mlp.post_act", "mlp.hook_post", "d_mlp"),
+    ("mlp.resid_delta", "hook_mlp_out", "d_model"),
+)
+
+
+class Location(NamedTuple):
+    """One place in a model whose channels are nodes."""
+
+    name: str
+    """Hook point of the sparse model: blocks.0.attn.hook_in, ..."""
+    layer: int
+    place: str
+    """OpenAI's name: attn.act_in, attn.q, ..."""
+    width: int
+    """Channels, all heads together."""
+    d_head: int
+    """Width of a head for q, k and v; 0 elsewhere."""
+
+    def node(self, channel: int) -> Node:
+        """The node of a channel, counted over all heads."""
+        if not self.d_head:
+            return Node(self.layer, self.place, channel)
+        return Node(self.layer, self.place, channel % self.d_head, channel // self.d_head)
+
+
+class Matrix(NamedTuple):
+    """The weights from one location to another."""
+
+    source: str
+    target: str
+    weight: Float[Tensor, "target source"]
+
+
+@runtime_checkable
+class NodeModel(Protocol):
+    """What pruning needs of a model; `SparseNodes` and `DenseNodes` have it."""
+
+    kind: ModelKind
+    module: nn.Module
+    """The model itself."""
+
+    @property
+    def shape(self) -> SparseConfig: ...
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], edit: Edit | None = None, last: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch answer_pos d_vocab"]: ...
+
+    def matrices(self) -> Iterator[Matrix]: ...
+
+
+def locations(shape: SparseConfig) -> list[Location]:
+    """The node locations of a model of these sizes, in the order of computation: eight per layer."""
+    found = []
+    for layer in range(shape.n_layers):
+        for place, hook, field in _LOCATIONS:
+            width = shape.n_heads * shape.d_head if field == "heads" else getattr(shape, field)
+            width += shape.d_pos if place.endswith("act_in") else 0
+            found.append(Location(f"blocks.{layer}.{hook}", layer, place, width, shape.d_head * (field == "heads")))
+    return found
+
+
+def device_of(model: NodeModel) -> torch.device:
+    """Where a model's weights are."""
+    return next(model.module.parameters()).device
+
+
+def as_nodes(model: NodeModel | nn.Module) -> NodeModel:
+    """A model of either kind as a `NodeModel`. Raises TypeError for any other object, naming its class."""
+    if isinstance(model, NodeModel):
+        return model
+    if isinstance(model, SparseTransformer):
+        return SparseNodes(model)
+    if isinstance(model, DenseModel | GPT2LMHeadModel):
+        return DenseNodes(model)
+    raise TypeError(f"a {type(model).__name__} has no nodes: give a SparseTransformer, a DenseModel or HF's GPT-2")
+
+
+class SparseNodes:
+    """The nodes of a weight-sparse transformer, at its own hook points (values after AbsTopK)."""
+
+    kind: ModelKind = "sparse"
+
+    def __init__(self, model: SparseTransformer) -> None:
+        self.module: nn.Module = model
+        self._model = model
+
+    shape = property(lambda self: self._model.cfg)
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], edit: Edit | None = None, last: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch answer_pos d_vocab"]:
+        """Logits with every location's values passed through `edit`; with `last`, of those positions alone."""
+        # Heads laid side by side: only q, k and v have a head axis.
+        hooks: list[Any] = (
+            [] if edit is None else [(at.name, partial(_edit_hooked, edit)) for at in locations(self.shape)]
+        )
+        with self._model.hooks(fwd_hooks=hooks):
+            resid = advance(self._model, 0, self._model.embed(tokens))
+        if last is not None:
+            row = torch.arange(len(last), device=tokens.device)
+            resid, tokens = resid[row, last][:, None], tokens[row, last][:, None]
+        return self._model.unembed(resid, tokens)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Every matrix between two locations."""
+        blocks: Any = self._model.blocks
+        for i, block in enumerate(blocks):
+            qkv = block.attn.qkv.weight.detach().chunk(3)
+            yield from _block_matrices(
+                i, *qkv, *(m.weight.detach() for m in (block.attn.out, block.mlp.fc, block.mlp.out))
+            )
+
+
+class DenseNodes:
+    """The nodes of a GPT-2, by hooks on the HF modules: reads are the outputs of ln_1 and ln_2."""
+
+    kind: ModelKind = "dense"
+
+    def __init__(self, model: DenseModel | GPT2LMHeadModel) -> None:
+        self._hf = model.hf if isinstance(model, DenseModel) else model
+        self.module: nn.Module = self._hf
+        self._blocks: Any = self._hf.transformer.h
+        cfg = self._hf.config
+        self.shape = SparseConfig(
+            n_layers=cfg.n_layer,
+            d_model=cfg.n_embd,
+            d_mlp=cfg.n_inner or 4 * cfg.n_embd,
+            n_heads=cfg.n_head,
+            d_head=cfg.n_embd // cfg.n_head,
+            n_ctx=cfg.n_positions,
+            d_vocab=cfg.vocab_size,
+        )
+        """Only the sizes mean something here."""
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], edit: Edit | None = None, last: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch answer_pos d_vocab"]:
+        """As `SparseNodes.logits`. Raises ValueError beyond the context."""
+        check_length(tokens.shape[1], self.shape.n_ctx)
+        with self._edited(edit):
+            resid = self._hf.transformer(tokens, use_cache=False).last_hidden_state
+        if last is not None:
+            resid = resid[torch.arange(len(last), device=tokens.device), last][:, None]
+        return self._hf.lm_head(resid)
+
+    @contextmanager
+    def _edited(self, edit: Edit | None) -> Iterator[None]:
+        """Forward hooks that pass every location through `edit`, removed on leaving."""
+        handles, blocks = [], self._blocks
+        for i, block in enumerate(blocks if edit is not None else ()):
+            assert edit is not None
+            for module, hook in (
+                (block.ln_1, "attn.hook_in"),
+                (block.attn.c_attn, "attn"),
+                (block.attn.c_proj, "hook_attn_out"),
+                (block.ln_2, "mlp.hook_in"),
+                (block.mlp.act, "mlp.hook_post"),
+                (block.mlp.c_proj, "hook_mlp_out"),
+            ):
+                run = _edit_qkv if hook == "attn" else _edit_output
+                handles.append(module.register_forward_hook(partial(run, edit, f"blocks.{i}.{hook}")))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Every matrix between two locations; HF's Conv1D keeps them as [source, target]."""
+        for i, block in enumerate(self._blocks):
+            qkv = block.attn.c_attn.weight.detach().T.chunk(3)
+            rest = (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+            yield from _block_matrices(i, *qkv, *(m.weight.detach().T for m in rest))
+
+
+def _edit_hooked(edit: Edit, value: Tensor, hook: nn.Module) -> Tensor:
+    # q, k and v have a head axis: the heads are laid side by side.
+    return edit(str(hook.name), value.flatten(2)).view(value.shape)
+
+
+def _edit_output(edit: Edit, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return edit(name, output)
+
+
+def _edit_qkv(edit: Edit, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    parts = zip("qkv", output.chunk(3, dim=-1), strict=True)
+    return torch.cat([edit(f"{name}.hook_{n}", part) for n, part in parts], -1)
+
+
+def _block_matrices(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fc: Tensor, mlp_out: Tensor
+) -> Iterator[Matrix]:
+    at = f"blocks.{layer}."
+    for name, weight in (("q", q), ("k", k), ("v", v)):
+        yield Matrix(f"{at}attn.hook_in", f"{at}attn.hook_{name}", weight)
+    yield Matrix(f"{at}attn.hook_v", f"{at}hook_attn_out", out)
+    yield Matrix(f"{at}mlp.hook_in", f"{at}mlp.hook_post", fc)
+    yield Matrix(f"{at}mlp.hook_post", f"{at}hook_mlp_out", mlp_out)
+
+
+class Edge(NamedTuple):
+    """A nonzero weight between two kept nodes."""
+
+    source: str
+    """The node's published name, e.g. 0.attn.act_in.7."""
+    target: str
+    weight: float
+    matrix: str
+    """Which matrix: q, k, v, attn_out, mlp_in or mlp_out; tells apart the two weights into a tied attn.qk node."""
+
+
+_MATRIX_NAMES = {
+    "attn.q": "q",
+    "attn.k": "k",
+    "attn.v": "v",
+    "attn.resid_delta": "attn_out",
+    "mlp.post_act": "mlp_in",
+    "mlp.resid_delta": "mlp_out",
+}
+
+
+def node_name(at: Location, channel: int, *, tied_qk: bool = False) -> str:
+    """A channel's published name; where q and k share their gate both are the one node attn.qk."""
+    node = at.node(channel)
+    return str(node._replace(place="attn.qk") if tied_qk and at.place in ("attn.q", "attn.k") else node)
+
+
+def find_node(shape: SparseConfig, name: str) -> tuple[tuple[str, int], ...]:
+    """(location, channel over all heads) of a node by OpenAI's name or ours; two for attn.qk.
+
+    Raises ValueError for a name that `parse_node` refuses, or a place that is no node location, such as resid_mid.
+    """
+    node = parse_node(name, shape)
+    channel = node.channel if node.head is None else node.head * shape.d_head + node.channel
+    known = {at.name for at in locations(shape)}
+    if not set(node.hooks) <= known:
+        places = ", ".join(place for place, _, _ in _LOCATIONS)
+        raise ValueError(f"{name!r}: {node.place} is no place of a circuit's nodes; they are {places}, attn.qk")
+    return tuple((hook, channel) for hook in node.hooks)
+
+
+def edges_between(model: NodeModel, kept: Kept, *, tied_qk: bool = False) -> list[Edge]:
+    """The nonzero weights between two kept nodes, in the order of computation."""
+    by_name = {at.name: at for at in locations(model.shape)}
+    edges = []
+    for source, target, weight in model.matrices():
+        rows, columns = (kept[name].nonzero().flatten() for name in (target, source))
+        # The kept corner only: a dense GPT-2 has more weights than fit into Python objects.
+        corner = weight.cpu()[rows.cpu()][:, columns.cpu()]
+        for row, column in corner.nonzero().tolist():
+            start = node_name(by_name[source], int(columns[column]), tied_qk=tied_qk)
+            end = node_name(by_name[target], int(rows[row]), tied_qk=tied_qk)
+            edges.append(Edge(start, end, float(corner[row, column]), _MATRIX_NAMES[by_name[target].place]))
+    return edges
+
+
+def count_edges(model: NodeModel, kept: Kept) -> int:
+    """Number of nonzero weights between two kept nodes."""
+    total = 0
+    for source, target, weight in model.matrices():
+        corner = weight[kept[target].to(weight.device)][:, kept[source].to(weight.device)]
+        total += int(corner.count_nonzero())
+    return total

@@ -1,0 +1,65 @@
+"""Which tasks a model solves, on templates that neither pruning nor selection uses."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from interventions.circuits.gates import at_answer
+from interventions.circuits.node_model import NodeModel, device_of
+from interventions.tasks import answer_probabilities, get_task, list_tasks, pair_accuracy, task_loss
+from interventions.tasks.base import TaskBatch
+
+SOLVED = 0.9
+"""Pair accuracy from which a task counts as solved."""
+
+
+class TaskScore(NamedTuple):
+    """A model on a task's evaluation pairs, as it is: uncalibrated."""
+
+    pair_accuracy: float
+    """Share of pairs both of whose members prefer their right answer."""
+    p_right: float
+    """Mean probability of the right answer over the whole vocabulary."""
+    loss: float
+    """Two-way task loss, nats."""
+
+    @property
+    def solved(self) -> bool:
+        """Whether the pair accuracy is at least `SOLVED`."""
+        return self.pair_accuracy >= SOLVED
+
+
+@torch.no_grad()
+def score_task(model: NodeModel, batch: TaskBatch) -> TaskScore:
+    """A model on a batch of pairs."""
+    batch = batch.to(device_of(model))
+    logits = model.logits(batch.tokens.flatten(0, 1), None, batch.last.repeat_interleave(2)).unflatten(0, (-1, 2))
+    batch = at_answer(batch)
+    right, _ = answer_probabilities(logits, batch)
+    return TaskScore(float(pair_accuracy(logits, batch)), float(right.mean()), float(task_loss(logits, batch)))
+
+
+def score_tasks(
+    models: Mapping[str, NodeModel],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_tokens: int,
+    pairs: int,
+    seed: int,
+    only: Sequence[str] = (),
+) -> dict[str, dict[str, TaskScore] | str]:
+    """Every task's score by model (or of `only` these); the reason where the tokenizer cannot present the task.
+
+    Raises KeyError for an unknown task.
+    """
+    found: dict[str, dict[str, TaskScore] | str] = {}
+    for name in only or list_tasks():
+        try:
+            batch = get_task(name, tokenizer, max_tokens=max_tokens).sample(pairs, split="evaluation", seed=seed)
+        except ValueError as error:
+            found[name] = str(error)
+            continue
+        found[name] = {label: score_task(model, batch) for label, model in models.items()}
+    return found

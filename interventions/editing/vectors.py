@@ -1,0 +1,252 @@
+"""Where an intervention's dense vectors come from: each source gives the change of the dense residual stream.
+
+In the sparse model's pre-norm stream a post-norm change of delta is worth about delta * rms_s, so the dense stream
+moves by delta * rms_s * W_g[:, c] (paper A.4); rms_s is the sparse stream's RMS at the site over held-out text and W_g
+the decoder, without its bias.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bridges.bridge import BridgeSet
+from interventions.bundle.channels import Channel, read_nodes
+from interventions.bundle.passes import Call
+
+StreamVector = Float[Tensor, "#batch #pos d_dense"]
+
+REPEATED = "beam search and num_return_sequences repeat every prompt row: .repeat_interleave(n, 0) does the same"
+
+
+class Seen:
+    """What one attached intervention has seen: the pass in progress, its prompt, and how far it has come.
+
+    The prompt is what the first pass shows. A pass with the same first tokens continues it, with a KV cache or
+    without; any other pass is a new prompt.
+    """
+
+    def __init__(self, *, one_pass: bool = False) -> None:
+        self.one_pass = one_pass
+        """Whether there will be no later pass, so that a position that is not reached is an error at once."""
+        self.call: Call | None = None
+        self.reach = self.width = 0
+        """Positions and columns that the longest pass has held."""
+        self._prompt: Int[Tensor, "batch prompt_pos"] | None = None
+
+    def see(self, call: Call) -> None:
+        """Note the pass in progress."""
+        self.call = call
+
+    def now(self) -> Call:
+        """The pass in progress."""
+        assert self.call is not None
+        return self.call
+
+    def reached(self) -> None:
+        """Note how far the pass in progress comes. Counts padding, so only what has positions asks."""
+        call = self.now()
+        self.reach, self.width = max(self.reach, call.reach), max(self.width, call.start + call.length)
+
+    def tokens(self) -> Int[Tensor, "batch all_pos"]:
+        """Every token so far; ValueError where the model was not given them."""
+        tokens = self.now().tokens
+        if tokens is None:
+            raise ValueError(
+                "this intervention depends on the tokens, and the model was given embeddings or a KV cache that other "
+                "calls filled: pass token ids, and fill the cache by calling this model"
+            )
+        return tokens
+
+    def prompt(self) -> int:
+        """Columns of the prompt. Compares tokens, so only what depends on the prompt asks."""
+        call, old = self.now(), self._prompt
+        if call.tokens is None:
+            return call.first
+        if old is not None and torch.equal(call.tokens[:, : old.shape[1]], old):
+            return old.shape[1]
+        columns = call.first if call.start else call.length
+        self._prompt = call.tokens[:, :columns].clone()
+        return columns
+
+    def prompt_lengths(self) -> Int[Tensor, "#batch 1"]:
+        """Real tokens of each row's prompt."""
+        call, columns = self.now(), self.prompt()
+        if call.real is None:
+            return torch.tensor([[columns]], device=call.device)
+        return call.real[:, :columns].sum(1, keepdim=True)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Gives the stream change of one pass."""
+
+    def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector: ...
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it changes nothing whatever it sees."""
+
+    def direction(self) -> Float[Tensor, " d_dense"] | None:
+        """The stream change, where it is the same at every token."""
+
+
+def unit_directions(bridges: BridgeSet, channel: Channel) -> Float[Tensor, "channel d_dense"]:
+    """rms_s * W_g[:, c] for each index of a channel: the stream change per unit of its activation."""
+    return bridges.rms_sparse[channel.site] * bridges.directions(channel.site)[list(channel.indices)]
+
+
+def channel_direction(bridges: BridgeSet, channel: Channel) -> Float[Tensor, " d_dense"]:
+    """The stream change per unit of a channel: its indices' directions, weighted."""
+    directions = unit_directions(bridges, channel)
+    return torch.tensor(channel.weights).to(directions) @ directions
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Move a channel by strength * delta: one amount, or one per batch row."""
+
+    bridges: BridgeSet
+    channel: Channel
+    delta: int | float | Float[Tensor, " batch"]
+    strength: int | float
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.strength == 0 or (not isinstance(self.delta, Tensor) and self.delta == 0)
+
+    def direction(self) -> Float[Tensor, " d_dense"] | None:
+        if isinstance(self.delta, Tensor):
+            return None
+        return self.strength * self.delta * channel_direction(self.bridges, self.channel)
+
+    def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
+        if not isinstance(self.delta, Tensor):
+            direction = self.direction()
+            assert direction is not None
+            return direction.to(stream)[None, None]
+        if self.delta.shape[0] not in (1, stream.shape[0]):
+            raise ValueError(
+                f"delta has {self.delta.shape[0]} rows but the batch has {stream.shape[0]}: give one each ({REPEATED})"
+            )
+        direction = channel_direction(self.bridges, self.channel).to(stream)
+        return self.strength * self.delta.to(stream)[:, None, None] * direction
+
+
+@dataclass(frozen=True)
+class SetTo:
+    """Move a channel, as the encoder reads it from the dense stream, to a value; strength < 1 goes part of the way."""
+
+    bridges: BridgeSet
+    channel: Channel
+    value: int | float
+    strength: int | float
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.strength == 0
+
+    def direction(self) -> Float[Tensor, " d_dense"] | None:
+        return None
+
+    def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
+        # The bridges stay in their own precision and on their own device; the dense model may be elsewhere.
+        encoded = self.bridges.encode(self.channel.site, stream.to(self.bridges.rms_sparse))
+        normalized = encoded / encoded.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+        change = self.strength * (self.value - self.channel.value(normalized))
+        return (change[..., None] * channel_direction(self.bridges, self.channel)).to(stream)
+
+
+class Toward:
+    """Move a channel's indices towards their values on counterfactual tokens, token by token.
+
+    delta is the sparse model's activation on the counterfactual minus that on the tokens presented, times strength.
+    """
+
+    def __init__(self, models: Any, channel: Channel, tokens: Int[Tensor, "batch pos"], strength: int | float) -> None:
+        # Anything with `bridges` and `sparse`. Not annotated: the class of a run needs TransformerLens to be imported.
+        self.models, self.channel, self.tokens, self.strength = models, channel, tokens, strength
+        self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.strength == 0
+
+    def direction(self) -> Float[Tensor, " d_dense"] | None:
+        return None
+
+    def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
+        call, columns = seen.now(), seen.prompt()
+        presented = seen.tokens()[:, :columns]
+        if presented.shape != self.tokens.shape:
+            raise ValueError(
+                f"toward has shape {tuple(self.tokens.shape)} but the prompt {tuple(presented.shape)}: give "
+                "counterfactual tokens of the same batch and length, aligned token by token. Pad the shorter text at "
+                f"the place where they differ, or choose a counterfactual of equal length; {REPEATED}"
+            )
+        real = None if call.real is None else call.real[:, :columns]
+        change = self.strength * self._difference(presented, real).to(stream)
+        change = change[:, call.start : call.start + call.length]
+        if change.shape[1] < stream.shape[1]:  # generated tokens have no counterfactual
+            change = torch.nn.functional.pad(change, (0, 0, 0, stream.shape[1] - change.shape[1]))
+        return einsum(change, unit_directions(self.models.bridges, self.channel).to(stream), "b p c, c d -> b p d")
+
+    def _difference(
+        self, presented: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
+    ) -> Float[Tensor, "batch pos channel"]:
+        if self._last is None or not torch.equal(self._last[0], presented) or not _equal(self._last[1], real):
+            with torch.no_grad():
+                change = self._read(self.tokens, real) - self._read(presented, real)
+            # A copy: the caller may write other tokens into the same tensor.
+            self._last = presented.clone(), real, change
+        return self._last[2]
+
+    def _read(
+        self, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
+    ) -> Float[Tensor, "batch pos channel"]:
+        sparse, indices = self.models.sparse, list(self.channel.indices)
+        tokens = tokens.to(self.models.bridges.rms_sparse.device)
+        if real is None or bool(real.all()):
+            return read_nodes(sparse, tokens, self.channel.site)[..., indices]
+        # The sparse model has no attention mask: each row goes through it without its padding.
+        read = torch.zeros(*tokens.shape, len(indices), device=tokens.device)
+        for row, kept in zip(read, zip(tokens, real.to(tokens.device), strict=True), strict=True):
+            row[kept[1]] = read_nodes(sparse, kept[0][kept[1]][None], self.channel.site)[0, :, indices]
+        return read
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A dense vector of one's own: the same everywhere [d_dense], or one per token [batch, pos, d_dense]."""
+
+    vector: Float[Tensor, "*batch_pos d_dense"]
+    strength: int | float
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.strength == 0
+
+    def direction(self) -> Float[Tensor, " d_dense"] | None:
+        return self.strength * self.vector if self.vector.ndim == 1 else None
+
+    def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
+        vector = self.strength * self.vector.to(stream)
+        if vector.ndim == 1:
+            return vector[None, None]
+        call = seen.now()
+        vector = vector.reshape(-1, *vector.shape[-2:])
+        if vector.shape[0] not in (1, stream.shape[0]) or vector.shape[1] < seen.prompt():
+            raise ValueError(
+                f"vector has shape {tuple(self.vector.shape)} but the prompt {(stream.shape[0], seen.prompt())}: give "
+                f"one vector per token of the prompt, or one for all ({REPEATED})"
+            )
+        vector = vector[:, call.start : call.start + call.length]
+        # Generated tokens have none of their own.
+        return torch.nn.functional.pad(vector, (0, 0, 0, call.length - vector.shape[1]))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

@@ -1,0 +1,1 @@
+"""Finding the channel that means something."""

@@ -1,0 +1,184 @@
+"""Finding the channels that steer the dense model best: a search that looks at both models (the choices are ours).
+
+The search of `interventions.finding.by_patching` asks the sparse model alone which channels carry a feature. The dense
+model may read another mixture: of two channels that the sparse model moves together, the decoder's columns can point
+for and against. So here the dense model is steered, on *selection* prompts; evaluation prompts stay unseen.
+
+1. Sites: those before a sublayer whose read decides the dense model's answer, as in
+`interventions.finding.by_patching`, and whose    read the sparse model's answer hangs on.
+2. Candidates: the channels that the sparse model uses for the task, those with the largest effects of patching one
+   alone.
+3. Each candidate steers at the strength that `interventions.steering.strengths` chooses. Of those that reach nearly the
+largest    effect the ones at the last site are taken (early reads are of words rather than of what the model has made
+of    them), and of those the one that carries most of the whole read's effect in the sparse model.
+4. Sets grow from there by a beam search. They are ranked by their mean effect at several norms up to that of the one
+   channel's dose, for where all flip the answer none is better than another. The first of each size get doses of their
+   own, and of those that do nearly equally well the one is taken that carries most in the sparse model.
+5. The channel is the smallest set, at most 4 indices, with 95 % of the largest effect of those: a name should work on
+   nearly every prompt.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from bridges.run_folder import Run
+from bridges.sites import Site
+from interventions.bundle.channels import Channel, read_nodes
+from interventions.finding.by_patching import (
+    MOST,
+    ChannelSearch,
+    ReadPatch,
+    eligible_sites,
+    mean_difference,
+    named_channel,
+    site_effects,
+)
+from interventions.steering.edits import Columns, mean_norm
+from interventions.steering.strengths import LADDER, NEARLY, Dose, Dosing, choose_dose
+from interventions.tasks.base import TaskBatch
+
+WEAK = 0.5
+"""Effect of patching a whole read in the sparse model, nats, below which its answer does not hang on that read."""
+
+ENOUGH = 0.95
+"""Share of the largest effect that the channel must have."""
+
+_BEAM = 4
+_DOSED = 8  # candidates of a site that get a dose
+_NORMS = (0.4, 0.6, 0.8, 1.0)  # at which sets are compared, in units of the norm of one channel's dose
+_DRAWS = 25  # random directions of a dose while sets are compared, the same for all
+
+
+class Dosed(NamedTuple):
+    """A set of channels of a site, at the strength that is right for it."""
+
+    site: int
+    channels: list[int]
+    dose: Dose
+    share: float
+    """Share of the whole read's effect that patching the set has in the sparse model."""
+
+
+def best_of(found: Sequence[Dosed]) -> Dosed:
+    """Of the sets that steer nearly as well as any, at the last site, the one that carries most in the sparse model."""
+    most = max(one.dose.p for one in found)
+    return max((one for one in found if one.dose.p >= NEARLY * most), key=lambda one: (one.site, one.share))
+
+
+class SteeringSite:
+    """Both models at one site, and the channels that come into question there."""
+
+    def __init__(self, run: Run, batch: TaskBatch, site: int, candidates: int) -> None:
+        self.site, self.patch, self.dosing = site, ReadPatch(run, batch, site), Dosing(run, batch, site)
+        self.single = torch.zeros(run.sparse.d_model)
+        moved = self.dosing.changes.abs().sum((0, 1)) > 0
+        if not moved.any():
+            raise ValueError(f"site {site}: no channel of the sparse read differs between the task's prompts")
+        for c in moved.nonzero().flatten().tolist():
+            self.single[c] = self.patch.effect([c])
+        self.pool = [c for c in self.single.argsort(descending=True)[:candidates].tolist() if moved[c]]
+
+    def alone(self) -> list[Dosed]:
+        """The candidates that move the dense model most, the best first."""
+        sets = [[c] for c in self.pool]
+        ranked = self.dosing.effects(sets).amax(0).argsort(descending=True)
+        return self._dosed([sets[i] for i in ranked[:_DOSED]])
+
+    def grow(self, first: Dosed, alone: list[Dosed], largest: int, *, progress: bool = False) -> dict[int, Dosed]:
+        """The best set found of each size (step 4), of size 1 the `first`."""
+        norm = first.dose.strength * mean_norm(self.dosing.edit(first.channels))
+        beams, best = [first, *(one for one in alone if one is not first)][:_BEAM], {1: first}
+        sizes = range(2, min(largest, len(self.pool)) + 1)
+        for count in tqdm(sizes, f"site {self.site}: sets", leave=False, unit="size", disable=not progress):
+            grown = [[*b.channels, c] for b in beams for c in self.pool if c not in b.channels]
+            sets = list({tuple(sorted(one)): one for one in grown}.values())
+            ranked = self.dosing.effects_at(sets, [norm * part for part in _NORMS]).mean(0).argsort(descending=True)
+            beams = self._dosed([sets[i] for i in ranked[:_BEAM]])
+            best[count] = best_of(beams)
+        return best
+
+    def _dosed(self, sets: list[list[int]]) -> list[Dosed]:
+        whole = self.patch.whole or 1.0
+        found = [
+            Dosed(self.site, one, dose, self.patch.effect(one) / whole)
+            for one, dose in zip(sets, self.dosing.doses(sets, _DRAWS), strict=True)
+        ]
+        return sorted(found, key=lambda one: -one.dose.p)
+
+
+@torch.no_grad()
+def find_steering_channel(
+    run: Run,
+    name: str,
+    task: str,
+    batch: TaskBatch,
+    *,
+    site: int | None = None,
+    largest: int = 8,
+    candidates: int = 16,
+    progress: bool = False,
+) -> Channel:
+    """The named channel that steers the dense model; `batch` holds selection prompts. See the module's docstring.
+
+    `site` skips the choice of one. Raises ValueError for a site out of range or without differing channels.
+    """
+    effects = site_effects(run.dense, batch)
+    sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
+    bar = tqdm(sites, "sites", leave=False, unit="site", disable=not progress)
+    searched = {i: SteeringSite(run, batch, i, candidates) for i in bar}
+    hanging = [i for i, at in searched.items() if at.patch.whole >= WEAK] or sites
+    alone = {i: searched[i].alone() for i in hanging}
+    best = best_of([one for found in alone.values() for one in found])
+    chosen = searched[best.site]
+    sets = chosen.grow(best, alone[best.site], largest, progress=progress)
+    doses = chosen.dosing.doses([one.channels for one in sets.values()])
+    sets = {n: one._replace(dose=dose) for (n, one), dose in zip(sets.items(), doses, strict=True)}
+    most = max(one.dose.p for n, one in sets.items() if n <= MOST)
+    enough = next(n for n, one in sets.items() if one.dose.p >= ENOUGH * most)
+    return named_channel(
+        run,
+        name,
+        task,
+        batch,
+        chosen.site,
+        ChannelSearch(
+            {n: one.channels for n, one in sets.items()},
+            {n: one.share for n, one in sets.items()},
+            chosen.single,
+            chosen.patch.whole,
+            mean_difference(*(read_nodes(run.sparse, batch.tokens[:, member], chosen.site) for member in (0, 1))),
+        ),
+        size=enough,
+        site_effects=[e._asdict() for e in effects],
+        criterion=f"steers the dense model; smallest set with {ENOUGH:.0%} of the largest effect",
+        doses={str(n): one.dose._asdict() for n, one in sets.items()},
+        candidates=chosen.pool,
+        site_whole_effect_nats={str(i): round(at.patch.whole, 4) for i, at in searched.items()},
+        site_single_p={str(i): round(found[0].dose.p, 4) for i, found in alone.items()},
+    )
+
+
+@torch.no_grad()
+def searched_again(
+    run: Run, candidates: Sequence[int], site: int, selection: TaskBatch, evaluation: TaskBatch, maps: Iterable[Columns]
+) -> list[float]:
+    """What the search for one channel would have found through other decoders: P on evaluation prompts, by decoder.
+
+    As `find_steering_channel` does it at one site: every candidate at its own quiet strength on selection prompts, with
+    the norm of its true edit at every token; the one with the largest effect is steered with on evaluation prompts, at
+    the largest strength that is quiet there and not above 1 or the one chosen.
+    """
+    choosing, steering = Dosing(run, selection, site), Dosing(run, evaluation, site)
+    alone = [[c] for c in candidates]
+    quiet, measured = choosing.quiet(alone, _DRAWS), steering.quiet(alone, _DRAWS)
+    found = []
+    for columns in maps:
+        effects = choosing.effects(alone, columns).T.tolist()
+        doses = [choose_dose(p, p95, choosing.base) for p, p95 in zip(effects, quiet, strict=True)]
+        best = max(range(len(doses)), key=lambda i: doses[i].p)
+        allowed = [s for s in LADDER[: len(measured[best])] if s <= max(1.0, doses[best].strength)]
+        found.append(float(steering.effects([alone[best]], columns, allowed[-1:] or [0.0])[0, 0]))
+    return found

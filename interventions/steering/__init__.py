@@ -1,0 +1,1 @@
+"""Steering experiments with their controls."""

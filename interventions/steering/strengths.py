@@ -1,0 +1,142 @@
+"""How strong an edit may be: the strength is chosen on selection prompts, by what random directions of its norm do.
+
+1. A set of channels of the sparse read moves by strength times its per-token difference between the two prompts of a
+   pair, as in a steering experiment (paper A.4). Strengths beyond 1 are tried, too: of all that the sparse model moves
+   between the two prompts, a few channels are a short edit.
+2. A strength is quiet if there and at all smaller ones 95 % of random directions of the edit's own norm, token by
+   token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts, so an
+   experiment measures it again (`interventions.steering.result.quiet_strength`).
+3. Of the quiet strengths the smallest is taken that reaches 90 % of the largest P(counterfactual answer) among them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bridges.run_folder import Run
+from interventions.bundle.channels import Channel
+from interventions.editing.hooks import Where
+from interventions.steering.edits import (
+    Columns,
+    activation_changes,
+    along,
+    channel_edit,
+    mean_norm,
+    random_directions,
+    scaled,
+)
+from interventions.steering.steered_prompts import SteeredPrompts, Vectors, prompts_of, steerable
+from interventions.tasks.base import TaskBatch
+
+LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+"""Strengths that are tried."""
+QUIET = 0.05
+"""P(counterfactual answer) that 95 % of random directions must not pass."""
+NEARLY = 0.9
+"""Share of the largest quiet effect that the chosen strength must reach."""
+
+DRAWS = 100
+"""Random directions that a strength is chosen by."""
+
+
+class Dose(NamedTuple):
+    """A strength, and mean P(counterfactual answer) there."""
+
+    strength: float
+    """0 where none of the ladder is quiet."""
+    p: float
+    """Of the set of channels."""
+    random_p95: float
+    """95th percentile of random directions as long."""
+
+
+def quiet_count(random: Sequence[float]) -> int:
+    """How many strengths, from the first on, are quiet."""
+    return next((i for i, p in enumerate(random) if p > QUIET), len(random))
+
+
+def choose_dose(p: Sequence[float], quiet: Sequence[float], base: float) -> Dose:
+    """The smallest quiet strength of the ladder that reaches nearly the largest quiet effect.
+
+    `p` is the effect at every strength, `quiet` that of random directions at the quiet ones, `base` P without an edit.
+    """
+    if not quiet:
+        return Dose(0.0, base, base)
+    at = next(i for i in range(len(quiet)) if p[i] >= NEARLY * max(p[: len(quiet)]))
+    return Dose(float(LADDER[at]), float(p[at]), float(quiet[at]))
+
+
+class Dosing:
+    """Steers prompts of a task, member 0 towards member 1, through sets of channels of one site."""
+
+    @torch.no_grad()
+    def __init__(self, run: Run, batch: TaskBatch, site: int, where: Where = "read") -> None:
+        prompts = prompts_of(batch)
+        self.changes = activation_changes(run, site, prompts)
+        self._steered = SteeredPrompts(steerable(run), prompts, site, where)
+        self._columns, self._rms = run.bridges.directions(site), run.bridges.rms_sparse[site]
+        self._random = random_directions(DRAWS, self._columns.shape[1], torch.Generator().manual_seed(0))
+        self.base = float(self._steered.base.target.mean())
+        """P(counterfactual answer) of the unsteered model."""
+
+    def edit(self, channels: Sequence[int], columns: Columns | None = None) -> Vectors:
+        """The edit of a set at strength 1; through other columns than the decoder's as long as through those."""
+        own = channel_edit(self.changes, self._columns, self._rms, channels)
+        if columns is None:
+            return own
+        return scaled(channel_edit(self.changes, columns, self._rms, channels), own.norm(dim=-1, keepdim=True))
+
+    def effects(
+        self, sets: Sequence[Sequence[int]], columns: Columns | None = None, strengths: Sequence[float] = LADDER
+    ) -> Float[Tensor, "strength set"]:
+        """Mean P(counterfactual answer) of every set at every strength."""
+        return self._steered.answers((self.edit(one, columns) for one in sets), strengths).target.mean(2)
+
+    def effects_at(self, sets: Sequence[Sequence[int]], norms: Sequence[float]) -> Float[Tensor, "norm set"]:
+        """Mean P(counterfactual answer) of every set at strengths that give its edit these mean norms."""
+        edits = [self.edit(one) for one in sets]
+        unit = (edit / max(mean_norm(edit), 1e-30) for edit in edits)
+        return self._steered.answers(unit, norms).target.mean(2)
+
+    def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
+        """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
+        return self._quiet([self.edit(one) for one in sets], draws)
+
+    def _quiet(self, edits: Sequence[Vectors], draws: int) -> list[list[float]]:
+        norms = [edit.norm(dim=-1, keepdim=True) for edit in edits]
+        found: list[list[float]] = [[] for _ in edits]
+        left = list(range(len(edits)))
+        for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
+            drawn = (one for i in left for one in along(self._random[:draws], norms[i]))
+            random = self._steered.answers(drawn, [strength]).target.mean(2).view(len(left), -1)
+            percentiles = random.quantile(0.95, dim=1).tolist()
+            for i, p in zip(left, percentiles, strict=True):
+                found[i].append(p)
+            left = [i for i in left if found[i][-1] <= QUIET]
+            if not left:
+                break
+        return [p[: quiet_count(p)] for p in found]
+
+    def doses(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[Dose]:
+        """The strength of each set."""
+        return self.edit_doses([self.edit(one) for one in sets], draws)
+
+    def edit_doses(self, edits: Sequence[Vectors], draws: int = DRAWS) -> list[Dose]:
+        """The strength of each edit, whatever it was made from."""
+        effects = self._steered.answers(edits, LADDER).target.mean(2).T.tolist()
+        return [choose_dose(p, q, self.base) for p, q in zip(effects, self._quiet(edits, draws), strict=True)]
+
+
+@torch.no_grad()
+def with_doses(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
+    """A channel that was found on selection prompts, with the dose of each of its sets among its figures."""
+    sets = channel.selection["sets"]
+    doses = Dosing(run, batch, channel.site).doses(list(sets.values()))
+    return replace(
+        channel,
+        selection=channel.selection | {"doses": {n: one._asdict() for n, one in zip(sets, doses, strict=True)}},
+    )

@@ -1,0 +1,1 @@
+"""Text: sources, corpus, tokenizer, order of batches."""

@@ -1,0 +1,79 @@
+"""Token blocks on disk: an Arrow DatasetDict plus the report and a digest of every split."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_from_disk,
+)
+from datasets.table import InMemoryTable
+from jaxtyping import Int32
+
+from sparse_model.data.text_files import SPLITS, Split
+
+Blocks = dict[Split, Int32[np.ndarray, "block n_ctx"]]
+
+
+def write_cache(folder: Path, blocks: Blocks, report: dict[str, Any]) -> None:
+    """Write beside `folder`, then rename, so that `folder` appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        dataset = DatasetDict({split: Dataset(_table(array)) for split, array in blocks.items()})
+        dataset.save_to_disk(temporary)
+        facts = {"digests": {split: _digest(array) for split, array in blocks.items()}, "report": report}
+        (temporary / "blocks.json").write_text(json.dumps(facts, indent=1))
+        temporary.chmod(0o755)  # mkdtemp's folders are private; caches may be shared
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():  # otherwise another process was first, with the same blocks
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not quiet:
+            enable_progress_bars()
+
+
+def read_cache(folder: Path) -> tuple[Blocks, dict[str, Any]] | None:
+    """The blocks and report in `folder`; if damaged, a warning, the folder's removal, and None."""
+    try:
+        facts = json.loads((folder / "blocks.json").read_text())
+        dataset = load_from_disk(str(folder))
+        blocks = {split: _array(dataset[split]) for split in SPLITS}
+        for split, array in blocks.items():
+            if _digest(array) != facts["digests"][split]:
+                raise ValueError(f"{split} is not what was written")
+        return blocks, facts["report"]
+    except Exception as error:  # whatever a damaged file makes of the JSON and Arrow readers
+        warnings.warn(f"corpus cache {folder} is damaged ({error}); building it again", stacklevel=3)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _table(blocks: Int32[np.ndarray, "block n_ctx"]) -> InMemoryTable:
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), blocks.shape[1])
+    return InMemoryTable(pa.table({"tokens": rows}))
+
+
+def _array(dataset: Dataset) -> Int32[np.ndarray, "block n_ctx"]:
+    column = dataset.data.column("tokens").combine_chunks()
+    # A copy: Arrow's memory map is read-only, which torch tensors cannot be.
+    return np.array(column.flatten(), dtype=np.int32).reshape(len(column), -1)
+
+
+def _digest(blocks: Int32[np.ndarray, "block n_ctx"]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(blocks).data).hexdigest()

@@ -1,0 +1,150 @@
+"""Where the documents of a corpus come from: the generator, the standard library, local files, the hub.
+
+Every source divides its documents into train and val by a hash of each document's identity (its relative
+path, its file and line, its number), so it stays on its side whatever the order or the other documents.
+"""
+
+import hashlib
+import math
+import random
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from datasets import load_dataset
+
+from sparse_model.data.text_files import FileSource, SourceReport, Split, stable_fraction, text_of_row
+
+
+class WeightedSource(NamedTuple):
+    """One entry of a corpus spec."""
+
+    name: str
+    """`generated`, `stdlib`, a local path, or a data set's name on the hub."""
+    share: float
+    """Its share of the corpus's tokens; the shares of a spec sum to 1."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A supply of documents."""
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents of one side, in the same order every time."""
+
+    def report(self) -> SourceReport:
+        """What is used and what is not."""
+
+    def identity(self) -> str:
+        """Changes whenever the documents may have changed; part of the cache's name."""
+
+
+def parse_spec(spec: str) -> tuple[WeightedSource, ...]:
+    """Read `"name"` or `"name:weight,name:weight"`; weights are scaled to shares that sum to 1.
+
+    Raises:
+        ValueError: an empty or repeated name, a weight that is no positive number, or weights for only some.
+    """
+    names: list[str] = []
+    weights: list[float | None] = []
+    for entry in spec.split(","):
+        name, colon, text = entry.strip().partition(":")
+        if not name or name in names:
+            problem = f"names {name!r} twice" if name else "has an empty entry"
+            raise ValueError(f"spec={spec!r} {problem}; write it as e.g. 'generated:0.4,stdlib:0.6'")
+        names.append(name)
+        weights.append(_parse_weight(spec, name, text) if colon else None)
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) < len(names):
+        bare = names[weights.index(None)]
+        raise ValueError(f"spec={spec!r} gives no weight to {bare!r}; give every source a weight, or none")
+    shares = given or [1.0] * len(names)
+    return tuple(WeightedSource(name, share / sum(shares)) for name, share in zip(names, shares, strict=True))
+
+
+def _parse_weight(spec: str, name: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ValueError(f"spec={spec!r}: weight {text!r} of {name!r} is not a positive number; e.g. '{name}:0.5'")
+    return weight
+
+
+def open_source(name: str, *, val_fraction: float, seed: int, text_field: str | None) -> Source:
+    """The source that a spec's name stands for. The network is first asked when its documents are.
+
+    Raises:
+        FileNotFoundError: a name that looks like a path (starts with `.`, `/` or `~`, has more than
+            one slash or a file suffix) and does not exist.
+    """
+    if name == "generated":
+        return GeneratedSource(seed)
+    if name == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        return FileSource(name, root, val_fraction, seed, None, stdlib=True)
+    path = Path(name).expanduser()
+    if path.exists():
+        return FileSource(name, path, val_fraction, seed, text_field)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix[1:2].isalpha():
+        raise FileNotFoundError(
+            f"corpus path {name!r} does not exist (working folder: {Path.cwd()}); give an existing file or"
+            " folder, 'generated', 'stdlib', or the name of a data set on the hub"
+        )
+    return HubSource(name, val_fraction, text_field)
+
+
+@dataclass(frozen=True)
+class GeneratedSource:
+    """Endless documents from `sparse_model.data.generated_python`; train and val are separately seeded streams."""
+
+    seed: int
+
+    def documents(self, split: Split) -> Iterator[str]:
+        from sparse_model.data.generated_python import generate_document
+
+        index = 0
+        while True:
+            yield generate_document(random.Random(f"{self.seed}:{split}:{index}"))
+            index += 1
+
+    def report(self) -> SourceReport:
+        return SourceReport("generated", None, None, {}, "endless; train and val are separately seeded streams")
+
+    def identity(self) -> str:
+        found = find_spec("sparse_model.data.generated_python")
+        assert found is not None
+        assert found.origin is not None
+        return f"{self.seed} {hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """The `train` split of a data set on the hub, streamed; a document's identity is its row number."""
+
+    name: str
+    val_fraction: float
+    text_field: str | None
+
+    def documents(self, split: Split) -> Iterator[str]:
+        try:
+            stream = load_dataset(self.name, split="train", streaming=True)
+        except Exception as error:  # a dozen types: no network, no such name, gated, needs a configuration
+            raise ConnectionError(
+                f"corpus {self.name!r} is neither built in nor a local path, and streaming it from the hub"
+                f" failed ({type(error).__name__}: {str(error).partition(chr(10))[0]});"
+                " check the name, the network and your hub login"
+            ) from error
+        for index, row in enumerate(stream):
+            if (stable_fraction(str(index)) < self.val_fraction) == (split == "val"):
+                yield text_of_row(row, self.text_field, f"{self.name}, row {index}")
+
+    def report(self) -> SourceReport:
+        return SourceReport(self.name, None, None, {}, "streamed from the hub; divided by a hash of the row number")
+
+    def identity(self) -> str:
+        return f"{self.name} {self.text_field}"

@@ -1,0 +1,1 @@
+"""The weight-sparse transformer, its checkpoints and formats, and the names of its nodes."""

@@ -1,0 +1,1 @@
+"""Top-k in all its forms: AbsTopK activations, the weight projection, products with few nonzeros."""

@@ -1,0 +1,1 @@
+"""The trainer and what it uses: optimizer rules, losses, logs, interrupts, processes."""

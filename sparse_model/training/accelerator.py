@@ -1,0 +1,61 @@
+"""Starting and ending accelerate: device, processes, precision, trackers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from sparse_model.training.interrupts import Interrupted
+
+# The first process alone prepares tokenizer, corpus and dense model, while the others wait.
+_PATIENCE = timedelta(hours=12)
+
+
+def make_accelerator(folder: Path, trackers: tuple[str, ...] = (), processes: int | None = None) -> Accelerator:
+    """Accelerate as `accelerate launch` or torchrun asked for it, with the trackers writing into a run folder.
+
+    Raises ValueError for a tracker that is unknown or not installed, and where not as many processes take part as
+    `processes` says.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=list(trackers) or None,
+        project_dir=folder if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
+    if processes not in (None, accelerator.num_processes):
+        raise ValueError(
+            f"processes={processes}: {accelerator.num_processes} took part. On CPUs `accelerate launch --cpu "
+            "--num_processes N` starts a single one; use torchrun --nproc_per_node N, or ACCELERATE_USE_CPU=true "
+            "accelerate launch --multi_gpu --num_processes N"
+        )
+    missing = set(trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:  # accelerate would go on without them
+        raise ValueError(f"trackers={', '.join(missing)}: unknown or not installed; pip install it or leave it out")
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, folder: Path) -> None:
+    """Start the trackers once the folder is claimed."""
+    if accelerator.log_with:
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(
+            "sparse-bridges", config={"run": str(folder)}, init_kwargs={"wandb": {"dir": str(folder)}}
+        )
+
+
+@contextmanager
+def ending(accelerator: Accelerator) -> Iterator[None]:
+    """End trackers and process group after the training, also when it was asked to stop.
+
+    Not after other errors: the group's other processes would wait for this one; the launcher ends them.
+    """
+    try:
+        yield
+    except Interrupted:
+        accelerator.end_training()
+        raise
+    accelerator.end_training()

@@ -1,0 +1,333 @@
+"""The training loop of weight-sparse models: accelerate, projection after every step, checkpoints, exact resume.
+
+`SparseTrainer` trains a sparse model alone; the joint trainer in `bridges.joint_trainer` puts its own losses in the
+place of `backward` and adds the bridges to what is trained. One step:
+
+1. The batch of this step, a function of seed and step (`sparse_model.data.batch_order`).
+2. `backward`: losses, and gradients into the parameters.
+3. Gradients are averaged over the processes in one flattened call.
+4. Sparse parameters: gradient RMS rule, AdamW, learning rate with the sharkfin factor. Free parameters (the bigram
+   table, bridges): gradient norm clipped, Adam, the same schedule without the factor.
+5. Every sparse parameter is projected onto its budget (`sparse_model.sparsity.projection`).
+"""
+
+import json
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sparse_model.config import TrainConfig, differing, from_json, to_json
+from sparse_model.data.batch_order import BatchOrder
+from sparse_model.io.atomic import recover_folder, replace_folder
+from sparse_model.io.tensors import load_checked, read_tensors
+from sparse_model.model.transformer import SparseTransformer
+from sparse_model.sparsity.projection import SparseParameter, annealed_fraction, check_budgets, project_
+from sparse_model.sparsity.sparse_linear import sparse_products
+from sparse_model.training.interrupts import Interrupted, stop_signals
+from sparse_model.training.losses import next_token_loss
+from sparse_model.training.metrics_log import MetricsLog, flat
+from sparse_model.training.optim import adamw, normalize_grad_rms_, schedule, set_lr
+
+CHECKPOINT = "checkpoint"
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss term became NaN or infinite; the message names it."""
+
+
+class FreeRule(NamedTuple):
+    """The optimizer of parameters that are not sparse."""
+
+    lr: float
+    """Peak learning rate."""
+    eps: float
+    """Adam's epsilon."""
+    clip: float
+    """Largest gradient norm."""
+
+
+BIGRAM_RULE = FreeRule(lr=1e-2, eps=1e-8, clip=1.0)
+"""How the bigram table of a model trained alone is optimized."""
+
+
+class SparseLosses(NamedTuple):
+    """The loss of one step of a sparse model alone, detached, on the device."""
+
+    ce: Float[Tensor, ""]
+    """Next-token cross-entropy, nats."""
+
+
+class SparseTrainer:
+    """Trains a sparse model in a folder.
+
+    Every random choice is a function of seed and step, so a checkpoint holds weights, moments and the step, and a
+    resumed run repeats the uninterrupted one bit for bit.
+    """
+
+    title = "sparse"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        sparse: SparseTransformer,
+        blocks: Int[Tensor, "block pos"],
+        folder: Path,
+        accelerator: Accelerator | None = None,
+        *,
+        free_rule: FreeRule = BIGRAM_RULE,
+        beside: dict[str, nn.Module] | None = None,
+    ) -> None:
+        self.config, self.folder, self.blocks, self.free_rule = config, folder, blocks, free_rule
+        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        self.modules: dict[str, nn.Module] = {"sparse": sparse.to(self.accelerator.device)}
+        self.modules |= {name: module.to(self.accelerator.device) for name, module in (beside or {}).items()}
+        self.sparse = sparse
+        if config.compile:
+            sparse.compile_sublayers()
+        self.skips_zeros = not config.compile and self.accelerator.mixed_precision == "no"
+        self.projected = projected_parameters(sparse, config)
+        self.main = [p for n, p in sparse.named_parameters() if n != "bigram"]
+        self.free = [p for n, p in sparse.named_parameters() if n == "bigram" and p.requires_grad]
+        self.free += [p for module in (beside or {}).values() for p in module.parameters()]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"main": adamw(self.main, config.optim)}
+        if self.free:
+            self.optimizers["free"] = torch.optim.Adam(self.free, lr=free_rule.lr, eps=free_rule.eps, fused=True)
+        self.order = BatchOrder(
+            len(blocks),
+            config.batch_size,
+            config.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        # For fp16 only: gradients are scaled up so that they do not vanish, and a step that overflows is left out.
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16"
+        )
+        self.step = 0
+        self._broadcast()
+
+    def backward(self, tokens: Int[Tensor, "batch pos"], batch: int, scale: float | Tensor) -> Any:
+        """Add `scale` times the gradients of the batch-th batch of the run to the parameters' own.
+
+        Returns a NamedTuple of detached, unscaled losses on the device; None stands for one that was not computed.
+        """
+        loss = next_token_loss(self.sparse(tokens), tokens)
+        (scale * loss).backward()
+        return SparseLosses(loss.detach())
+
+    def extra_record(self) -> dict[str, float]:
+        """More for a record of metrics.jsonl."""
+        return {}
+
+    def summary(self, record: dict) -> str:
+        """The progress bar's text."""
+        return f"ce {record['ce']:.3f}"
+
+    def train(self, *, progress: bool = True) -> None:
+        """Run to the configured number of steps, from the step where this trainer stands.
+
+        Raises TrainingDiverged, with the last checkpoint kept, when a loss is no longer finite, and Interrupted after
+        writing a checkpoint on SIGTERM or Ctrl-C.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        metrics = MetricsLog(self.folder / "metrics.jsonl", self.step) if main else None
+        start = time.monotonic()
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not (main and progress))
+        with stop_signals() as stop_asked, bar:
+            while self.step < config.steps:
+                losses = self.train_step()
+                last = self.step == config.steps
+                checkpoint_due = self.step % config.checkpoint_every == 0
+                if self.step % config.log_every == 0 or checkpoint_due or self.step == 1 or last:
+                    self._check_finite(losses)
+                    record = self._record(losses) | self.extra_record()
+                    self.accelerator.log(flat(record), step=self.step)
+                    if metrics:
+                        record["seconds"] = round(time.monotonic() - start, 2)
+                        metrics.write(record)
+                        bar.set_postfix_str(self.summary(record))
+                bar.update()
+                if self._stop_agreed(stop_asked):
+                    self.save_checkpoint()
+                    raise Interrupted(f"stopped at step {self.step}; go on with --resume")
+                if checkpoint_due and not last:
+                    self.save_checkpoint()
+
+    def train_step(self) -> Any:
+        """One optimizer step on the next batch; returns its losses on the device."""
+        config = self.config
+        progress = self.step / config.steps
+        losses = self._accumulate()
+        self._reduce_gradients()
+        for optimizer in self.optimizers.values():
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(optimizer)
+        self.grad_rms = normalize_grad_rms_(self.main, config.optim.grad_rms)
+        kept = annealed_fraction(config.sparsity.nonzero_fraction, config.sparsity, progress)
+        half_step = (self.step + 0.5) / config.steps  # so that neither the first nor the last step has rate zero
+        set_lr(self.optimizers["main"], config.optim.lr * schedule(half_step, config.optim, kept))
+        if self.free:
+            nn.utils.clip_grad_norm_(self.free, self.free_rule.clip, foreach=True)
+            set_lr(self.optimizers["free"], self.free_rule.lr * schedule(half_step, config.optim))
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.step += 1
+        project_(self.projected, config.sparsity, self.step / config.steps)
+        return losses
+
+    def _accumulate(self) -> Any:
+        """The losses of this step's batches, averaged, with their gradients in the parameters."""
+        config, accelerator, found = self.config, self.accelerator, []
+        scale = self.scaler.scale(torch.full((), 1 / config.accumulate, device=accelerator.device))
+        for batch in range(self.step * config.accumulate, (self.step + 1) * config.accumulate):
+            tokens = self.blocks[self.order(batch)].long().to(accelerator.device)
+            try:
+                with accelerator.autocast(), sparse_products(self.sparse) if self.skips_zeros else nullcontext():
+                    found.append(self.backward(tokens, batch, scale))
+            except ValueError as error:  # on the CPU, AbsTopK refuses NaN at once
+                raise TrainingDiverged(self._diverged(f"an activation became NaN ({error})")) from error
+            if accelerator.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
+                self._check_finite(found[-1])
+        return found[0] if len(found) == 1 else mean_losses(found)
+
+    def _stop_agreed(self, asked: list[int]) -> bool:
+        """Whether a process was asked to stop; several agree on it at every tenth step, so that all stop at one."""
+        if self.accelerator.num_processes == 1:
+            return bool(asked)
+        if self.step % 10 and self.step != self.config.steps:
+            return False
+        return bool(self.total(torch.tensor([float(len(asked))], device=self.accelerator.device)) > 0)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def _reduce_gradients(self) -> None:
+        """Average all gradients over the processes in one flattened call."""
+        if self.accelerator.num_processes == 1:
+            return
+        grads = [p.grad for p in (*self.main, *self.free) if p.grad is not None]
+        flat_grad = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), reduction="mean")
+        for g, part in zip(grads, flat_grad.split([g.numel() for g in grads]), strict=True):
+            g.copy_(part.view_as(g))
+
+    def _broadcast(self) -> None:
+        """Equal initial weights on every process."""
+        if self.accelerator.num_processes > 1:
+            for p in (*self.main, *self.free):
+                torch.distributed.broadcast(p.data, 0)
+
+    def _record(self, losses: Any) -> dict:
+        """One line of metrics.jsonl; the only place where training waits for the device."""
+        config = self.config
+        record: dict = {"step": self.step, "tokens": self.step * config.batch_size * self.blocks.shape[1]}
+        record["tokens"] *= self.accelerator.num_processes * config.accumulate
+        record |= {name: value.tolist() for name, value in losses._asdict().items() if value is not None}
+        record["grad_rms"] = float(self.grad_rms)
+        record["lr"] = self.optimizers["main"].param_groups[0]["lr"]
+        record["nonzero_fraction"] = annealed_fraction(
+            config.sparsity.nonzero_fraction, config.sparsity, self.step / config.steps
+        )
+        return record
+
+    def _check_finite(self, losses: Any) -> None:
+        for name, value in losses._asdict().items():
+            finite = torch.ones(()) if value is None else value.isfinite()
+            if not finite.all():
+                site = f" at site {int((~finite).nonzero()[0])}" if value.ndim else ""
+                raise TrainingDiverged(self._diverged(f"{name}{site} is no longer finite"))
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"{what} in step {self.step + 1}; the last checkpoint in {self.folder} is as it was. Train again with a "
+            f"lower learning rate (optim.lr is {self.config.optim.lr:g}, that of free parameters {self.free_rule.lr:g})"
+        )
+
+    def save_checkpoint(self) -> None:
+        """Write FOLDER/checkpoint: weights, moments, step. The previous one stays until the new one is whole."""
+        if self.accelerator.is_main_process:
+            with replace_folder(self.folder / CHECKPOINT) as folder:
+                for name, module in self.modules.items():
+                    save_file(_unshared(module.state_dict()), folder / f"{name}.safetensors")
+                for name, optimizer in self.optimizers.items():
+                    torch.save(optimizer.state_dict(), folder / f"{name}_optimizer.pt")
+                to_json(self.config, folder / "config.json")
+                state = {"step": self.step, "scaler": self.scaler.state_dict()}
+                (folder / "step.json").write_text(json.dumps(state))
+        self.accelerator.wait_for_everyone()
+
+    def load_checkpoint(self) -> bool:
+        """Restore the last checkpoint; false where there is none.
+
+        Raises ValueError for one of another configuration, naming the options that differ, or for a damaged one.
+        """
+        folder = self.folder / CHECKPOINT
+        recover_folder(folder)
+        if not folder.exists():
+            return False
+        different = set(differing(from_json(type(self.config), folder / "config.json"), self.config))
+        different -= {"log_every", "checkpoint_every", "eval_tokens"}
+        if different:
+            names = ", ".join(sorted(different))
+            raise ValueError(f"{folder} was made with other settings ({names}): resume with the same ones")
+        for name, module in self.modules.items():
+            path = folder / f"{name}.safetensors"
+            state = read_tensors(path)
+            shared = {n: state[m] for n, m in _shared(module.state_dict()).items() if m in state}
+            load_checked(module, state | shared, path)
+        for name, optimizer in self.optimizers.items():
+            path = folder / f"{name}_optimizer.pt"
+            try:
+                optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+            except Exception as error:  # truncated zip, pickle and I/O errors are of many kinds
+                raise ValueError(f"{path} is damaged: {error}; start without --resume") from error
+        state = json.loads((folder / "step.json").read_text())
+        self.step = state["step"]
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        return True
+
+    def remove_checkpoint(self) -> None:
+        """Drop the checkpoint once the final weights are saved."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
+
+
+def mean_losses(found: list[Any]) -> Any:
+    """The mean of several batches' losses, term by term, over the batches that have the term."""
+    terms = zip(*found, strict=True)
+    kept = [[value for value in values if value is not None] for values in terms]
+    return type(found[0])(*(torch.stack(values).mean(0) if values else None for values in kept))
+
+
+def projected_parameters(sparse: SparseTransformer, config: TrainConfig) -> list[SparseParameter]:
+    """The parameters under projection with their final fractions.
+
+    Raises ValueError where a budget cannot hold the minimum per neuron, naming the smallest one that can.
+    """
+    sparsity = config.sparsity
+    found = sparse.sparse_parameters(sparsity.nonzero_fraction, sparsity.embed_fraction, sparsity.bias_fraction)
+    check_budgets(found, sparsity)
+    return found
+
+
+def _shared(state: dict[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are another name's tensor (tied embeddings), with that name."""
+    first: dict[int, str] = {}
+    return {n: first[t.data_ptr()] for n, t in state.items() if first.setdefault(t.data_ptr(), n) != n}
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    again = _shared(state)
+    return {name: t for name, t in state.items() if name not in again}

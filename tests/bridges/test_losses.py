@@ -1,0 +1,85 @@
+"""The losses, by hand arithmetic, and each known way of getting them wrong."""
+
+import math
+
+import pytest
+import torch
+
+from bridges.losses import kl, nmse
+from sparse_model.training.losses import next_token_loss
+
+
+def test_nmse_by_hand() -> None:
+    target = torch.tensor([[0.0, 2.0], [4.0, 2.0]])  # mean (2, 2): deviations 4 + 4
+    prediction = torch.tensor([[1.0, 2.0], [4.0, 0.0]])  # errors 1 + 4
+    assert nmse(prediction, target).item() == pytest.approx(5 / 8)
+
+
+def test_predicting_the_mean_scores_exactly_one() -> None:
+    target = torch.randn(3, 7, 5, dtype=torch.float64) + 10
+    mean = target.mean((0, 1)).expand_as(target)
+    assert nmse(mean, target).item() == pytest.approx(1, abs=1e-12)
+    assert nmse(target, target).item() == 0
+
+
+def test_nmse_is_a_ratio_of_sums() -> None:
+    """One token that lies at the mean must not blow up the figure, as a mean of per-token ratios does."""
+    target = torch.cat([torch.randn(99, 4), torch.zeros(1, 4)])
+    assert nmse(target + 0.1, target).item() < 0.02
+
+
+def test_nmse_sends_no_gradient_into_its_target() -> None:
+    target, prediction = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    nmse(prediction, target).backward()
+    assert target.grad is None
+    denominator = (target - target.mean(0)).square().sum()
+    assert torch.allclose(prediction.grad, 2 * (prediction - target) / denominator)
+
+
+def test_nmse_through_its_target_does_not_reward_shrinking() -> None:
+    """Scaling prediction and target together changes nothing, so the gradients along that direction cancel."""
+    target = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    prediction = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(nmse(prediction, target, through_target=True), nmse(prediction, target))
+    nmse(prediction, target, through_target=True).backward()
+    along = (prediction.grad * prediction).sum() + (target.grad * target).sum()
+    assert along.item() == pytest.approx(0, abs=1e-12)
+    assert target.grad.norm() > 0
+
+
+def test_kl_by_hand() -> None:
+    target, logits = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert kl(target, logits).item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+
+
+def test_kl_is_a_mean_over_tokens_whatever_the_shape() -> None:
+    """A batch mean over 3-D logits would be as many times too large as the sequence is long."""
+    target, logits = torch.randn(2, 16, 9), torch.randn(2, 16, 9)
+    assert kl(target, logits).item() == pytest.approx(kl(target.flatten(0, 1), logits.flatten(0, 1)).item(), rel=1e-5)
+    single = [kl(target[b, p], logits[b, p]).item() for b in range(2) for p in range(16)]
+    assert kl(target, logits).item() == pytest.approx(sum(single) / 32, rel=1e-5)
+
+
+def test_kl_sees_the_whole_vocabulary() -> None:
+    """All the difference lies outside the target's top 64 tokens."""
+    target = torch.zeros(1, 1000)
+    target[:, :64] = 1.0
+    logits = target.clone()
+    logits[:, 64:] -= 20
+    assert kl(target, logits).item() > 10
+
+
+def test_kl_is_zero_on_equal_logits_up_to_a_constant_and_detaches_its_target() -> None:
+    target = torch.randn(4, 9, requires_grad=True)
+    logits = (target.detach() + 3).requires_grad_()
+    value = kl(target, logits)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert target.grad is None
+
+
+def test_next_token_loss_by_hand() -> None:
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 0, 2] = math.log(5.0)  # predicts token 2 with 5/8
+    tokens = torch.tensor([[1, 2, 0]])
+    assert next_token_loss(logits, tokens).item() == pytest.approx(-(math.log(5 / 8) + math.log(1 / 4)) / 2)

@@ -1,0 +1,179 @@
+"""The commands that a user types, on the tiny preset, as processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+TINY = [sys.executable, "scripts/train_bridge.py", "tiny"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"SPARSE_BRIDGES_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def call(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A finished run of the tiny preset, made through accelerate launch."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1"]
+    done = call(cache, *launch, *TINY[1:], "--run", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "KL d>s" in done.stdout
+    return folder
+
+
+def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
+    for script, *few in (("find_channel",), ("steer", "--pairs", "8"), ("report",)):
+        done = call(cache, sys.executable, f"scripts/{script}.py", "--run", str(tiny), *few)
+        assert done.returncode == 0, done.stderr
+    parts = {"config.json", "dense", "sparse", "bridges", "tokenizer", "channels.json", "metrics.jsonl", "metrics.json",
+             "report.html", "steering.png"}  # fmt: skip
+    assert {p.name for p in tiny.iterdir()} == parts
+    metrics = json.loads((tiny / "metrics.json").read_text())
+    assert metrics["sparse"]["nonzero_fraction"] == pytest.approx(1 / 16, rel=0.01)
+    assert metrics["sparse"]["ce"] < 5.5
+    assert [s["site"] for s in metrics["sites"]] == [0, 1, 2, 3, 4]
+    steering = metrics["steering"]["single_double_quote"]
+    assert set(steering["channels"]) == {"1", "2", "4", "8"}
+    lengths = [len(c) for c in steering["channels"].values()]
+    lengths += [len(steering[n]) for n in ("strength", "random_mean", "random_p95", "difference_of_means")]
+    assert set(lengths) == {11}
+    assert steering["random_draws"] >= 50
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = call(cache, sys.executable, "-c", code.replace('"demo"', repr(str(tiny))))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_evaluate_repeats_the_runs_own_figures(tiny: Path, cache: Path) -> None:
+    before = json.loads((tiny / "metrics.json").read_text())
+    done = call(cache, sys.executable, "scripts/evaluate.py", "--run", str(tiny))
+    assert done.returncode == 0, done.stderr
+    after = json.loads((tiny / "metrics.json").read_text())
+    assert after["sites"] == before["sites"]
+    assert after["dense"] == before["dense"]
+
+
+def test_killed_and_resumed_run_ends_with_the_same_weights(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*TINY, "--run", str(folder)],
+        cwd=ROOT,
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (folder / "checkpoint").exists()
+    refused = call(cache, *TINY, "--run", str(folder))
+    assert refused.returncode == 2
+    assert "already holds a run: add --resume" in refused.stderr
+    done = call(cache, *TINY, "--run", str(folder), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    for part in ("sparse/model.safetensors", "bridges/bridges.safetensors", "dense/model.safetensors"):
+        a, b = load_file(tiny / part), load_file(folder / part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[n], b[n]) for n in a), part
+    assert not (folder / "checkpoint").exists()
+
+
+def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/train_sparse.py", "tiny", "--steps", "300", "--checkpoint-every", "150"]
+    process = subprocess.Popen(
+        [*command, "--run", str(tmp_path / "stopped")],
+        cwd=ROOT,
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "go on with --resume" in errors
+    resumed = call(cache, *command, "--run", str(tmp_path / "stopped"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stdout
+    assert call(cache, *command, "--run", str(tmp_path / "whole")).returncode == 0
+    a, b = (load_file(tmp_path / name / "sparse" / "model.safetensors") for name in ("stopped", "whole"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["step"] for r in records if "val_ce" in r] == [150, 300]
+    assert records[-1]["val_ce"] < records[0]["ce"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-preset"], "preset 'no-such-preset' is unknown: use one of demo, tiny"),
+        (["tiny", "--dense", "./nowhere", "--tokenizer", "./nowhere"], "nowhere"),
+        (["tiny", "--corpus", "./no-such-folder"], "no-such-folder"),
+        (["tiny", "--sparsity.min-per-neuron", "40"], "min_per_neuron=40"),
+        (["tiny", "--sparse.topk-fraction", "3"], "topk_fraction=3"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(cache: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = call(cache, *TINY[:2], *arguments, "--run", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def test_mismatched_tokenizer_and_depth_are_refused(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    dense = str(tiny / "dense")
+    done = call(cache, *TINY, "--dense", dense, "--sparse.n-layers", "3", "--run", str(tmp_path / "a"))
+    assert done.returncode == 2
+    assert "sparse.n_layers=3: the dense model has 2 layers" in done.stderr
+    other = tmp_path / "tokenizer"
+    code = (
+        "import random; from sparse_model.data.tokenizer import *\n"
+        "from sparse_model.data.generated_python import generate_document\n"
+        "r = random.Random(9); save_tokenizer(train_tokenizer([generate_document(r) for _ in range(300)], 300), "
+        f"{str(other)!r})"
+    )
+    assert call(cache, sys.executable, "-c", code).returncode == 0
+    done = call(cache, *TINY, "--dense", dense, "--tokenizer", str(other), "--run", str(tmp_path / "b"))
+    assert done.returncode == 2
+    assert "token ids would mean different text" in done.stderr
+
+
+def test_importing_goes_one_way() -> None:
+    """sparse_model <- bridges <- interventions <- scripts."""
+    import ast
+
+    order = ["sparse_model", "bridges", "interventions"]
+    for level, package in enumerate(order):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                above = {n.split(".")[0] for n in names} & {*order[level + 1 :], "scripts", "cli", "tyro"}
+                assert not above, f"{file} imports {above}"

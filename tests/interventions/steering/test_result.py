@@ -1,0 +1,106 @@
+"""What an experiment found, as figures and tables show it."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from support.report_runs import TASK, thorough_steering
+
+from bridges.run_folder import update_metrics
+from interventions.steering.plot import draw_steering
+from interventions.steering.result import DRAWN, Steering, quiet_strength
+
+
+def test_the_figure_shows_every_control() -> None:
+    result = thorough_steering()
+    axes = Figure().subplots()
+    draw_steering(axes, result)
+    shown = " ".join(axes.get_legend_handles_labels()[1])
+    for name in ("1 channel", "2 channels", "ridge", "exact patch", "difference of means", *DRAWN.values()):
+        assert name in shown
+    band = next(p for p in axes.collections if p.get_label() == "5 random directions, 5–95 %")
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(max(result.random_p95))
+    older = {name: value for name, value in result._asdict().items() if name not in Steering._field_defaults}
+    axes = Figure().subplots()
+    draw_steering(axes, Steering(**older))
+    assert "exact patch" not in " ".join(axes.get_legend_handles_labels()[1])
+
+
+def test_study_gives_medians_and_ranges_by_group(tmp_path: Path, capsys) -> None:
+    import steering_study
+
+    result = thorough_steering()
+    runs = []
+    for number, (p, fraction) in enumerate([(0.2, 1 / 64), (0.9, 1 / 64), (0.4, 1 / 64), (0.7, 1 / 128)]):
+        one = result._replace(
+            channels={"1": [0.01, 0.1, p], "2": [0.01, 0.2, 0.95]},
+            random_own_p95={"1": [0.01, 0.04, 0.06], "2": [0.01, 0.02, 0.03], "difference_of_means": [0.06] * 3},
+            model=result.model | {"nonzero_fraction": fraction, "seed": number},
+        )
+        runs.append(str(tmp_path / f"run{number}"))
+        Path(runs[-1]).mkdir()
+        update_metrics(Path(runs[-1]), steering={TASK: one._asdict()})
+    steering_study.main(steering_study.Options(runs=tuple(runs), strength=1))
+    rows = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
+        for line in capsys.readouterr().out.splitlines()
+    }
+    assert rows["strength 1"] == [
+        "2 layers, 32 wide, 1/64 nonzero, where=read (3 runs)",
+        "2 layers, 32 wide, 1/128 nonzero, where=read (1 run)",
+    ]
+    assert rows["steered, 1 channel"] == ["0.4 (0.2 to 0.9)", "0.7"]
+    assert rows["P(counterfactual answer), unsteered"][0] == "0.01 (0.01 to 0.01)"
+    assert rows["random directions as long as 1 channel, 95th percentile"][0] == "0.06 (0.06 to 0.06)"
+    assert rows["steered, 2 channels"][1] == "0.95"
+    assert (tmp_path / f"steering_study-{TASK}.png").stat().st_size > 5000
+    steering_study.main(steering_study.Options(runs=tuple(runs), strength=0.5, plot=str(tmp_path / "half.png")))
+    assert "steered, 1 channel | 0.1 (0.1 to 0.1)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"strength=0\.3: .*run0 was steered at 0, 0\.5, 1"):
+        steering_study.main(steering_study.Options(runs=tuple(runs), strength=0.3))
+    update_metrics(Path(runs[0]), steering={TASK: result._replace(model={})._asdict()})
+    with pytest.raises(ValueError, match="steered by an earlier version"):
+        steering_study.main(steering_study.Options(runs=tuple(runs)))
+
+
+def test_study_shows_each_set_at_its_quiet_strength(tmp_path: Path, capsys) -> None:
+    import steering_study
+
+    one = thorough_steering()._replace(
+        channels={"1": [0.01, 0.1, 0.2], "2": [0.01, 0.5, 0.95]},
+        ridge={"1": [0.01, 0.11, 0.21], "2": [0.01, 0.51, 0.91]},
+        random_own_p95={"1": [0.01, 0.04, 0.06], "2": [0.01, 0.02, 0.03], "difference_of_means": [0.01, 0.03, 0.06]},
+        random_p95=[0.01, 0.021, 0.031],
+        difference_of_means=[0.01, 0.3, 0.7],
+        exact_patch=[0.01, 0.8, 0.99],
+        chosen={"2": 0.25},  # up to 1 the control decides
+        searched={"shuffled": [0.1, 0.2, 0.6], "untrained": [0.3]},
+    )
+    update_metrics(tmp_path, steering={TASK: one._asdict()})
+    steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
+    lines = capsys.readouterr().out.splitlines()
+    rows = dict(line.strip("| ").split(" | ") for line in lines if line.count(" | ") == 1)
+    expected = {
+        "1 channel, strength": "0.5",  # the control's
+        "steered, 1 channel": "0.1",
+        "2 channels, strength": "1",
+        "steered, 2 channels": "0.95",
+        "ridge regression, 1 channel": "0.11",
+        "ridge regression, 2 channels": "0.91",
+        "random directions as long as 1 channel, 95th percentile": "0.04",
+        "random directions, 95th percentile": "0.031",  # of the reference, which is the set of two
+        "exact patch": "0.99",
+        "difference of means, strength": "0.5",
+        "difference of means": "0.3",
+        "1 channel searched for, shuffled decoder, median": "0.2",
+        "1 channel searched for, shuffled decoder, largest": "0.6",
+        "1 channel searched for, untrained bridge, median": "0.3",
+    }
+    assert expected.items() <= rows.items()
+    assert quiet_strength(one._replace(random_own_p95={"1": [0.06, 0.01, 0.01]}), "1") == 0  # never quiet
+    assert quiet_strength(one._replace(random_own_p95={}), "1") == 1  # of a version that did not measure it
+    # An experiment that stops short of 1 has its table, too.
+    short = {name: curve[:2] for name, curve in one.channels.items()}
+    update_metrics(tmp_path, steering={TASK: one._replace(strength=[0.0, 0.5], channels=short)._asdict()})
+    steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
+    assert "| exact patch | 0.8 |" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""A report as the tests look at it, without a browser."""
+
+import json
+from html.parser import HTMLParser
+from typing import Any, NamedTuple
+
+import pytest
+
+from bridges.run_folder import Run
+from interventions.report import write_report
+
+
+class Token(NamedTuple):
+    """A coloured token of the report."""
+
+    title: str
+    text: str
+    classes: str
+
+
+class Page(HTMLParser):
+    """The parts of a report that the tests look at."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.examples: list[list[Token]] = []
+        self.text = ""
+        self.raw: list[str] = []
+        """Contents of script and style elements."""
+        self._table = ""
+        self._open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.tags.append((tag, named))
+        self._open.append(tag)
+        if tag == "table":
+            self._table = named.get("id") or named.get("class") or f"table{len(self.tables)}"
+            self.tables[self._table] = []
+        elif tag == "tr":
+            self.tables[self._table].append([])
+        elif tag in ("td", "th"):
+            self.tables[self._table][-1].append("")
+        elif tag in ("script", "style"):
+            self.raw.append("")
+        elif tag == "pre" and named.get("class") == "tokens":
+            self.examples.append([])
+        elif tag == "i" and "pre" in self._open:
+            self.examples[-1].append(Token(named["title"] or "", "", named.get("class") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] in (["script"], ["style"]):
+            self.raw[-1] += data
+            return
+        self.text += data
+        if {"td", "th"} & set(self._open):
+            self.tables[self._table][-1][-1] += data.strip()
+        if self._open[-1:] == ["i"] and "pre" in self._open:
+            last = self.examples[-1].pop()
+            self.examples[-1].append(last._replace(text=last.text + data))
+
+    @property
+    def policy(self) -> dict[str, list[str]]:
+        """The Content-Security-Policy: directives with their sources."""
+        (given,) = [a["content"] for tag, a in self.tags if a.get("http-equiv") == "Content-Security-Policy"]
+        return {name: sources for name, *sources in (part.split() for part in (given or "").split("; "))}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws. NaN would be no JSON."""
+        (text,) = [raw for raw in self.raw if raw.startswith("{")]
+        return json.loads(text, parse_constant=pytest.fail)
+
+
+def page_of(run: Run) -> Page:
+    return Page(write_report(run.folder).read_text(encoding="utf-8"))

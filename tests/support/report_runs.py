@@ -1,0 +1,175 @@
+"""Runs with random weights that have every part of a report."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.helpers import make_tiny_run
+
+from bridges.evaluation import evaluate
+from bridges.run_folder import Run, fingerprint, open_run, update_metrics
+from interventions.bundle.channels import Channel, save_channel
+from interventions.circuits.ablation import Calibration, measure_ablation
+from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
+from interventions.circuits.controls import validate
+from interventions.circuits.gates import PruneConfig
+from interventions.circuits.node_model import ModelKind, as_nodes, locations
+from interventions.circuits.solved_tasks import score_tasks
+from interventions.steering.result import Steering
+from interventions.tasks import get_task
+
+TASK = "single_double_quote"
+EVIL = '<script>alert("x")</script>'
+STRENGTH = [0.0, 0.5, 1.0]
+QUICK = PruneConfig(
+    steps=2, pairs=4, pool=8, selection_pairs=8, reference_tokens=512, lbfgs_steps=4, eliminate=False, target_loss=0.6
+)
+
+
+def steering(task: str = TASK, *, p95: float = 0.05) -> Steering:
+    return Steering(
+        task=task,
+        strength=STRENGTH,
+        channels={"1": [0.01, 0.1, 0.2], "2": [0.01, 0.3, 0.7321]},
+        two_way={"1": [0.02, 0.1, 0.2], "2": [0.02, 0.3, 0.8123]},
+        random_mean=[0.01, 0.012, 0.0234],
+        random_p05=[0.01, 0.009, 0.0089],
+        random_p95=[0.01, 0.03, p95],
+        random_channels_mean=[0.01, 0.011, 0.0167],
+        random_channels_p95=[0.01, 0.02, 0.0456],
+        difference_of_means=[0.01, 0.2, 0.4567],
+        prompts=8,
+        random_draws=5,
+        where="read",
+        site=1,
+        sets={"1": [3], "2": [3, 7]},
+    )
+
+
+def thorough_steering(task: str = TASK) -> Steering:
+    """With everything that results of earlier versions do not have."""
+    effects = {
+        "norm": 0.5,
+        "p_target": 0.6,
+        "kl": 0.0321,
+        "pair_accuracy": {"with_as": 0.75, "for_while": 0.25},
+        "perplexity": 4.5,
+        "perplexity_counterfactual": 5.5,
+    }
+    return steering(task)._replace(
+        channels_low={"1": [0.01, 0.08, 0.15], "2": [0.01, 0.25, 0.6543]},
+        channels_high={"1": [0.01, 0.12, 0.25], "2": [0.01, 0.35, 0.7654]},
+        shuffled_mean=[0.01, 0.02, 0.03],
+        shuffled_p95=[0.01, 0.03, 0.0567],
+        untrained_mean=[0.01, 0.01, 0.02],
+        untrained_p95=[0.01, 0.02, 0.0345],
+        ridge={"1": [0.01, 0.1, 0.1987], "2": [0.01, 0.2, 0.6789]},
+        exact_patch=[0.01, 0.4, 0.9876],
+        reference="2",
+        random_own_p95={
+            "1": [0.01, 0.02, 0.0321],
+            "2": [0.01, 0.03, 0.05],
+            "difference_of_means": [0.01, 0.02, 0.0432],
+        },
+        norms={"2": 1.25, "exact_patch": 3.5},
+        ridge_fit={"nmse": 0.111, "decoder_nmse": 0.222, "penalty": 1.0},
+        side_effects={"unsteered": effects | {"pair_accuracy": {}}, "2": effects},
+        experiment={"channel": "quote_type"},
+        model={"layers": 2, "d_dense": 16, "d_sparse": 32, "nonzero_fraction": 1 / 64, "seed": 0},
+    )
+
+
+def channel(name: str = "quote_type", *, share: float = 0.95, task: str | None = TASK) -> Channel:
+    return Channel(
+        name=name,
+        site=1,
+        indices=(3, 7),
+        weights=(1.0, -0.5),
+        description="positive in double quotes",
+        selection={"task": task, "share": {"1": 0.5, "2": share}, "sets": {"1": [3], "2": [3, 7]}} if task else {},
+    )
+
+
+def training_records(count: int, n_sites: int) -> list[dict[str, Any]]:
+    return [
+        {"step": i + 1, "tokens": i, "ce": 5 - i / count, "lr": 1e-3, "nonzero_fraction": 0.5, "grad_rms": 1.0}
+        | {f"nmse_{way}": [0.5 + site / 10 for site in range(n_sites)] for way in ("encode", "decode")}
+        | {f"kl_{way}": 1.0 for way in ("dense_to_sparse", "sparse_to_dense")}
+        for i in range(count)
+    ]
+
+
+def write_training_records(run: Run, count: int = 30) -> None:
+    lines = [json.dumps(record) + "\n" for record in training_records(count, run.bridges.n_sites)]
+    (run.folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def circuit(run: Run, *, model: ModelKind = "sparse", task: str = TASK, keep: float = 0.08, **fields: Any) -> Circuit:
+    """Random nodes of a run's model as a circuit; a channel's read and write at site 1 are always among them."""
+    nodes = as_nodes(run.sparse if model == "sparse" else run.dense)
+    generator = torch.Generator().manual_seed(1)
+    kept = {at.name: torch.rand(at.width, generator=generator) < keep for at in locations(nodes.shape)}
+    kept["blocks.0.hook_attn_out"][3] = kept["blocks.0.mlp.hook_in"][3] = True
+    config = dataclasses.asdict(QUICK)
+    given = {"tied_qk": False, "calibration": Calibration(1.0, {}), "config": config} | fields
+    ablation = measure_ablation(nodes, torch.randint(run.config.sparse.d_vocab, (4, 32)))
+    found = make_circuit(
+        nodes,
+        kept,
+        task=task,
+        fingerprint=fingerprint(run),
+        loss=0.2,
+        unpruned_loss=0.1,
+        ablation=ablation,
+        **given,
+    )
+    save_circuit(run.folder, found)
+    return found
+
+
+def controlled(run: Run, found: Circuit) -> Circuit:
+    """A circuit with its controls, after next to no pruning, saved."""
+    task = get_task(TASK, run.tokenizer, max_tokens=64)
+    pairs = [task.sample(8, split=split, seed=0) for split in ("train", "selection", "evaluation")]
+    blocks = torch.randint(run.config.sparse.d_vocab, (8, 32))
+    result = validate(as_nodes(run.sparse), found, *pairs, blocks, QUICK, draws=2)
+    found = dataclasses.replace(found, controls=result.to_dict())
+    save_circuit(run.folder, found)
+    return found
+
+
+def tasks_and_sizes(run: Run) -> dict[str, Any]:
+    """What solved_tasks.py writes, measured, and the part of circuit_size.py's figures that the report shows."""
+    models = {"dense": as_nodes(run.dense), "sparse": as_nodes(run.sparse)}
+    scores = score_tasks(models, run.tokenizer, max_tokens=48, pairs=4, seed=0)
+    tasks = {
+        name: {"unsupported": of} if isinstance(of, str) else {label: s._asdict() for label, s in of.items()}
+        for name, of in scores.items()
+    }
+    edges = {"dense": [{"edges": 90}, {"edges": 110}, {"edges": 400}], "sparse": [{"edges": n} for n in (4, 5, 0)]}
+    ratios = {"tasks": [TASK], "ratio": [22.5, 22.0, 400.0]}
+    sizes = {"target_loss": 0.15, "ce": {"sparse": 1.75, "dense": 1.5}, "with_edges": ratios, "tasks": {TASK: edges}}
+    return {"tasks": tasks, "circuit_size": sizes | {"left_out": {"with_as": "not solved by <both>"}}}
+
+
+def full_run(folder: Path, name: str = "quote_type") -> Run:
+    """A run that has every part of the report; the channel has the name given."""
+    run = make_tiny_run(folder)
+    tokens = torch.randint(run.config.sparse.d_vocab, (4, 32))
+    update_metrics(run.folder, **evaluate(run.dense, run.sparse, run.bridges, tokens, progress=False))
+    update_metrics(
+        run.folder,
+        dense_task={TASK: {"pair_accuracy": 0.97, "p_right": 0.91, "p_wrong": 0.02}},
+        steering={TASK: thorough_steering()._asdict()},
+        **tasks_and_sizes(run),
+    )
+    write_training_records(run)
+    save_channel(run.folder, channel(name))
+    run = open_run(
+        folder
+    )  # evaluation changed the bridges' scales in memory, and circuits keep the digest of the files
+    controlled(run, circuit(run))
+    circuit(run, model="dense", tied_qk=True)
+    return run
