@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from transformers.utils import logging as transformers_logging
@@ -22,7 +22,8 @@ transformers_logging.disable_progress_bar()
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-class RunOptions(NamedTuple, Generic[Config]):
+@dataclass(frozen=True)
+class RunOptions(Generic[Config]):
     """A preset with overrides, where the run goes, and how it is run."""
 
     config: Config

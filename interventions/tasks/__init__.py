@@ -42,7 +42,9 @@ _NAMES = (
     "var_if",
     "while_return_true",
 )
-TASKS: Mapping[str, TaskSpec] = MappingProxyType({name: import_module(f"{__name__}.{name}").TASK for name in _NAMES})
+TASKS: Mapping[str, TaskSpec] = MappingProxyType(
+    {name: import_module(f"{__name__}.twenty.{name}").TASK for name in _NAMES}
+)
 
 
 def list_tasks() -> list[str]:

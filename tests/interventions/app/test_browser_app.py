@@ -13,8 +13,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from support.browser import FLAGS, chromium, sync_api
 from support.helpers import CHANNEL, make_tiny_run
-from test_browser import FLAGS, chromium, sync_api
 
 from interventions.bundle.channels import Channel, save_channel
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from find_circuit import Options, main
 from support.helpers import make_tiny_run
-from test_pruning import gates_of
+from support.solver import gates_of
 from torch import Tensor
 
 from bridges.run_folder import Run, fingerprint, open_run

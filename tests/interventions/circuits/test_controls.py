@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.helpers import make_tiny_run
-from test_pruning import gates_of, solver, solver_batch
+from support.solver import gates_of, solver, solver_batch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_pruning import CONFIG, solver, solver_batch
+from support.solver import CONFIG, solver, solver_batch
 
 from interventions.circuits.ablation import measure_ablation
 from interventions.circuits.gates import PruneConfig

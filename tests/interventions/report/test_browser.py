@@ -4,7 +4,6 @@ Any Chromium will do: the one that CHROMIUM names, else chromium or google-chrom
 are skipped. Playwright drives it; its own browsers are not needed.
 """
 
-import os
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.browser import FLAGS, chromium, sync_api
 from support.report_runs import EVIL, TASK, full_run
 
 from bridges.run_folder import Run
@@ -21,30 +21,10 @@ from interventions.circuits.node_model import NodeModel
 from interventions.report import circuits, write_report
 from interventions.tasks import TaskBatch
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
 Page = Any
 """playwright.sync_api.Page"""
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 NODES = "article:not([hidden]) .node"
-
-
-def chromium() -> str:
-    """Path of a Chromium; skips where there is none."""
-    named = os.environ.get("CHROMIUM")
-    found = named or next(filter(None, map(shutil.which, NAMES)), None)
-    if not found:
-        pytest.skip(f"no Chromium: install one of {', '.join(NAMES)}, or name it with CHROMIUM=/path")
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from bridges.hybrid import residuals, suffix
 from bridges.run_folder import Run
-from interventions import Channel, answers, doses, intervene, intervene_vector, load_dense, side_effects, steering_edits
+from interventions import Channel, intervene, intervene_vector, load_dense
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import read_nodes, save_channel
+from interventions.steering import edits as steering_edits
+from interventions.steering import side_effects
+from interventions.steering import steered_prompts as answers
+from interventions.steering import strengths as doses
 from interventions.steering.experiment import Experiment, chosen_strengths, default_strengths, read_experiment, resolved
 from interventions.steering.result import DRAWN, Steering, named_curves, quiet_strength
 from interventions.steering.side_effects import Bystanders, SideEffects, fixed_vector, mean_effects

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_selection import matrices
+from support.matrices import matrices
 
 from sparse_model.sparsity import topk_torch as counting
 from sparse_model.sparsity.topk import magnitude_bits, select_rows
