@@ -152,7 +152,9 @@ def intervene(
         raise ValueError("give exactly one of delta, set_to, toward")
     _check_places(bundle, positions, steps, where)
     if not torch.isfinite(bundle.bridges.rms_sparse).all():
-        raise ValueError("the bridges have no scales yet: run scripts/evaluate.py on the run first")
+        raise ValueError(
+            "the bridges have no scales, which training measures at its end: use bridges.scales.measure_scales"
+        )
 
     def source(channel: Channel, weight: int | float) -> Source:
         if delta is not None:

@@ -14,8 +14,8 @@ from support.helpers import make_tiny_run
 
 from bridges.bridge import load_bridges
 from bridges.config import RunConfig
-from bridges.dense import DenseModel, load_gpt2
-from bridges.joint_trainer import JointTrainer, check_fit
+from bridges.dense import DenseModel, check_fit, load_gpt2
+from bridges.joint_trainer import JointTrainer
 from bridges.run_folder import Run, new_bridges, open_run
 from sparse_model.config import SparsityConfig
 from sparse_model.model.transformer import SparseTransformer
@@ -146,9 +146,8 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"d_vocab": 400}, "sparse.d_vocab=400: the dense model's vocabulary has 384"),
         ({"n_ctx": 128}, "sparse.n_ctx=128: the dense model's context holds 64"),
     ):
-        sparse = SparseTransformer(dataclasses.replace(run.config.sparse, **change))
         with pytest.raises(ValueError, match=message):
-            check_fit(run.dense, sparse)
+            check_fit(run.dense, dataclasses.replace(run.config.sparse, **change))
     with pytest.raises(ValueError, match="min_per_neuron=9"):
         make_trainer_with_j(run, tmp_path, 9)
 
