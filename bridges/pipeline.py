@@ -103,7 +103,7 @@ def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> flo
     return float(torch.stack(losses).sum() / sum(len(tokens) for tokens in batches))
 
 
-def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Tensor, "block pos"]:
+def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Tensor, "held_out pos"]:
     """The held-out blocks on which a run is measured when its training ends."""
     return val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
 

@@ -1,5 +1,6 @@
 """What several test files build on: run folders with random weights, made without any training."""
 
+import hashlib
 import random
 from functools import cache
 from pathlib import Path
@@ -65,3 +66,9 @@ def _random_gpt2(shape: SparseConfig, d_dense: int, end_of_text: int) -> GPT2LMH
         eos_token_id=end_of_text,
     )
     return GPT2LMHeadModel(options)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A digest of every file below a folder, to see what a command has changed."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
