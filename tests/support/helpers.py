@@ -19,6 +19,9 @@ from sparse_model.data.generated_python import generate_document
 from sparse_model.data.tokenizer import save_tokenizer, train_tokenizer
 from sparse_model.model.transformer import SparseTransformer
 
+HANG_SECONDS = 1800
+"""After this a command hangs. Far longer than any takes on a busy machine: no test is timed."""
+
 TINY_VOCAB = 384
 
 CHANNEL = Channel(name="pair", site=2, indices=(3, 11), weights=(1.0, -0.5))

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from support.browser import FLAGS, chromium, sync_api
-from support.helpers import CHANNEL, make_tiny_run
+from support.helpers import CHANNEL, HANG_SECONDS, make_tiny_run
 
 from interventions.bundle.channels import Channel, save_channel
 
@@ -57,13 +57,13 @@ def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     save_channel(folder, Channel(name=EVIL, site=1, indices=(4,), weights=(1.0,), description=EVIL, statistics=means))
     server = serve("--run", str(folder), "--port", "0")
     assert server.stdout is not None
-    assert select.select([server.stdout], [], [], 120)[0], "the server does not start"
+    assert select.select([server.stdout], [], [], HANG_SECONDS)[0], "the server does not start"
     said = server.stdout.readline()
     if "served at http://127.0.0.1:" not in said:
         pytest.fail(f"the server did not start: {said}{server.communicate()[1]}")
     yield said.split("served at ")[1].split(";")[0]
     server.send_signal(signal.SIGINT)
-    out, errors = server.communicate(timeout=20)
+    out, errors = server.communicate(timeout=HANG_SECONDS)
     assert (server.returncode, out.strip(), errors.strip()) == (0, "", "")
 
 
@@ -156,7 +156,9 @@ def test_mistakes_are_one_sentence_each_and_the_page_goes_on(page: Page) -> None
 
     def says(text: str) -> None:
         page.wait_for_function(
-            "text => document.querySelector('#result .error')?.textContent.includes(text)", arg=text, timeout=10_000
+            "text => document.querySelector('#result .error')?.textContent.includes(text)",
+            arg=text,
+            timeout=1000 * HANG_SECONDS,
         )
 
     prompt.fill("")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.helpers import HANG_SECONDS
 
 from interventions import intervene, load_dense, load_hf
 from interventions.bundle.bundle import get_bundle
@@ -32,7 +33,9 @@ def test_every_packaged_bundle_is_small_and_names_no_folder_of_the_machine_that_
 
 def test_load_dense_finds_the_bundle_from_any_folder(tmp_path: Path) -> None:
     code = "from interventions import load_dense; print(load_dense('demo').bundle.channels['quote_type'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("quote_type: ")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.browser import FLAGS, chromium, sync_api
+from support.helpers import HANG_SECONDS
 from support.report_runs import EVIL, TASK, full_run
 
 from bridges.run_folder import Run
@@ -313,7 +314,9 @@ def test_nothing_moves_where_motion_is_unwanted(page: Page) -> None:
 def test_nothing_hangs_over_the_side(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
     # The charts follow the window a little later.
-    page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width, timeout=10_000)
+    page.wait_for_function(
+        "width => document.documentElement.scrollWidth <= width", arg=width, timeout=1000 * HANG_SECONDS
+    )
 
 
 @pytest.mark.slow
