@@ -15,13 +15,13 @@ from torch import Tensor
 from bridges import run_folder as run_folder
 from bridges.config import RunConfig
 from bridges.dense import DenseModel
-from bridges.evaluation import evaluate, table
+from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from bridges.scales import measure_scales
 from sparse_model.config import check_folder, claim_folder
 from sparse_model.data.tokenizer import save_tokenizer
-from sparse_model.model.checkpoint import write_measured
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
 from sparse_model.training.losses import next_token_loss
@@ -111,8 +111,8 @@ def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Ten
 def _finish(run: run_folder.Run, val: Int[Tensor, "block pos"], progress: bool) -> dict:
     metrics = evaluate_run(run, val, run.config.eval_tokens, progress=progress)
     run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
-    write_measured(run.sparse, run.folder / "sparse")
-    print(table(metrics))
+    write_measured(run.sparse.measured, run.folder / "sparse")
+    print(evaluation_table(metrics))
     return metrics
 
 

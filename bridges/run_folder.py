@@ -19,6 +19,7 @@ from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, write_text
+from sparse_model.io.local import local_path
 from sparse_model.io.tensors import digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
@@ -63,14 +64,12 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
     """The run folder's tokenizer, the one named, the dense model's, or a BPE trained on the corpus."""
-    own = folder / "tokenizer"
-    with_dense = (
-        config.dense
-        if config.dense and not (Path(config.dense).is_dir() and not (Path(config.dense) / "tokenizer.json").exists())
-        else None
-    )
-    if own.exists():
-        tokenizer = load_tokenizer(own)
+    tokenizer_folder = folder / "tokenizer"
+    dense_folder = local_path(config.dense) if config.dense else None
+    bare = dense_folder is not None and dense_folder.is_dir() and not (dense_folder / "tokenizer.json").exists()
+    with_dense = None if bare else config.dense
+    if tokenizer_folder.exists():
+        tokenizer = load_tokenizer(tokenizer_folder)
     elif config.tokenizer or with_dense:
         tokenizer = load_tokenizer(config.tokenizer or with_dense or "")
     elif config.dense:
@@ -78,7 +77,7 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
     else:
         tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
     if with_dense and not (folder / "dense").exists():
-        name = str(own) if own.exists() else config.tokenizer or with_dense
+        name = str(tokenizer_folder) if tokenizer_folder.exists() else config.tokenizer or with_dense
         check_same_tokenizer(tokenizer, load_tokenizer(with_dense), name, with_dense)
     check_vocabulary(tokenizer, config.sparse)
     return tokenizer
@@ -86,10 +85,10 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
 
 def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel | None:
     """The run folder's dense model or the one named; None where a small one is to be trained."""
-    own = folder / "dense"
-    if own.exists():
-        check_same_tokenizer(tokenizer, load_tokenizer(own), str(folder / "tokenizer"), str(own))
-        return load_gpt2(own)
+    dense_folder = folder / "dense"
+    if dense_folder.exists():
+        check_same_tokenizer(tokenizer, load_tokenizer(dense_folder), str(folder / "tokenizer"), str(dense_folder))
+        return load_gpt2(dense_folder)
     return load_gpt2(config.dense) if config.dense else None
 
 
@@ -106,11 +105,11 @@ def prepare_dense(
     config: RunConfig, folder: Path, parts: Parts, device: torch.device, *, progress: bool = True
 ) -> GPT2LMHeadModel:
     """The run's dense model, trained now where there is none yet, in the run's dense/ folder."""
-    model, own = parts.dense, folder / "dense"
+    model, dense_folder = parts.dense, folder / "dense"
     if model is None:
         model = train_dense(config, parts.blocks.train, parts.tokenizer, device, progress=progress)
-    if not own.exists():
-        save_dense(model, parts.tokenizer, own)
+    if not dense_folder.exists():
+        save_dense(model, parts.tokenizer, dense_folder)
     return model
 
 

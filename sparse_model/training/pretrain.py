@@ -71,16 +71,16 @@ def pretrain(
         if accelerator.is_main_process:
             check_folder(config, folder, resume)
         check_budgets_of(config)
-        own = folder / "tokenizer"
-        if own.exists() or config.tokenizer:
-            tokenizer = load_tokenizer(own if own.exists() else config.tokenizer or "")
+        tokenizer_folder = folder / "tokenizer"
+        if tokenizer_folder.exists() or config.tokenizer:
+            tokenizer = load_tokenizer(tokenizer_folder if tokenizer_folder.exists() else config.tokenizer or "")
         else:
             tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
         check_vocabulary(tokenizer, config.sparse)
         blocks = prepare_corpus(config, tokenizer, progress=progress and accelerator.is_main_process)
         if accelerator.is_main_process:
             claim_folder(config, folder, resume)
-            save_tokenizer(tokenizer, own)
+            save_tokenizer(tokenizer, tokenizer_folder)
     start_trackers(accelerator, folder)
     validation = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
     torch.manual_seed(config.seed)

@@ -9,7 +9,7 @@ import torch
 from support.helpers import make_tiny_run
 from torch.distributions import Categorical, kl_divergence
 
-from bridges.evaluation import RANDOM_PATHS, Bridged, Moments, evaluate, random_paths_kl, table
+from bridges.evaluation import RANDOM_PATHS, Bridged, Moments, evaluate, evaluation_table, random_paths_kl
 from bridges.hybrid import mixed_path, random_path, residuals, suffix
 from bridges.run_folder import Run
 from bridges.scales import measure_scales, stream_scales
@@ -200,7 +200,7 @@ def test_moments_by_hand() -> None:
 
 
 def test_the_table_prints_every_column_and_their_means(metrics: dict) -> None:
-    lines = table(metrics).splitlines()
+    lines = evaluation_table(metrics).splitlines()
     keys = ["nmse_encode", "nmse_decode", "explained_variance_encode", "explained_variance_decode",
             "kl_dense_to_sparse", "kl_sparse_to_dense", "ce_dense_to_sparse", "ce_sparse_to_dense",
             "recovered_dense_to_sparse", "recovered_sparse_to_dense"]  # fmt: skip

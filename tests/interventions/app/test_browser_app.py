@@ -71,6 +71,7 @@ def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 def page(browser: Any, url: str) -> Iterator[Page]:
     """The page, opened. When the test is over, nothing may have complained or been asked elsewhere."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(1000 * HANG_SECONDS)
     said: list[str] = []
     asked: set[str] = set()
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
@@ -155,11 +156,7 @@ def test_mistakes_are_one_sentence_each_and_the_page_goes_on(page: Page) -> None
     prompt, error = page.locator("#prompt textarea"), page.locator("#result .error")
 
     def says(text: str) -> None:
-        page.wait_for_function(
-            "text => document.querySelector('#result .error')?.textContent.includes(text)",
-            arg=text,
-            timeout=1000 * HANG_SECONDS,
-        )
+        page.wait_for_function("text => document.querySelector('#result .error')?.textContent.includes(text)", arg=text)
 
     prompt.fill("")
     says("the prompt is empty")
@@ -212,6 +209,7 @@ def test_light_and_dark_and_nothing_hangs_over_the_side(page: Page, width: int) 
 
 def test_the_policy_forbids_other_hosts_and_a_foreign_name_is_refused(browser: Any, url: str) -> None:
     page = browser.new_page()
+    page.set_default_timeout(1000 * HANG_SECONDS)
     page.goto(url)
     refused = page.evaluate(
         """async () => {

@@ -19,8 +19,9 @@ from bridges.run_folder import Run
 from interventions.bundle.packaged import FOLDER
 from interventions.circuits.circuit import Circuit, load_circuit
 from interventions.circuits.node_model import NodeModel
-from interventions.report import circuits, write_report
-from interventions.tasks import TaskBatch
+from interventions.report import circuits
+from interventions.report.page import write_report
+from interventions.tasks.base import TaskBatch
 
 Page = Any
 """playwright.sync_api.Page"""
@@ -40,6 +41,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             viewport={"width": 1280, "height": 800},
             reduced_motion="reduce",
         )
+        context.set_default_timeout(1000 * HANG_SECONDS)
         yield context
         context.close()
 
@@ -314,9 +316,7 @@ def test_nothing_moves_where_motion_is_unwanted(page: Page) -> None:
 def test_nothing_hangs_over_the_side(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
     # The charts follow the window a little later.
-    page.wait_for_function(
-        "width => document.documentElement.scrollWidth <= width", arg=width, timeout=1000 * HANG_SECONDS
-    )
+    page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
 @pytest.mark.slow
