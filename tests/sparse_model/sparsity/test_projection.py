@@ -18,10 +18,12 @@ from sparse_model.sparsity.projection import (
     annealed_fraction,
     budget,
     check_budgets,
+    check_minimum,
     count_nonzeros,
     project_,
     projection_mask,
     prove_sparsity,
+    smallest_budget,
 )
 from sparse_model.sparsity.topk import magnitude_bits
 from sparse_model.sparsity.topk_torch import forced_mask
@@ -345,3 +347,12 @@ def test_prove_sparsity_passes_a_projected_model_and_names_what_breaks_it() -> N
         weight[weight == 0] = 1
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.out\.weight has 1536 nonzeros, its budget is 384"):
         prove_sparsity(parameters, config)
+
+
+def test_the_minimum_per_neuron() -> None:
+    """At most a neuron's inputs; none where there are no neurons."""
+    assert check_minimum((3, 4), 12, 2, None) == 0
+    assert check_minimum((3, 4), 12, 2, "row") == 2
+    assert check_minimum((3, 4), 12, 9, "row") == 4
+    assert check_minimum((3, 4), 12, 9, "column") == 3
+    assert smallest_budget(SparseParameter("p", nn.Parameter(torch.zeros(3, 4)), 1.0, None), SparsityConfig()) == 1
