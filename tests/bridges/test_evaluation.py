@@ -2,18 +2,22 @@
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.helpers import make_tiny_run
+from support.helpers import digests, make_tiny_run
+from support.report_runs import TASK, circuit
 from torch.distributions import Categorical, kl_divergence
 
 from bridges.evaluation import RANDOM_PATHS, Bridged, Moments, evaluate, evaluation_table, random_paths_kl
 from bridges.hybrid import mixed_path, random_path, residuals, suffix
-from bridges.run_folder import Run
+from bridges.pipeline import evaluate_run
+from bridges.run_folder import Run, fingerprint, open_run
 from bridges.scales import measure_scales, stream_scales
 from bridges.sites import all_sites
+from interventions.circuits.circuit import load_circuit
 from sparse_model.config import SparsityConfig
 from sparse_model.sparsity.projection import project_
 
@@ -187,6 +191,21 @@ def test_scales_are_means_over_tokens_and_evaluation_leaves_them_alone(run: Run,
     evaluate(run.dense, run.sparse, run.bridges, blocks[:2], progress=False)
     for name, t in run.bridges.state_dict().items():
         assert torch.equal(t, before[name]), name
+
+
+def test_a_run_that_is_evaluated_on_other_text_keeps_its_circuits_and_its_files(tmp_path: Path) -> None:
+    run = make_tiny_run(tmp_path / "run")
+    found = circuit(run)
+    files = digests(run.folder)
+    evaluate_run(run, torch.randint(384, (4, 20)), 80, progress=False)
+    assert {name for name, value in digests(run.folder).items() if value != files.get(name)} == {"metrics.json"}
+    again = open_run(run.folder)
+    assert load_circuit(again, TASK).fingerprint == found.fingerprint == fingerprint(again) == fingerprint(run)
+    again.bridges.set_scales(*3 * [torch.full((N_SITES,), 2.0)])
+    assert fingerprint(again) == found.fingerprint
+    with torch.no_grad():
+        again.bridges.decoders[0].bias[0] += 1
+    assert fingerprint(again) != found.fingerprint
 
 
 def test_moments_by_hand() -> None:
