@@ -10,7 +10,7 @@ import serve
 import torch
 from support.helpers import CHANNEL
 
-from interventions import load_dense
+from interventions import intervene, load_dense
 from interventions.app.live import (
     Comparison,
     DeltaRange,
@@ -22,7 +22,6 @@ from interventions.app.live import (
     find_channel,
 )
 from interventions.bundle.channels import Channel
-from interventions.editing import intervene
 from interventions.steering.steered_prompts import plain_model
 
 PROMPT = "cat.load('old hat')\nprint(\"red cup"

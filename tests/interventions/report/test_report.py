@@ -26,12 +26,11 @@ from support.report_runs import (
 )
 
 from bridges.run_folder import Run, update_metrics
-from interventions import load_dense
+from interventions import intervene, load_dense
 from interventions.bundle.channels import Channel, read_nodes, save_channel
 from interventions.circuits.circuit import load_circuit
 from interventions.circuits.node_model import as_nodes
 from interventions.circuits.pruning import score
-from interventions.editing import intervene
 from interventions.report import write_report
 from interventions.report.channels import LENS_TOKENS, logit_lens
 from interventions.report.sites import COLUMNS, GROUPS
