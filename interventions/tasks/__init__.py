@@ -1,9 +1,10 @@
 """The twenty binary next-token tasks over Python source (paper, Table 1), one file each."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
+from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +20,11 @@ from interventions.tasks.base import (
     pair_accuracy,
     task_loss,
 )
+from interventions.tasks.floors import ngram_floor
+from interventions.tasks.mining import MINERS
+from interventions.tasks.natural import NaturalTask, distances, score
+
+Prompts = Literal["generated", "natural"]
 
 _NAMES = (
     "single_double_quote",
@@ -52,30 +58,53 @@ def list_tasks() -> list[str]:
     return list(TASKS)
 
 
-def get_task(name: str, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int = DEFAULT_MAX_TOKENS) -> Task:
+def get_task(
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    prompts: Prompts = "generated",
+    texts: Sequence[str] = (),
+) -> Task:
     """The task `name` for `tokenizer`, with prompts of at most `max_tokens` tokens (end-of-text included).
+
+    Prompts are generated from templates, or natural: found in `texts`, files that the models were not trained on.
 
     Raises:
         KeyError: an unknown name; the message lists close ones.
+        ValueError: unknown prompts; natural ones without texts, or of a task that real text does not contain.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4) or list(TASKS)
         raise KeyError(f"unknown task {name!r}; did you mean {', '.join(close)}?")
-    return Task(spec=TASKS[name], tokenizer=tokenizer, max_tokens=max_tokens)
+    if prompts == "generated":
+        return Task(spec=TASKS[name], tokenizer=tokenizer, max_tokens=max_tokens)
+    if prompts != "natural":
+        raise ValueError(f"prompts={prompts!r}: use generated or natural")
+    if name not in MINERS:
+        raise ValueError(f"task {name!r} has no natural prompts; use generated ones, or one of {', '.join(MINERS)}")
+    if not texts:
+        raise ValueError("texts is empty: natural prompts are found in held-out files; give their texts")
+    return NaturalTask(spec=TASKS[name], tokenizer=tokenizer, max_tokens=max_tokens, texts=texts)
 
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
+    "MINERS",
     "SPLITS",
     "TASKS",
+    "NaturalTask",
     "PromptPair",
     "Split",
     "Task",
     "TaskBatch",
     "TaskSpec",
     "answer_probabilities",
+    "distances",
     "get_task",
     "list_tasks",
+    "ngram_floor",
     "pair_accuracy",
+    "score",
     "task_loss",
 ]
