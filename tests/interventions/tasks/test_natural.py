@@ -181,3 +181,8 @@ def test_an_ngram_sees_n_less_one_tokens() -> None:
     assert ngram_floor(of(1, 3, 0, 1, 4, 0, 2, 4), BATCH, 2) == 0.0  # a tie is wrong
     with pytest.raises(ValueError, match=r"n=0: must be at least 1"):
         ngram_floor(pairs, BATCH, 0)
+
+
+def test_the_head_ends_before_the_deciding_attribute() -> None:
+    (twins,) = mine("class_init", SNIPPETS["class_init"][0])
+    assert twins.head == "class A:\n    def __init__(self, a, b):\n        self."
