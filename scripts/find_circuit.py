@@ -19,7 +19,7 @@ import tyro
 from bridges.run_folder import Run, fingerprint, open_run
 from interventions.bundle.channels import load_channels
 from interventions.circuits.ablation import Ablation
-from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_nodes, save_circuit
+from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes, save_circuit
 from interventions.circuits.controls import format_validation, validate
 from interventions.circuits.gates import PruneConfig
 from interventions.circuits.interchange import channel_nodes
@@ -27,7 +27,8 @@ from interventions.circuits.node_model import Kept, NodeModel, as_nodes, count_e
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
 from interventions.circuits.settings_search import RANGES, search_config
 from interventions.cli.options import report_errors
-from interventions.tasks import TaskBatch, get_task
+from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import get_task
 from sparse_model.data.prepare import prepare_corpus
 
 
@@ -60,7 +61,7 @@ def main(options: Options) -> None:
     start, run = time.perf_counter(), open_run(options.run)
     model = as_nodes(run.sparse if options.model == "sparse" else run.dense)
     task = get_task(options.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-    start_nodes = read_nodes(options.start_from, model.shape) if options.start_from else None
+    start_nodes = read_kept_nodes(options.start_from, model.shape) if options.start_from else None
     blocks = prepare_corpus(run.config, run.tokenizer).val
     pairs = splits(task, options.config)
     ablation = reference_ablation(model, blocks, options.config)

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interventions.tasks.base import (
-    SPLITS,
-    Split,
+    PROMPT_SPLITS,
+    PromptSplit,
     Strings,
     Task,
     TaskBatch,
@@ -41,7 +41,7 @@ class _NaturalPair(NamedTuple):
     prompt: Strings
 
 
-def split_of(text: str) -> Split:
+def split_of(text: str) -> PromptSplit:
     """The split that a file's prompts belong to."""
     fraction = stable_fraction(f"natural {text}")
     return "train" if fraction < _TRAIN else "selection" if fraction < _SELECTION else "evaluation"
@@ -55,8 +55,8 @@ class NaturalTask(Task):
     """Files that the models were not trained on."""
 
     @cached_property
-    def _pairs(self) -> dict[Split, list[_NaturalPair]]:
-        pairs: dict[Split, list[_NaturalPair]] = {split: [] for split in SPLITS}
+    def _pairs(self) -> dict[PromptSplit, list[_NaturalPair]]:
+        pairs: dict[PromptSplit, list[_NaturalPair]] = {split: [] for split in PROMPT_SPLITS}
         for text in dict.fromkeys(self.texts):
             found = mine(self.name, text)
             random.Random(f"{self.name} {len(text)}").shuffle(found)
@@ -68,11 +68,11 @@ class NaturalTask(Task):
                     kept += 1
         return pairs
 
-    def available(self, split: Split) -> int:
+    def available(self, split: PromptSplit) -> int:
         """How many pairs the files of `split` give."""
         return len(self._pairs[split])
 
-    def sample(self, n_pairs: int, *, split: Split, seed: int) -> TaskBatch:
+    def sample(self, n_pairs: int, *, split: PromptSplit, seed: int) -> TaskBatch:
         """`n_pairs` different pairs from the files of `split`; the same arguments give the same batch.
 
         Raises:
@@ -80,8 +80,8 @@ class NaturalTask(Task):
         """
         if n_pairs < 1:
             raise ValueError(f"n_pairs={n_pairs}: must be at least 1")
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r}: use one of {', '.join(SPLITS)}")
+        if split not in PROMPT_SPLITS:
+            raise ValueError(f"split={split!r}: use one of {', '.join(PROMPT_SPLITS)}")
         pairs = self._pairs[split]
         if n_pairs > len(pairs):
             raise ValueError(

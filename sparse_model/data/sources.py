@@ -25,6 +25,7 @@ from sparse_model.data.text_files import (
     stdlib_source,
     text_of_row,
 )
+from sparse_model.io.local import local_path
 
 
 class WeightedSource(NamedTuple):
@@ -99,10 +100,10 @@ def open_source(
         return stdlib_source(val_fraction, seed)
     if name.partition("=")[0] == "packages":
         return open_packages(name, val_fraction, seed, cache_folder(cache_dir))
-    path = Path(name).expanduser()
-    if path.exists():
+    path = local_path(name)
+    if path is not None and path.exists():
         return FileSource(name, path, val_fraction, seed, text_field)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix[1:2].isalpha():
+    if path is not None or Path(name).suffix[1:2].isalpha():  # "notes.txt" is a file that is not there
         raise FileNotFoundError(
             f"corpus path {name!r} does not exist (working folder: {Path.cwd()}); give an existing file or"
             " folder, 'generated', 'stdlib', 'packages', or the name of a data set on the hub"

@@ -8,9 +8,11 @@ import pytest
 import torch
 from support.helpers import tiny_tokenizer
 
-from interventions.tasks import NaturalTask, TaskBatch, distances, get_task, ngram_floor, score
+from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import get_task
+from interventions.tasks.floors import ngram_floor
 from interventions.tasks.mining import mine
-from interventions.tasks.natural import split_of
+from interventions.tasks.natural import NaturalTask, distances, score, split_of
 
 SNIPPETS: dict[str, tuple[str, tuple[str, str], str, tuple[str, str]]] = {
     "single_double_quote": ("f(b'ab')\n", ('"', "'"), "ab", ('")\n', "')\n")),
