@@ -16,7 +16,7 @@ from bridges.dense import DenseModel, check_fit, load_gpt2
 from bridges.dense_training import save_dense, train_dense
 from sparse_model.config import from_json
 from sparse_model.data.corpus import CorpusBlocks
-from sparse_model.data.prepare import check_vocabulary, prepare_corpus, tokenizer_documents
+from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, write_text
 from sparse_model.io.local import local_path
@@ -52,6 +52,7 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     Raises ValueError for a budget that cannot hold the minimum per neuron, for tokenizers that differ and for a dense
     model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
     """
+    check_corpus(config)
     check_budgets_of(config)
     for part in ("tokenizer", "dense"):
         recover_folder(folder / part)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparse_model.config import TrainConfig, check_folder, claim_folder
-from sparse_model.data.prepare import check_vocabulary, prepare_corpus, tokenizer_documents
+from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
 from sparse_model.model.checkpoint import save_sparse
@@ -70,6 +70,7 @@ def pretrain(
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             check_folder(config, folder, resume)
+        check_corpus(config)
         check_budgets_of(config)
         tokenizer_folder = folder / "tokenizer"
         if tokenizer_folder.exists() or config.tokenizer:
