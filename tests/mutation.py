@@ -144,7 +144,7 @@ def _wrong_calls(call: ast.Call) -> Iterator[ast.AST]:
 
 
 class _Places(ast.NodeVisitor):
-    """The nodes that may be mutated, with their functions; not annotations, messages, decorators and docstrings."""
+    """The nodes that may be mutated, with their functions; not annotations, messages and progress bars."""
 
     def __init__(self) -> None:
         self.function: list[str] = []
@@ -158,6 +158,10 @@ class _Places(ast.NodeVisitor):
             for child in node.body:
                 self.visit(child)
             self.function.pop()
+            return
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm":
+            return
+        if isinstance(node, ast.keyword) and node.arg == "strict":
             return
         if isinstance(node, ast.AnnAssign):
             if node.value:

@@ -25,7 +25,7 @@ from sparse_model.sparsity.projection import (
     prove_sparsity,
     smallest_budget,
 )
-from sparse_model.sparsity.topk import magnitude_bits
+from sparse_model.sparsity.topk import magnitude_bits, top_mask_forced
 from sparse_model.sparsity.topk_torch import forced_mask
 
 AXES = ["row", "column"]
@@ -356,3 +356,15 @@ def test_the_minimum_per_neuron() -> None:
     assert check_minimum((3, 4), 12, 9, "row") == 4
     assert check_minimum((3, 4), 12, 9, "column") == 3
     assert smallest_budget(SparseParameter("p", nn.Parameter(torch.zeros(3, 4)), 1.0, None), SparsityConfig()) == 1
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_parameter_that_wants_a_gradient_and_lies_across_memory(axis: str) -> None:
+    whole = torch.randn(6, 5)
+    across = nn.Parameter(whole.T.contiguous()).T
+    assert not across.is_contiguous()
+    assert torch.equal(top_mask_forced(across, 14, 2, axis), top_mask_forced(whole, 14, 2, axis))
+    assert torch.equal(
+        top_mask_forced(nn.Parameter(whole), 14, 2, axis),
+        projection_mask(whole, 14, min_per_neuron=2, neuron_axis=axis),
+    )
