@@ -14,10 +14,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from interventions.charts import GREY
 from interventions.circuits.circuit import Circuit
 from interventions.circuits.controls import IDLE
 from interventions.circuits.picture_layout import LINKS, Layout, place_nodes
-from interventions.steering.plot import GREY, draw_steering
+from interventions.steering.plot import draw_steering
 from interventions.steering.result import Steering
 from sparse_model.model.node_names import parse_node
 

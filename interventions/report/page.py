@@ -22,10 +22,10 @@ from bridges.evaluation import SiteReport
 from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import load_channels
+from interventions.charts import Chart
 from interventions.circuits.solved_tasks import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
-from interventions.report.charts import Chart
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages

@@ -20,15 +20,8 @@ from torch import Tensor
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
 from interventions.editing.hooks import Where
-from interventions.steering.edits import (
-    Columns,
-    activation_changes,
-    along,
-    channel_edit,
-    mean_norm,
-    random_directions,
-    scaled,
-)
+from interventions.steering.edits import Columns, activation_changes, channel_edit, mean_norm, scaled
+from interventions.steering.rivals import along, random_directions
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.tasks.base import TaskBatch
 

@@ -1,17 +1,20 @@
-"""Curves as plain numbers, for the page's script to draw (static/charts.js, with uPlot).
+"""Curves as plain numbers, prepared once: the report's script draws them, and matplotlib for a notebook or a PNG.
 
-uPlot 1.6.32 (MIT) is the plotting library: 51 KB of script, where Plotly's smallest bundle has 1.2 MB. It has zoom,
-hover, toggles, log scales and bands, and neither innerHTML nor eval, so that it works under the strictest policy.
+The report draws with uPlot 1.6.32 (MIT; report/static/charts.js): 51 KB of script, where Plotly's smallest bundle has
+1.2 MB. It has zoom, hover, toggles, log scales and bands, and neither innerHTML nor eval, so that it works under the
+strictest policy.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from interventions.steering.plot import DEPTH, GREY
+from matplotlib.colors import LinearSegmentedColormap
 
-BLUE, ORANGE, INK = "#3d7cc9", "#cf7a24", "ink"
-"""`ink` is the page's text colour."""
+BLUE, ORANGE, GREY, INK = "#3d7cc9", "#cf7a24", "#8a8f98", "ink"
+"""`ink` is the colour of the text around a figure."""
+# Of middling lightness from end to end: legible on white and on black.
+DEPTH = LinearSegmentedColormap.from_list("depth", ["#4f7fe0", "#1fa09a", "#d08a1e", "#d0527f"])
 Style = Literal["line", "dash", "dots", "steps"]
 
 
@@ -79,6 +82,3 @@ def depth_colour(at: int, count: int) -> str:
     """The colour of one of `count` things in order; legible on white and on black."""
     red, green, blue, _ = DEPTH(at / max(1, count - 1))
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
-
-
-__all__ = ["BLUE", "GREY", "INK", "ORANGE", "Band", "Chart", "Series", "depth_colour", "finite", "numbers"]
