@@ -18,8 +18,8 @@ from bridges.evaluation import evaluate, table
 from bridges.joint_trainer import JointTrainer
 from sparse_model.config import claim_folder
 from sparse_model.data.prepare import prepare_corpus
-from sparse_model.model.checkpoint import write_measured
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
 from sparse_model.training.losses import next_token_loss
@@ -109,7 +109,7 @@ def evaluate_run(run: run_folder.Run, val: Tensor, eval_tokens: int, *, progress
     metrics = evaluate(run.dense, run.sparse, run.bridges, val[:n_blocks], progress=progress)
     run_folder.save_bridges(run.bridges, run.folder / "bridges")
     run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
-    write_measured(run.sparse, run.folder / "sparse")
+    write_measured(run.sparse.measured, run.folder / "sparse")
     run_folder.update_metrics(run.folder, **metrics)
     return metrics
 

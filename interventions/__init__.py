@@ -1,7 +1,95 @@
 """Interventions on a dense model through a weight-sparse one: named channels, intervene(), circuits, steering."""
 
-from interventions.bundle.bundle import load_dense, load_hf
-from interventions.bundle.channels import Channel
-from interventions.editing.intervene import Intervention, intervene, intervene_vector
+from typing import TYPE_CHECKING
 
-__all__ = ["Channel", "Intervention", "intervene", "intervene_vector", "load_dense", "load_hf"]
+from sparse_model.exports import lazy_names
+
+if TYPE_CHECKING:
+    from interventions.bundle.bundle import load_dense, load_hf
+    from interventions.bundle.channels import Channel, load_channels, save_channel
+    from interventions.bundle.packaged import packaged_bundles
+    from interventions.circuits.circuit import Circuit, load_circuit, make_circuit, save_circuit
+    from interventions.circuits.controls import validate
+    from interventions.circuits.draw_effects import plot_effects
+    from interventions.circuits.gates import PruneConfig
+    from interventions.circuits.node_model import as_nodes
+    from interventions.circuits.pruning import prune, reference_ablation, splits
+    from interventions.circuits.solved_tasks import score_tasks
+    from interventions.editing.intervene import Intervention, intervene, intervene_vector
+    from interventions.finding.by_circuit import channel_from_circuit
+    from interventions.finding.by_patching import find_channel
+    from interventions.finding.by_steering import find_steering_channel
+    from interventions.report.page import write_report
+    from interventions.steering.experiment import Experiment
+    from interventions.steering.result import Steering, plot_strengths
+    from interventions.steering.steer import steer
+    from interventions.tasks.base import Task, TaskBatch
+    from interventions.tasks.catalogue import get_task, list_tasks
+    from sparse_model.version import __version__
+
+__all__ = [
+    "Channel",
+    "Circuit",
+    "Experiment",
+    "Intervention",
+    "PruneConfig",
+    "Steering",
+    "Task",
+    "TaskBatch",
+    "__version__",
+    "as_nodes",
+    "channel_from_circuit",
+    "find_channel",
+    "find_steering_channel",
+    "get_task",
+    "intervene",
+    "intervene_vector",
+    "list_tasks",
+    "load_channels",
+    "load_circuit",
+    "load_dense",
+    "load_hf",
+    "make_circuit",
+    "packaged_bundles",
+    "plot_effects",
+    "plot_strengths",
+    "prune",
+    "reference_ablation",
+    "save_channel",
+    "save_circuit",
+    "score_tasks",
+    "splits",
+    "steer",
+    "validate",
+    "write_report",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "interventions.bundle.bundle": "load_dense load_hf",
+        "interventions.bundle.channels": "Channel load_channels save_channel",
+        "interventions.bundle.packaged": "packaged_bundles",
+        "interventions.circuits.circuit": "Circuit load_circuit make_circuit save_circuit",
+        "interventions.circuits.controls": "validate",
+        "interventions.circuits.draw_effects": "plot_effects",
+        "interventions.circuits.gates": "PruneConfig",
+        "interventions.circuits.node_model": "as_nodes",
+        "interventions.circuits.pruning": "prune reference_ablation splits",
+        "interventions.circuits.solved_tasks": "score_tasks",
+        "interventions.editing.intervene": "Intervention intervene intervene_vector",
+        "interventions.finding.by_circuit": "channel_from_circuit",
+        "interventions.finding.by_patching": "find_channel",
+        "interventions.finding.by_steering": "find_steering_channel",
+        "interventions.report.page": "write_report",
+        "interventions.steering.experiment": "Experiment",
+        "interventions.steering.result": "Steering plot_strengths",
+        "interventions.steering.steer": "steer",
+        "interventions.tasks.base": "Task TaskBatch",
+        "interventions.tasks.catalogue": "get_task list_tasks",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,13 +9,21 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.axes import Axes
 
-BLUE, ORANGE, GREY, INK = "#3d7cc9", "#cf7a24", "#8a8f98", "ink"
+from interventions.figures import DEPTH, GREY
+
+BLUE, ORANGE, INK = "#3d7cc9", "#cf7a24", "ink"
 """`ink` is the colour of the text around a figure."""
-# Of middling lightness from end to end: legible on white and on black.
-DEPTH = LinearSegmentedColormap.from_list("depth", ["#4f7fe0", "#1fa09a", "#d08a1e", "#d0527f"])
 Style = Literal["line", "dash", "dots", "steps"]
+
+
+_LINES: dict[Style, dict[str, Any]] = {
+    "line": {},
+    "dash": {"ls": "--"},
+    "dots": {"marker": "o", "ms": 3},
+    "steps": {"drawstyle": "steps-post"},
+}
 
 
 class Series(NamedTuple):
@@ -82,3 +90,38 @@ def depth_colour(at: int, count: int) -> str:
     """The colour of one of `count` things in order; legible on white and on black."""
     red, green, blue, _ = DEPTH(at / max(1, count - 1))
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
+def draw_chart(axes: Axes, chart: Chart) -> None:
+    """A chart's bands and curves on matplotlib axes."""
+    for band in chart.bands:
+        ends = (_floats(band.low), _floats(band.high))
+        axes.fill_between(_floats(chart.x), *ends, color=band.colour, alpha=0.3, lw=0, label=band.name)
+    for series in chart.series:
+        colour = "black" if series.colour == INK else series.colour
+        axes.plot(_floats(chart.x), _floats(series.values), color=colour, label=series.name, **_LINES[series.style])
+        if series.low:
+            ends = (_floats(series.low), _floats(series.high))
+            axes.fill_between(_floats(chart.x), *ends, color=colour, alpha=0.15, lw=0)
+    axes.set(xlabel=chart.x_title, ylabel=chart.y_title)
+
+
+def _floats(values: list[float | None]) -> list[float]:
+    """None, a gap, is NaN for matplotlib."""
+    return [float("nan") if value is None else value for value in values]
+
+
+__all__ = [
+    "BLUE",
+    "GREY",
+    "INK",
+    "ORANGE",
+    "Band",
+    "Chart",
+    "Series",
+    "Style",
+    "depth_colour",
+    "draw_chart",
+    "finite",
+    "numbers",
+]

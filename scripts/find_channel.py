@@ -23,7 +23,7 @@ from interventions.finding.by_circuit import channel_from_circuit
 from interventions.finding.by_patching import find_channel
 from interventions.finding.by_steering import WEAK, find_steering_channel
 from interventions.steering.strengths import with_doses
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 
 
 @dataclass(frozen=True, kw_only=True)

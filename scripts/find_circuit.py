@@ -27,7 +27,8 @@ from interventions.circuits.node_model import Kept, NodeModel, as_nodes, count_e
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
 from interventions.circuits.settings_search import RANGES, search_config
 from interventions.cli.options import report_errors
-from interventions.tasks import TaskBatch, get_task
+from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import get_task
 from sparse_model.data.prepare import prepare_corpus
 
 

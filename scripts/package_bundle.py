@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import tyro
 
-from interventions.bundle.packaged import FOLDER, package_run
+from interventions.bundle.packaged import FOLDER
 from interventions.cli.options import report_errors
+from interventions.packaging import package_run
 from sparse_model.config import require
 
 

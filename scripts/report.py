@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from interventions.cli.options import report_errors
-from interventions.report import write_report
+from interventions.report.page import write_report
 
 
 @dataclass(frozen=True, kw_only=True)

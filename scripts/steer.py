@@ -21,7 +21,8 @@ from interventions.steering.experiment import Experiment, read_experiment
 from interventions.steering.plot import plot_steering
 from interventions.steering.result import DRAWN, Steering, named_curves, quiet_strength, set_name
 from interventions.steering.steer import steer
-from interventions.tasks import answer_probabilities, get_task, pair_accuracy
+from interventions.tasks.base import answer_probabilities, pair_accuracy
+from interventions.tasks.catalogue import get_task
 
 
 @dataclass(frozen=True, kw_only=True)

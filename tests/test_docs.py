@@ -21,7 +21,9 @@ import nbformat
 import pytest
 import tyro
 
+import bridges
 import interventions
+import sparse_model
 from interventions.bundle.packaged import FOLDER
 
 ROOT = Path(__file__).parent.parent
@@ -250,7 +252,9 @@ def test_the_api_pages_describe_what_exists_once_and_all_that_is_exported() -> N
     assert len(names) == len(set(names))
     found = [resolve_name(name) for name in names]
     assert [name for name, one in zip(names, found, strict=True) if not one.__doc__] == []
-    assert [name for name in interventions.__all__ if getattr(interventions, name) not in found] == []
+    for package in (sparse_model, bridges, interventions):
+        exported = [name for name in package.__all__ if name != "__version__"]
+        assert [name for name in exported if getattr(package, name) not in found] == []
 
 
 def resolve_name(name: str) -> Any:

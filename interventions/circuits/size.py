@@ -29,7 +29,7 @@ from interventions.circuits.measures import Necessity, Repruned, necessity, repr
 from interventions.circuits.node_model import NodeModel, as_nodes, count_edges
 from interventions.circuits.pruning import Ranking, everything, reference_ablation, score, splits
 from interventions.circuits.rivals import redrawn
-from interventions.tasks import Task
+from interventions.tasks.base import Task
 from sparse_model.config import from_json
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import load_tokenizer

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from interventions.circuits.size import LABELS, Contest, Label, Measured
+from interventions.figures import save_figure
 
 Sizes = Mapping[str, Mapping[Label, Sequence[Measured]]]
 """By task and model, one measurement per seed."""
@@ -195,11 +196,7 @@ def plot(figures: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     left.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _dots(axes: Axes, figures: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> None:

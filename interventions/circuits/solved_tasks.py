@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from interventions.circuits.gates import at_answer
 from interventions.circuits.node_model import NodeModel, device_of
-from interventions.tasks import answer_probabilities, get_task, list_tasks, pair_accuracy, task_loss
-from interventions.tasks.base import TaskBatch
+from interventions.tasks.base import TaskBatch, answer_probabilities, pair_accuracy, task_loss
+from interventions.tasks.catalogue import get_task, list_tasks
 
 SOLVED = 0.9
 """Pair accuracy from which a task counts as solved."""

@@ -4,8 +4,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interventions.charts import Chart
-from interventions.steering.plot import strength_chart
-from interventions.steering.result import DRAWN, FULL_STRENGTH, Curve, Steering, named_curves, place_of, set_name
+from interventions.steering.result import (
+    DRAWN,
+    FULL_STRENGTH,
+    Curve,
+    Steering,
+    named_curves,
+    place_of,
+    set_name,
+    strength_chart,
+)
 from interventions.steering.side_effects import SideEffects
 
 

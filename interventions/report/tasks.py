@@ -4,7 +4,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from interventions.circuits.solved_tasks import TaskScore
-from interventions.tasks import TASKS
+from interventions.tasks.catalogue import TASKS
 
 FAR = 0.05
 """Difference of two models' losses, nats, from which the sizes of their circuits do not compare."""

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interventions.finding.by_steering import searched_again
 from interventions.steering.arms import Drawn, Edits, decoders_searched_again
 from interventions.steering.result import Curve
 from interventions.steering.rivals import along
+from interventions.steering.search import searched_again
 from interventions.steering.setting import Setting
 from interventions.steering.side_effects import Bystanders, fixed_vector, mean_effects
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors

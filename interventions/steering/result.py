@@ -1,14 +1,17 @@
-"""What a steering experiment found: curves by name, and the strengths at which tables read them."""
+"""What a steering experiment found: curves by name, the strengths at which tables read them, and a figure."""
 
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from interventions.charts import GREY, INK, Band, Chart, Series, Style, depth_colour, draw_chart, numbers
 from interventions.steering.strengths import quiet_count
 
 Curve = list[float]
+_COLOURS = {"random_channels": GREY, "shuffled": "#9a7f4f", "untrained": "#7d6f9a"}
 FULL_STRENGTH = 1.0
 """The strength at which channels take their counterfactual values."""
 
@@ -70,8 +73,6 @@ class Steering(NamedTuple):
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
-        from interventions.circuits.draw import plot_strengths
-
         return plot_strengths(self)
 
     @classmethod
@@ -153,3 +154,56 @@ def strength_of(result: Steering, name: str, strength: int | float | None = None
 def value_at(result: Steering, name: str, strength: int | float | None = None) -> float:
     """P(counterfactual answer) on one of the `named_curves`. Raises ValueError where it was not measured there."""
     return named_curves(result)[name][at_strength(result, strength_of(result, name, strength))]
+
+
+def strength_chart(result: Steering, chart_id: str = "steering") -> Chart:
+    """One task's strength curves with their controls, as a report, a notebook and a PNG draw them."""
+    curves, sets = named_curves(result), sorted(result.channels, key=int)
+    colours = {n: depth_colour(at, len(sets)) for at, n in enumerate(sets)}
+    series = [_set_series(result, n, colours[n]) for n in sets]
+
+    rivals: list[tuple[str, str, Style]] = [
+        (f"ridge regression, {set_name(result.reference)}", colours[result.reference], "dash"),
+        ("exact patch", INK, "line"),
+        ("difference of means", INK, "dash"),
+        ("random directions, mean", GREY, "line"),
+        *((f"{DRAWN[field]}, 95th percentile", colour, "dash") for field, colour in _COLOURS.items()),
+    ]
+    series += [Series(name, numbers(curves[name]), colour, style) for name, colour, style in rivals]
+    band = f"{result.random_draws} random directions, 5–95 %"
+    return Chart(
+        id=chart_id,
+        title="Strength curves",
+        caption=f"Mean over {result.prompts} evaluation prompts; site {result.site}, where={result.where}. What is "
+        f"drawn at random is, token by token, as long as the edit with {set_name(result.reference)}. Around the "
+        "channels' curves: 95 % bootstrap interval over prompts.",
+        x=numbers(result.strength),
+        x_title="steering strength (1: fully patched)",
+        y_title="P(counterfactual answer)",
+        series=series,
+        bands=[Band(band, numbers(result.random_p05), numbers(result.random_p95), GREY)],
+        both_scales=True,
+        y_range=(0, 1),
+    )
+
+
+def _set_series(result: Steering, n: str, colour: str) -> Series:
+    ends = (numbers(result.channels_low[n]), numbers(result.channels_high[n]))
+    return Series(set_name(n), numbers(result.channels[n]), colour, "dots", *ends)
+
+
+def draw_steering(axes: Axes, result: Steering) -> None:
+    """Strength curves of one task with their controls."""
+    draw_chart(axes, strength_chart(result))
+    axes.set(ylim=(-0.02, 1.02))
+
+
+def plot_strengths(result: Steering) -> Figure:
+    """One task's steering: P(counterfactual answer) against strength, with the controls."""
+    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    draw_steering(axes, result)
+    axes.grid(alpha=0.25)
+    axes.set_title(f"{result.task}: site {result.site}, where={result.where}, {result.prompts} prompts", fontsize=10)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure

@@ -18,8 +18,8 @@ from interventions.steering.experiment import Experiment, chosen_strengths, defa
 from interventions.steering.rivals import difference_of_means
 from interventions.steering.steered_prompts import Prompts, plain_model, prompts_of
 from interventions.steering.strengths import Dosing
-from interventions.tasks import get_task
 from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import get_task
 from sparse_model.data.prepare import prepare_corpus
 
 

@@ -31,7 +31,7 @@ from interventions.circuits.size import (
 from interventions.circuits.size_table import overview, plot, summary, table
 from interventions.circuits.solved_tasks import SOLVED, score_tasks
 from interventions.cli.options import report_errors
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 from sparse_model.config import require
 
 

@@ -19,7 +19,7 @@ from summary import read_steering, steering_figures
 
 from interventions.charts import GREY, depth_colour
 from interventions.cli.options import report_errors
-from interventions.steering.plot import save_figure
+from interventions.figures import save_figure
 from interventions.steering.result import Steering, at_strength, set_name, strength_of, value_at
 
 

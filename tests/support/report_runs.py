@@ -18,7 +18,7 @@ from interventions.circuits.gates import PruneConfig
 from interventions.circuits.node_model import ModelKind, as_nodes, locations
 from interventions.circuits.solved_tasks import score_tasks
 from interventions.steering.result import Steering
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 
 TASK = "single_double_quote"
 EVIL = '<script>alert("x")</script>'

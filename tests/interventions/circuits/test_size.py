@@ -29,7 +29,8 @@ from interventions.circuits.size import (
 )
 from interventions.circuits.size_table import curve, geometric_mean, overview, summary, table
 from interventions.circuits.solved_tasks import score_task, score_tasks
-from interventions.tasks import answer_probabilities, get_task, list_tasks, pair_accuracy
+from interventions.tasks.base import answer_probabilities, pair_accuracy
+from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.config import SparsityConfig, to_json
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.tokenizer import save_tokenizer, train_tokenizer

@@ -12,17 +12,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from interventions.tasks import (
-    SPLITS,
-    TASKS,
-    PromptPair,
-    TaskBatch,
-    answer_probabilities,
-    get_task,
-    list_tasks,
-    pair_accuracy,
-    task_loss,
-)
+from interventions.tasks.base import SPLITS, PromptPair, TaskBatch, answer_probabilities, pair_accuracy, task_loss
+from interventions.tasks.catalogue import TASKS, get_task, list_tasks
 from sparse_model.data.generated_python import ADJECTIVES, NOUNS, VERBS, generate_document
 from sparse_model.data.tokenizer import train_tokenizer
 
