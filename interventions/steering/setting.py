@@ -43,7 +43,7 @@ class Setting:
     """Of the strengths that were chosen on selection prompts, by set, those that are measured."""
     evaluation: TaskBatch
     selection: TaskBatch
-    train: Int[Tensor, "block pos"]
+    train: Int[Tensor, "train_block pos"]
     """Text of the run's corpus, for the ridge regression."""
     held_out: Int[Tensor, "block pos"]
 
@@ -104,7 +104,7 @@ def _means_strength(run: Run, selection: TaskBatch, site: int, where: Where) -> 
 
 def _text(
     run: Run, plan: Experiment, device: torch.device, progress: bool
-) -> tuple[Int[Tensor, "block pos"], Int[Tensor, "block pos"]]:
+) -> tuple[Int[Tensor, "train_block pos"], Int[Tensor, "block pos"]]:
     """Training text for the ridge regression, and held-out text."""
     blocks = prepare_corpus(run.config, run.tokenizer, progress=progress)
     train, held_out = (

@@ -20,7 +20,6 @@ from support.report_runs import (
     circuit,
     full_run,
     steering,
-    thorough_steering,
     training_records,
     write_training_records,
 )
@@ -145,7 +144,7 @@ def test_overview_equals_metrics(full: Run, page: Page) -> None:
 
 
 def test_steering_numbers_and_controls(page: Page) -> None:
-    result = thorough_steering()
+    result = steering()
     last = page.tables["steering-summary"][-1]
     drawn = ("random_p95", "random_channels_p95", "shuffled_p95", "untrained_p95")
     controls = [*(getattr(result, name)[-1] for name in drawn), result.ridge["2"][-1]]
