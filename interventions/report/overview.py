@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
-from interventions.finding.by_patching import ENOUGH
+from interventions.circuits.solved_tasks import solves
 from interventions.report.circuits import CircuitPage
 from interventions.report.sites import site_means
 from interventions.report.steering import at_full_strength
@@ -57,7 +57,7 @@ def warnings(
     if "sites" in metrics:
         found += _model_warnings(run, metrics)
     for task, baseline in metrics.get("dense_task", {}).items():
-        if baseline["pair_accuracy"] < 0.9:
+        if not solves(baseline["pair_accuracy"]):
             found.append(
                 f"The dense model does not solve {task}: it gets both prompts of only "
                 f"{baseline['pair_accuracy']:.0%} of the pairs right, so there is little to steer."
@@ -87,17 +87,8 @@ def _circuit_warnings(page: CircuitPage) -> list[str]:
 
 
 def _channel_warnings(channel: Channel) -> list[str]:
-    count, share = len(channel.indices), channel.selection.get("share", {})
-    found = [f"Channel {channel.name} needs {count} indices, more than 4."] if count > 4 else []
-    carried = share.get(str(count), 1.0)
-    if carried < ENOUGH:
-        enough = next((n for n, value in share.items() if value >= ENOUGH), None)
-        more = f"{enough} would carry {share[enough]:.0%}" if enough else "nor does any larger set that was tried"
-        found.append(
-            f"Channel {channel.name}: its {count} ind{'ices' if count > 1 else 'ex'} do not carry {ENOUGH:.0%} of the "
-            f"effect of the whole read but {carried:.0%} ({more})."
-        )
-    return found
+    broken = [rule for rule in channel.rules if not rule.passed]
+    return [f"Channel {channel.name} does not meet a rule of its search. {rule.words}." for rule in broken]
 
 
 def _steering_warnings(result: Steering, channels: dict[str, Channel]) -> list[str]:

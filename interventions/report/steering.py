@@ -109,7 +109,7 @@ def _claim(result: Steering, name: str) -> Claim:
     )
     return Claim(
         edit=set_name(name),
-        unsteered=_value(result, result.channels[name], 0),
+        unsteered=_value(result, result.channels[name], 0.0),
         steered=steered,
         interval=(low, high),
         controls=[at_full_strength(result, curve) for curve in controls],

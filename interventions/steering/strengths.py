@@ -29,8 +29,8 @@ LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 """Strengths that are tried."""
 QUIET = 0.05
 """P(counterfactual answer) that 95 % of random directions must not pass."""
-NEARLY = 0.9
-"""Share of the largest quiet effect that the chosen strength must reach."""
+NEAR_LARGEST = 0.9
+"""Share of the largest effect from which one is nearly as large."""
 
 DRAWS = 100
 """Random directions that a strength is chosen by."""
@@ -52,6 +52,11 @@ def quiet_count(random: Sequence[float]) -> int:
     return next((i for i, p in enumerate(random) if p > QUIET), len(random))
 
 
+def near_largest(p: float, largest: float) -> bool:
+    """Whether an effect is nearly as large as the largest."""
+    return p >= NEAR_LARGEST * largest
+
+
 def choose_dose(p: Sequence[float], quiet: Sequence[float], base: float) -> Dose:
     """The smallest quiet strength of the ladder that reaches nearly the largest quiet effect.
 
@@ -59,7 +64,8 @@ def choose_dose(p: Sequence[float], quiet: Sequence[float], base: float) -> Dose
     """
     if not quiet:
         return Dose(0.0, base, base)
-    at = next(i for i in range(len(quiet)) if p[i] >= NEARLY * max(p[: len(quiet)]))
+    largest = max(p[: len(quiet)])
+    at = next(i for i in range(len(quiet)) if near_largest(p[i], largest))
     return Dose(float(LADDER[at]), float(p[at]), float(quiet[at]))
 
 

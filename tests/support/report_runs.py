@@ -10,7 +10,7 @@ from support.helpers import make_tiny_run
 
 from bridges.evaluation import evaluate
 from bridges.run_folder import Run, fingerprint, open_run, update_metrics
-from interventions.bundle.channels import Channel, save_channel
+from interventions.bundle.channels import Channel, Rule, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.controls import validate
@@ -85,15 +85,47 @@ def channel(name: str = "quote_type", *, share: float = 0.95, task: str | None =
         indices=(3, 7),
         weights=(1.0, -0.5),
         description="positive in double quotes",
-        selection={"task": task, "share": {"1": 0.5, "2": share}, "sets": {"1": [3], "2": [3, 7]}} if task else {},
+        statistics={"mean_member_0": [0.512, -0.25], "mean_member_1": [-0.75, 0.375]},
+        selection=selection(task, share) if task else {},
+        rules=(
+            Rule(quantity="share of the effect", bound="at least", threshold=0.9, reached=share),
+            Rule(quantity="number of indices", bound="at most", threshold=4, reached=2),
+        ),
     )
+
+
+def selection(task: str, share: float) -> dict[str, Any]:
+    """What a search keeps with its channel."""
+    sites = ((0, "attn.0", 0.91, 0.42), (1, "mlp.0", 0.73, 0.64))
+    return {
+        "task": task,
+        "pairs": 48,
+        "criterion": "joint patching",
+        "share": {"1": 0.5, "2": share},
+        "sets": {"1": [3], "2": [3, 7]},
+        "doses": {
+            "1": {"strength": 0.75, "p": 0.321, "random_p95": 0.01},
+            "2": {"strength": 1.25, "p": 0.654, "random_p95": 0.02},
+        },
+        "single_effect_nats": {"3": 1.375, "7": -0.625},
+        "site_effects": [{"site": i, "label": of, "p_stream": s, "p_read": r} for i, of, s, r in sites],
+    }
 
 
 def training_records(count: int, n_sites: int) -> list[dict[str, Any]]:
     return [
-        {"step": i + 1, "tokens": i, "ce": 5 - i / count, "lr": 1e-3, "nonzero_fraction": 0.5, "grad_rms": 1.0}
-        | {f"nmse_{way}": [0.5 + site / 10 for site in range(n_sites)] for way in ("encode", "decode")}
-        | {f"kl_{way}": 1.0 for way in ("dense_to_sparse", "sparse_to_dense")}
+        {
+            "step": i + 1,
+            "tokens": i,
+            "ce": 5 - i / count,
+            "lr": 1e-3 / (i + 1),
+            "nonzero_fraction": 0.5**i,
+            "grad_rms": 1.0,
+            "nmse_encode": [0.5 + site / 10 for site in range(n_sites)],
+            "nmse_decode": [0.75 + site / 20 for site in range(n_sites)],
+            "kl_dense_to_sparse": 1.0 + i / 7,
+            "kl_sparse_to_dense": 2.0 + i / 9,
+        }
         for i in range(count)
     ]
 
@@ -158,6 +190,15 @@ def full_run(folder: Path, name: str = "quote_type") -> Run:
     update_metrics(run.folder, **evaluate(run.dense, run.sparse, run.bridges, tokens, progress=False))
     update_metrics(
         run.folder,
+        held_out_tokens=7654321,
+        training={
+            "dense_seconds": 1234.5,
+            "joint_seconds": 65432.1,
+            "processes": 3,
+            "device": "cpu",
+            "threads": 5,
+            "corpus": {"splits": {"train": {"tokens": 9876543}}, "notes": ["a note on the corpus"]},
+        },
         dense_task={TASK: {"pair_accuracy": 0.97, "p_right": 0.91, "p_wrong": 0.02}},
         steering={TASK: steering()._asdict()},
         **tasks_and_sizes(run),

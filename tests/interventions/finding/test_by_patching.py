@@ -16,18 +16,8 @@ from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.node_model import as_nodes, locations
 from interventions.finding.by_circuit import channel_from_circuit, read_channels
-from interventions.finding.by_patching import (
-    ENOUGH,
-    ChannelSearch,
-    ReadPatch,
-    SiteEffect,
-    eligible_sites,
-    find_channel,
-    flipped,
-    log_p,
-    search_channels,
-    site_effects,
-)
+from interventions.finding.by_patching import SET_SHARE, ChannelSearch, find_channel, search_channels
+from interventions.finding.patching import ReadPatch, SiteEffect, eligible_sites, flipped, log_p, site_effects
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import TASKS, get_task
 
@@ -73,7 +63,7 @@ def test_named_channel_is_positive_for_member_0_and_the_smallest_sufficient_set(
     assert channel.value(nodes[0])[differs].mean() > channel.value(nodes[1])[differs].mean()
     assert max(abs(w) for w in channel.weights) == 1
     shares = {int(n): share for n, share in channel.selection["share"].items()}
-    enough = [n for n in range(1, 5) if shares[n] >= ENOUGH]
+    enough = [n for n in range(1, 5) if shares[n] >= SET_SHARE]
     assert len(channel.indices) == (enough[0] if enough else 4)
     assert channel.selection["split"] == "selection"
 

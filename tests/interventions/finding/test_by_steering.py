@@ -9,8 +9,9 @@ from support.helpers import make_tiny_run
 
 from bridges.run_folder import Run
 from interventions.finding import by_steering as find_steering
-from interventions.finding.by_patching import ReadPatch, find_channel
+from interventions.finding.by_patching import find_channel
 from interventions.finding.by_steering import Dosed, SteeringSite, best_of, find_steering_channel
+from interventions.finding.patching import ReadPatch
 from interventions.steering import strengths as doses
 from interventions.steering.edits import activation_changes, exact_patch, shuffled_columns
 from interventions.steering.search import searched_again
@@ -123,13 +124,13 @@ def test_the_site_is_one_that_the_sparse_model_hangs_on(
     monkeypatch.setattr(find_steering, "eligible_sites", lambda _: [1, 2, 3])
     wholes = {i: ReadPatch(run, batch, i).whole for i in (1, 2, 3)}
     largest = max(wholes, key=wholes.__getitem__)
-    monkeypatch.setattr(find_steering, "WEAK", wholes[largest])
+    monkeypatch.setattr(find_steering, "LEAST_READ_EFFECT", wholes[largest])
     channel = find_steering_channel(run, "quote_type", TASK, batch, largest=1, candidates=3)
     assert channel.site == largest
     assert list(channel.selection["site_single_p"]) == [str(largest)]
     assert channel.selection["site_whole_effect_nats"] == {str(i): round(w, 4) for i, w in wholes.items()}
     # Where there is none, all are searched.
-    monkeypatch.setattr(find_steering, "WEAK", math.inf)
+    monkeypatch.setattr(find_steering, "LEAST_READ_EFFECT", math.inf)
     channel = find_steering_channel(run, "quote_type", TASK, batch, largest=1, candidates=3)
     assert list(channel.selection["site_single_p"]) == ["1", "2", "3"]
 

@@ -73,7 +73,7 @@ def test_the_difference_of_means_gets_a_strength_like_any_set(dense, run: Run, m
     selection = {"task": TASK, "sets": {"1": [3]}, "doses": {"1": {"strength": 1.25}}}
     monkeypatch.setitem(get_bundle(dense).channels, "pair", dataclasses.replace(CHANNEL, selection=selection))
     monkeypatch.setattr(doses, "QUIET", 1.0)
-    monkeypatch.setattr(doses, "NEARLY", 1.0)
+    monkeypatch.setattr(doses, "NEAR_LARGEST", 1.0)
     chosen_on = get_task(TASK, run.tokenizer, max_tokens=run.config.sparse.n_ctx).sample(6, split="selection", seed=1)
     found = steer(dense, dataclasses.replace(SMALL, strengths=(), sets=(), seed=1), progress=False)
     prompts = prompts_of(chosen_on)

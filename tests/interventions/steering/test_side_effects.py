@@ -22,7 +22,7 @@ def bystanders(dense, run: Run) -> Bystanders:
     text = torch.randint(VOCAB, (5, 24), generator=torch.Generator().manual_seed(3))
     prompts = prompts_of(get_task(TASK, run.tokenizer).sample(6, split="evaluation", seed=0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(side_effects, "SOLVED", 0)
+        patch.setattr(side_effects, "solves", lambda accuracy: True)
         plan = dataclasses.replace(SMALL, task=TASK, where="stream", seed=0)
         return Bystanders(plain_model(dense), run, prompts, 2, plan, text)
 
