@@ -14,7 +14,7 @@ from torch import Tensor
 from bridges import run_folder as run_folder
 from bridges.config import RunConfig
 from bridges.dense import DenseModel
-from bridges.evaluation import evaluate, table
+from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from sparse_model.config import claim_folder
 from sparse_model.data.prepare import prepare_corpus
@@ -99,7 +99,7 @@ def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> flo
 
 def _finish(run: run_folder.Run, val: Tensor, progress: bool) -> dict:
     metrics = evaluate_run(run, val, run.config.eval_tokens, progress=progress)
-    print(table(metrics))
+    print(evaluation_table(metrics))
     return metrics
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from bridges.evaluation import table
+from bridges.evaluation import evaluation_table
 from bridges.pipeline import evaluate_run
 from bridges.run_folder import open_run
 from interventions.cli.options import report_errors
@@ -28,7 +28,7 @@ class Options:
 def main(options: Options) -> None:
     run = open_run(options.run)
     blocks = prepare_corpus(run.config, run.tokenizer)
-    print(table(evaluate_run(run, blocks.val, options.tokens or run.config.eval_tokens)))
+    print(evaluation_table(evaluate_run(run, blocks.val, options.tokens or run.config.eval_tokens)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import tyro
 from bridges.run_folder import Run, fingerprint, open_run
 from interventions.bundle.channels import load_channels
 from interventions.circuits.ablation import Ablation
-from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_nodes, save_circuit
+from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes, save_circuit
 from interventions.circuits.controls import format_validation, validate
 from interventions.circuits.gates import PruneConfig
 from interventions.circuits.interchange import channel_nodes
@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     start, run = time.perf_counter(), open_run(options.run)
     model = as_nodes(run.sparse if options.model == "sparse" else run.dense)
     task = get_task(options.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-    start_nodes = read_nodes(options.start_from, model.shape) if options.start_from else None
+    start_nodes = read_kept_nodes(options.start_from, model.shape) if options.start_from else None
     blocks = prepare_corpus(run.config, run.tokenizer).val
     pairs = splits(task, options.config)
     ablation = reference_ablation(model, blocks, options.config)

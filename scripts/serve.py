@@ -21,7 +21,15 @@ from markupsafe import Markup
 
 from bridges.sites import Site
 from interventions import load_dense
-from interventions.app.live import Comparison, Generation, Sampling, compare, delta_range, example_prompts, find_channel
+from interventions.app.live import (
+    Comparison,
+    Generation,
+    Sampling,
+    channel_named,
+    compare,
+    delta_range,
+    example_prompts,
+)
 from interventions.bundle.bundle import get_bundle
 from interventions.cli.options import report_errors
 from interventions.report.generations import NEW_TOKENS
@@ -200,14 +208,14 @@ def make_page(gr: Any, dense: Any, run: str) -> Any:
     n_ctx = bundle.hf.config.n_positions
     names = list(bundle.channels)
     first = names[0] if names else "attn.0.read.0"
-    channel = find_channel(dense, first)
+    channel = channel_named(dense, first)
     span, examples = delta_range(channel), example_prompts(dense, channel)
     most = min(LARGEST_NEW_TOKENS, n_ctx - 1)
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
 
     def choose(name: str) -> list[Any]:
         try:
-            channel = find_channel(dense, name or "")
+            channel = channel_named(dense, name or "")
         except (ValueError, LookupError):
             return [gr.skip(), "", gr.skip()]  # `show` says why
         span = delta_range(channel)
@@ -315,7 +323,7 @@ def samples_of(prompts: list[str]) -> dict[str, Any]:
 
 def about(dense: Any, name: str) -> str:
     """What is known of a channel."""
-    channel = find_channel(dense, name)
+    channel = channel_named(dense, name)
     means = delta_range(channel).means
     site = Site(channel.site, get_bundle(dense).shape.n_layers).label
     indices = ", ".join(f"{i} ({signed(w)})" for i, w in zip(channel.indices, channel.weights, strict=True))

@@ -219,7 +219,7 @@ def _generation(run: Run, prompt: Int[Tensor, " pos"], tokens: list[int], asked:
     return Generation(tuple(tokens), visible(run.tokenizer, tokens), ended)
 
 
-def find_channel(dense: nn.Module, name: str) -> Channel:
+def channel_named(dense: nn.Module, name: str) -> Channel:
     """A channel by name or address. Raises KeyError for an unknown one, ValueError for an address out of range."""
     bundle = get_bundle(dense)
     return resolve(name, bundle.channels, bundle.shape)

@@ -224,7 +224,7 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
         raise ValueError(f"{path} is damaged ({error}): {again}") from error
 
 
-def read_nodes(path: str | Path, shape: SparseConfig) -> Kept:
+def read_kept_nodes(path: str | Path, shape: SparseConfig) -> Kept:
     """The nodes of a circuit file as masks for a model of a shape, of whatever run and task the circuit is.
 
     Raises FileNotFoundError without the file; ValueError where it is damaged or has a node that the model has not.

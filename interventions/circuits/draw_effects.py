@@ -12,7 +12,7 @@ from interventions.figures import GREY
 def plot_effects(effects: Mapping[str, int | float], *, most: int = 40) -> Figure:
     """Necessity node by node: the rise of the circuit's loss when each is deleted, largest first.
 
-    `effects` are those of a circuit's controls, `circuit.controls["node_effects"]`, or of `checks.node_effects`; at
+    `effects` are those of a circuit's controls, `circuit.controls["node_effects"]`, or of `measures.node_effects`; at
     most `most` bars. Below the dashed line a node does nothing. Raises ValueError for no effects.
     """
     if not effects:

@@ -38,14 +38,18 @@ def with_edges(sizes: Sizes, target: float) -> dict[str, Mapping[Label, Sequence
     say nothing about circuits.
     """
 
-    def some(one: Measured) -> bool:
-        size = one.at(target)
+    def has_edges(measured: Measured) -> bool:
+        size = measured.at(target)
         return size is not None and size.edges > 0
 
-    return {task: by for task, by in sizes.items() if all(some(one) for label in LABELS for one in by[label])}
+    return {
+        task: by for task, by in sizes.items() if all(has_edges(measured) for label in LABELS for measured in by[label])
+    }
 
 
-def summary(contest: Contest, sizes: Sizes, target: float, seeds: Sequence[int], left_out: Mapping[str, str]) -> dict:
+def contest_summary(
+    contest: Contest, sizes: Sizes, target: float, seeds: Sequence[int], left_out: Mapping[str, str]
+) -> dict:
     """The figures of one contest as plain numbers: edges by task, their geometric means and the ratio by seed.
 
     Raises ValueError where there is no task to average over.
@@ -86,8 +90,8 @@ def _means(sizes: Sizes, label: Label, target: float, seeds: int) -> list[float]
     return [geometric_mean(edges_at(sizes, label, target, i) or []) for i in range(seeds)]
 
 
-def _figures(one: Measured, target: float) -> dict[str, Any]:
-    size, needed, control = one.at(target), one.necessity, one.redrawn
+def _figures(measured: Measured, target: float) -> dict[str, Any]:
+    size, needed, control = measured.at(target), measured.necessity, measured.redrawn
     assert size is not None
     assert needed is not None
     return {
@@ -100,7 +104,7 @@ def _figures(one: Measured, target: float) -> dict[str, Any]:
     }
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def contest_table(figures: Mapping[str, Any]) -> str:
     """A summary as Markdown; several seeds as median (lowest to highest)."""
     heads = ["task"] + [
         f"{label} {what}" for label in LABELS for what in ("nodes", "edges", "necessary", "redrawn edges")

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 
 from sparse_model.config import SparseConfig
+from sparse_model.io.local import local_path
 from sparse_model.model.weight_files import read_model, write_files
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
@@ -52,11 +53,10 @@ class HubModel(
         be asked for, ValueError for a damaged or truncated file or for tensors that do not fit the config.
         """
         name = str(pretrained_model_name_or_path)
-        folder = Path(name).expanduser()
-        looks_local = not isinstance(pretrained_model_name_or_path, str) or name.startswith((".", "/", "~"))
-        if not folder.is_dir() and (looks_local or name.count("/") > 1):
+        folder = local_path(pretrained_model_name_or_path)
+        if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{name} is not a folder: give one of save_pretrained() or a name on the hub")
-        if not folder.is_dir():
+        if folder is None:
             options = {k: kwargs.pop(k) for k in _DOWNLOAD if k in kwargs}
             try:
                 folder = Path(snapshot_download(name, **options))

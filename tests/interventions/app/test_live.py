@@ -10,19 +10,18 @@ import serve
 import torch
 from support.helpers import CHANNEL
 
-from interventions import load_dense
+from interventions import intervene, load_dense
 from interventions.app.live import (
     Comparison,
     DeltaRange,
     Sampling,
+    channel_named,
     compare,
     delta_range,
     encode_prompt,
     example_prompts,
-    find_channel,
 )
 from interventions.bundle.channels import Channel
-from interventions.editing import intervene
 from interventions.steering.steered_prompts import plain_model
 
 PROMPT = "cat.load('old hat')\nprint(\"red cup"
@@ -41,7 +40,7 @@ def wrong_quote(found: Comparison) -> tuple[float, float]:
 
 
 def test_delta_moves_the_quote_of_the_packaged_bundle(demo) -> None:
-    means = delta_range(find_channel(demo, "quote_type")).means
+    means = delta_range(channel_named(demo, "quote_type")).means
     assert means
     difference = means[1] - means[0]
     moved = [compare(demo, PROMPT, "quote_type", k * difference, new_tokens=1) for k in (0, 2, 3, 4)]
@@ -202,12 +201,12 @@ def test_the_range_of_delta_comes_from_the_class_means() -> None:
 
 
 def test_examples_are_those_of_the_channels_task(demo) -> None:
-    own = example_prompts(demo, find_channel(demo, "quote_type"))
+    own = example_prompts(demo, channel_named(demo, "quote_type"))
     assert len(own) == 6
     for number, prompt in enumerate(own):
         quote = prompt.split("(")[-1][0]
         assert quote == ('"', "'")[number % 2], prompt
-    every = example_prompts(demo, find_channel(demo, "attn.0.read.1"), 9)
+    every = example_prompts(demo, channel_named(demo, "attn.0.read.1"), 9)
     assert len(set(every)) == 9
     for prompt in own + every:
         compare(demo, prompt, "quote_type", 0, new_tokens=0)
@@ -223,7 +222,7 @@ def test_what_the_page_shows_is_escaped(dense, monkeypatch: pytest.MonkeyPatch) 
         serve.heading(EVIL),
         serve.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0),
     ]
-    monkeypatch.setattr(serve, "find_channel", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
+    monkeypatch.setattr(serve, "channel_named", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
     pages.append(serve.about(dense, EVIL))
     for page in pages:
         assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;/pre&gt;" in page

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from interventions import load_dense, load_hf
+from interventions import intervene, load_dense, load_hf
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.packaged import FOLDER, find_run, packaged_bundles
-from interventions.editing import intervene
 from interventions.packaging import LARGEST_BUNDLE, package_run
 from interventions.tasks.base import pair_accuracy
 from interventions.tasks.catalogue import get_task

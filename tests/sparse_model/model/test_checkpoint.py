@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.reference import random_model
 
 from sparse_model.config import SparseConfig, SparsityConfig
-from sparse_model.io.atomic import recover_folder, replace_folder, write_text
+from sparse_model.io.atomic import recover_folder, replace_folder
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import WEIGHTS
@@ -275,25 +275,3 @@ def test_a_failed_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.Mo
             save_sparse(random_model(SMALL, seed=1, dtype=torch.float32), folder)
     after = load_sparse(folder).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_write_text_makes_folders_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "c.txt"
-    write_text(path, "one\n")
-    write_text(path, "zwei é\n")
-    assert path.read_bytes() == "zwei é\n".encode()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_write_text_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "c.txt"
-    write_text(path, "old")
-
-    def fail(self: Path, *_: object) -> None:
-        raise OSError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="killed"):
-            write_text(path, "new")
-    assert path.read_text() == "old"
