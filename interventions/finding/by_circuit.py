@@ -20,11 +20,11 @@ from interventions.tasks.base import TaskBatch
 
 def read_channels(circuit: Circuit, d_model: int) -> dict[int, list[int]]:
     """By residual site, the channels of its read that are nodes of the circuit (positions are no channels)."""
-    found = {
+    reads = {
         site.index: [c for c in circuit.nodes[site.read_hook] if c < d_model]
         for site in all_sites(circuit.shape.n_layers)[:-1]
     }
-    return {site: channels for site, channels in found.items() if channels}
+    return {site: channels for site, channels in reads.items() if channels}
 
 
 @torch.no_grad()

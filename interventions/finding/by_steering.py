@@ -88,11 +88,11 @@ class SteeringSite:
     def grow(self, first: Dosed, alone: list[Dosed], largest: int, *, progress: bool = False) -> dict[int, Dosed]:
         """The best set found of each size (step 4), of size 1 the `first`."""
         norm = first.dose.strength * mean_norm(self.dosing.edit(first.channels))
-        beams, best = [first, *(one for one in alone if one is not first)][:_BEAM], {1: first}
+        beams, best = [first, *(dosed for dosed in alone if dosed is not first)][:_BEAM], {1: first}
         sizes = range(2, min(largest, len(self.pool)) + 1)
         for count in tqdm(sizes, f"site {self.site}: sets", leave=False, unit="size", disable=not progress):
             grown = [[*b.channels, c] for b in beams for c in self.pool if c not in b.channels]
-            sets = list({tuple(sorted(one)): one for one in grown}.values())
+            sets = list({tuple(sorted(channels)): channels for channels in grown}.values())
             ranked = self.dosing.effects_at(sets, [norm * part for part in _NORMS]).mean(0).argsort(descending=True)
             beams = self._dosed([sets[i] for i in ranked[:_BEAM]])
             best[count] = best_of(beams)
@@ -100,11 +100,11 @@ class SteeringSite:
 
     def _dosed(self, sets: list[list[int]]) -> list[Dosed]:
         whole = self.patch.whole or 1.0
-        found = [
-            Dosed(self.site, one, dose, self.patch.effect(one) / whole)
-            for one, dose in zip(sets, self.dosing.doses(sets, SEARCH_DRAWS), strict=True)
+        dosed = [
+            Dosed(self.site, channels, dose, self.patch.effect(channels) / whole)
+            for channels, dose in zip(sets, self.dosing.doses(sets, SEARCH_DRAWS), strict=True)
         ]
-        return sorted(found, key=lambda one: -one.dose.p)
+        return sorted(dosed, key=lambda one_set: -one_set.dose.p)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def find_steering_channel(
     sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
     bar = tqdm(sites, "sites", leave=False, unit="site", disable=not progress)
     searched = {i: SteeringSite(run, batch, i, candidates) for i in bar}
-    read = [i for i, at in searched.items() if read_matters(at.patch.whole)] or sites
+    read = [i for i, there in searched.items() if read_matters(there.patch.whole)] or sites
     alone = {i: searched[i].alone() for i in read}
     best = best_of([dosed for candidates_there in alone.values() for dosed in candidates_there])
     chosen = searched[best.site]
@@ -156,8 +156,8 @@ def find_steering_channel(
         criterion="steering the dense model",
         doses={str(n): dosed.dose._asdict() for n, dosed in sets.items()},
         candidates=chosen.pool,
-        site_whole_effect_nats={str(i): round(at.patch.whole, 4) for i, at in searched.items()},
-        site_single_p={str(i): round(found[0].dose.p, 4) for i, found in alone.items()},
+        site_whole_effect_nats={str(i): round(there.patch.whole, 4) for i, there in searched.items()},
+        site_single_p={str(i): round(ranked[0].dose.p, 4) for i, ranked in alone.items()},
     )
 
 
@@ -172,7 +172,7 @@ def set_rules(whole_effect: float, least_p: float, chosen: Dosed) -> list[Rule]:
         ),
         Rule(
             quantity="P(counterfactual answer) in the dense model, steered at its strength, of which "
-            f"{EFFECT_SHARE:.0%} of the largest of any set is asked for",
+            f"{EFFECT_SHARE:.0%} of the best set's is asked for",
             bound="at least",
             threshold=least_p,
             reached=chosen.dose.p,

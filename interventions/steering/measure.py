@@ -72,12 +72,12 @@ def random_curves(
         curves[f"{name}_p95"] = percentile(values, 95)
         if name == "random":
             curves["random_p05"] = percentile(values, 5)
-    own = {}
+    own_length = {}
     for name, edit in (edits.sets | {"difference_of_means": edits.difference_of_means}).items():
         if name != setting.reference:
             directions = along(drawn.directions, edit.norm(dim=-1, keepdim=True))
-            own[name] = percentile(means("random", directions, setting.plan.draws), 95)
-    return RandomCurves(drawn=curves, own_length_p95=own | {setting.reference: curves["random_p95"]})
+            own_length[name] = percentile(means("random", directions, setting.plan.draws), 95)
+    return RandomCurves(drawn=curves, own_length_p95=own_length | {setting.reference: curves["random_p95"]})
 
 
 def percentile(values: Float[Tensor, "strength draw"], percent: int) -> Curve:
@@ -109,7 +109,7 @@ def side_effects(
     effects = {"unsteered": bystanders.measure(None)} | {name: bystanders.measure(fixed[name]) for name in names}
     directions = drawn.directions[:_SIDE_EFFECT_DRAWS].to(length)
     effects["random"] = mean_effects([bystanders.measure(length * direction) for direction in directions])
-    return {name: one._asdict() for name, one in effects.items()}
+    return {name: figures._asdict() for name, figures in effects.items()}
 
 
 def bootstrap(

@@ -128,7 +128,7 @@ def set_name(size: str) -> str:
 
 def place_of(result: Steering, strength: int | float) -> int | None:
     """The place of a strength in a result's curves; None where it was not measured."""
-    return next((at for at, measured in enumerate(result.strength) if abs(measured - strength) < 1e-6), None)
+    return next((place for place, measured in enumerate(result.strength) if abs(measured - strength) < 1e-6), None)
 
 
 def at_strength(result: Steering, strength: int | float, folder: str = "this run") -> int:
@@ -159,7 +159,7 @@ def value_at(result: Steering, name: str, strength: int | float | None = None) -
 def strength_chart(result: Steering, chart_id: str = "steering") -> Chart:
     """One task's strength curves with their controls, as a report, a notebook and a PNG draw them."""
     curves, sets = named_curves(result), sorted(result.channels, key=int)
-    colours = {n: depth_colour(at, len(sets)) for at, n in enumerate(sets)}
+    colours = {n: depth_colour(number, len(sets)) for number, n in enumerate(sets)}
     series = [_set_series(result, n, colours[n]) for n in sets]
 
     rivals: list[tuple[str, str, Style]] = [

@@ -139,9 +139,9 @@ class Bystanders:
         for part in range(0, len(tokens), 16):
             rows = slice(part, part + 16)
             logits = self.hf(input_ids=tokens[rows, : int(places.max()) + 1], use_cache=False).logits
-            own = logits.gather(1, places[rows, :, None].expand(-1, -1, logits.shape[-1]))
+            behind = logits.gather(1, places[rows, :, None].expand(-1, -1, logits.shape[-1]))
             losses.append(
-                torch.nn.functional.cross_entropy(own.flatten(0, 1), generated[rows].flatten(), reduction="none")
+                torch.nn.functional.cross_entropy(behind.flatten(0, 1), generated[rows].flatten(), reduction="none")
             )
         return float(torch.cat(losses).mean().exp())
 

@@ -65,8 +65,8 @@ def choose_dose(p: Sequence[float], quiet: Sequence[float], base: float) -> Dose
     if not quiet:
         return Dose(0.0, base, base)
     largest = max(p[: len(quiet)])
-    at = next(i for i in range(len(quiet)) if near_largest(p[i], largest))
-    return Dose(float(LADDER[at]), float(p[at]), float(quiet[at]))
+    chosen = next(i for i in range(len(quiet)) if near_largest(p[i], largest))
+    return Dose(float(LADDER[chosen]), float(p[chosen]), float(quiet[chosen]))
 
 
 class Dosing:
@@ -84,45 +84,45 @@ class Dosing:
 
     def edit(self, channels: Sequence[int], columns: Columns | None = None) -> Vectors:
         """The edit of a set at strength 1; through other columns than the decoder's as long as through those."""
-        own = channel_edit(self.changes, self._columns, self._rms, channels)
+        edit = channel_edit(self.changes, self._columns, self._rms, channels)
         if columns is None:
-            return own
-        return scaled(channel_edit(self.changes, columns, self._rms, channels), own.norm(dim=-1, keepdim=True))
+            return edit
+        return scaled(channel_edit(self.changes, columns, self._rms, channels), edit.norm(dim=-1, keepdim=True))
 
     def effects(
         self, sets: Sequence[Sequence[int]], columns: Columns | None = None, strengths: Sequence[float] = LADDER
     ) -> Float[Tensor, "strength set"]:
         """Mean P(counterfactual answer) of every set at every strength."""
-        return self._steered.answers((self.edit(one, columns) for one in sets), strengths).target.mean(2)
+        return self._steered.answers((self.edit(channels, columns) for channels in sets), strengths).target.mean(2)
 
     def effects_at(self, sets: Sequence[Sequence[int]], norms: Sequence[float]) -> Float[Tensor, "norm set"]:
         """Mean P(counterfactual answer) of every set at strengths that give its edit these mean norms."""
-        edits = [self.edit(one) for one in sets]
+        edits = [self.edit(channels) for channels in sets]
         unit = (edit / max(mean_norm(edit), 1e-30) for edit in edits)
         return self._steered.answers(unit, norms).target.mean(2)
 
     def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
         """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
-        return self._quiet([self.edit(one) for one in sets], draws)
+        return self._quiet([self.edit(channels) for channels in sets], draws)
 
     def _quiet(self, edits: Sequence[Vectors], draws: int) -> list[list[float]]:
         norms = [edit.norm(dim=-1, keepdim=True) for edit in edits]
-        found: list[list[float]] = [[] for _ in edits]
+        percentiles: list[list[float]] = [[] for _ in edits]
         left = list(range(len(edits)))
         for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
-            drawn = (one for i in left for one in along(self._random[:draws], norms[i]))
+            drawn = (edit for i in left for edit in along(self._random[:draws], norms[i]))
             random = self._steered.answers(drawn, [strength]).target.mean(2).view(len(left), -1)
-            percentiles = random.quantile(0.95, dim=1).tolist()
-            for i, p in zip(left, percentiles, strict=True):
-                found[i].append(p)
-            left = [i for i in left if found[i][-1] <= QUIET]
+            at_strength = random.quantile(0.95, dim=1).tolist()
+            for i, p in zip(left, at_strength, strict=True):
+                percentiles[i].append(p)
+            left = [i for i in left if percentiles[i][-1] <= QUIET]
             if not left:
                 break
-        return [p[: quiet_count(p)] for p in found]
+        return [p[: quiet_count(p)] for p in percentiles]
 
     def doses(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[Dose]:
         """The strength of each set."""
-        return self.edit_doses([self.edit(one) for one in sets], draws)
+        return self.edit_doses([self.edit(channels) for channels in sets], draws)
 
     def edit_doses(self, edits: Sequence[Vectors], draws: int = DRAWS) -> list[Dose]:
         """The strength of each edit, whatever it was made from."""
@@ -137,5 +137,5 @@ def with_doses(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
     doses = Dosing(run, batch, channel.site).doses(list(sets.values()))
     return replace(
         channel,
-        selection=channel.selection | {"doses": {n: one._asdict() for n, one in zip(sets, doses, strict=True)}},
+        selection=channel.selection | {"doses": {n: dose._asdict() for n, dose in zip(sets, doses, strict=True)}},
     )

@@ -29,7 +29,7 @@ def test_curves_are_those_of_intervene_toward_the_counterfactual(dense, prompts:
         for number, strength in enumerate(result.strength):
             with intervene(dense, channel, toward=prompts.counterfactual, strength=strength):  # type: ignore[arg-type]
                 logits = dense(prompts.tokens)
-            p, own = (p_target(logits, prompts._replace(target=ids)) for ids in (prompts.target, prompts.own))
+            p, own = (p_target(logits, prompts._replace(target=ids)) for ids in (prompts.target, prompts.own_answer))
             assert result.channels[n][number] == pytest.approx(float(p.mean()), rel=1e-3)
             assert result.two_way[n][number] == pytest.approx(float((p / (p + own)).mean()), rel=1e-3)
     assert result.channels["2"][2] != pytest.approx(result.channels["2"][0], rel=1e-2)

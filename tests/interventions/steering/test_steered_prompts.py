@@ -38,6 +38,6 @@ def test_every_task_is_steered_from_its_own_answer(dense, run: Run) -> None:
         prompts = prompts_of(get_task(name, run.tokenizer, max_tokens=64).sample(4, split="evaluation", seed=1))
         base = SteeredPrompts(plain_model(dense), prompts, 1, "read").base
         p = p_target(run.dense(prompts.tokens), prompts)
-        own = p_target(run.dense(prompts.tokens), prompts._replace(target=prompts.own))
+        own = p_target(run.dense(prompts.tokens), prompts._replace(target=prompts.own_answer))
         assert torch.allclose(base.target, p, rtol=1e-3), name
         assert torch.allclose(base.two_way, p / (p + own), rtol=1e-3), name
