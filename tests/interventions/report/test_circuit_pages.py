@@ -18,6 +18,7 @@ from bridges.run_folder import Run
 from interventions.circuits.circuit import load_circuit
 from interventions.circuits.node_model import as_nodes, find_node
 from interventions.circuits.pruning import score
+from interventions.report import circuits, explorer
 from interventions.report.texts import blocks, held_out, task_of
 
 
@@ -132,6 +133,9 @@ def test_the_table_of_nodes(full: Run, page: Page) -> None:
     for name, row in rows.items():
         shown = float(row[3].replace("−", "-"))
         assert shown == pytest.approx(effects[name], abs=6e-5)
+        # Layer, head and channel are the same in OpenAI's name, in ours and in words.
+        assert re.findall(r"\d+", row[1]) == re.findall(r"\d+", name)
+        assert row[2].endswith(f"layer {name.split('.')[0]}")
         assert row[4] == str(sum(edge["target"] == name for edge in edges))
         assert row[5] == str(sum(edge["source"] == name for edge in edges))
     order = [effects[row[0]] for row in table[1:]]
@@ -286,3 +290,18 @@ def test_sizes_in_between_are_those_of_the_first_nodes(full: Run, page: Page) ->
             kept[hook][channel] = True
     assert loss == pytest.approx(score(as_nodes(full.sparse), kept, found.ablation, batch, QUICK).loss, rel=1e-3)
     assert data["target"] == 0.6
+
+
+def test_notes_count_what_is_left_out(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    circuit(bare)
+    edges = saved(bare)["edges"]
+    for module in (circuits, explorer):
+        monkeypatch.setattr(module, "MOST_EDGES", 3)
+    monkeypatch.setattr(circuits, "DETAILED", 4)
+    page = page_of(bare)
+    assert f"Only the 3 strongest of {len(edges):,} edges are drawn." in page.words["circuits"]
+    assert "Prompts and examples are kept for the 4 most important nodes." in page.words["circuits"]
+    data = page.data["circuits"][TASK]
+    strongest = sorted((abs(edge["weight"]) for edge in edges), reverse=True)[:3]
+    assert [abs(edge[2]) for edge in data["edges"]] == pytest.approx(strongest, rel=1e-2)
+    assert sum("top" in node for node in data["nodes"]) == 4

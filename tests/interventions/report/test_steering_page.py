@@ -52,7 +52,7 @@ def test_the_chart(saved: dict, page: Page) -> None:
 def test_the_unsteered_model_and_the_regression(page: Page) -> None:
     words = " ".join(page.words["steering"].split())
     assert "both prompts of 97 % of the pairs: P(right) 0.9100, P(wrong) 0.0200." in words
-    assert "trained decoder 0.222, ridge regression 0.111" in words
+    assert "trained decoder 0.222, ridge regression 0.111." in words
 
 
 def test_side_effects(page: Page) -> None:
