@@ -61,6 +61,9 @@ TESTS = {
 
 _ROWS = "only how many rows are taken at once: the same sums"
 EQUIVALENT: dict[str, str] = {
+    "bridges/evaluation.py Moments.add: self.error + error.sum(0) -> self.error - error.sum(0)": (
+        "the sum of all errors is only ever squared"
+    ),
     "bridges/losses.py : 1 << 18 -> 1 >> 18": _ROWS,
     "bridges/losses.py _KL.forward: logits.device.type == 'cpu' -> logits.device.type != 'cpu'": _ROWS,
     "bridges/losses.py _KL.forward: 1 -> 2": _ROWS + ", and only beyond 2^18 tokens of vocabulary",
