@@ -72,6 +72,10 @@ EQUIVALENT: dict[str, str] = {
         "the kernels read every layout, only slower"
     ),
     "sparse_model/sparsity/topk.py keep_masked: 1 -> 2 #1": "numpy takes every negative length for -1",
+    "sparse_model/sparsity/topk_torch.py count_digits: 4 -> 5": "a type has 2, 4 or 8 bytes; asked on a GPU only",
+    "sparse_model/sparsity/sparse_linear.py multiply: len(matrix.values) // 8 -> len(matrix.values) * 8": (
+        "only on how many threads the same rows are multiplied"
+    ),
     "bridges/losses.py : 1 << 18 -> 1 >> 18": _ROWS,
     "bridges/losses.py _KL.forward: logits.device.type == 'cpu' -> logits.device.type != 'cpu'": _ROWS,
     "bridges/losses.py _KL.forward: 1 -> 2": _ROWS + ", and only beyond 2^18 tokens of vocabulary",
