@@ -1,4 +1,4 @@
-"""One prompt, steered and unsteered: what scripts/serve.py shows on its page, without the page.
+"""One prompt, steered and unsteered: what the page shows, without the page.
 
 1. The prompt is tokenized as for training: end-of-text, then the text. Nothing in it is a special token.
 2. The dense model continues it twice, plainly and with `intervene(channel, delta=...)` at every token, prompt and
@@ -219,7 +219,7 @@ def _generation(run: Run, prompt: Int[Tensor, " pos"], tokens: list[int], asked:
     return Generation(tuple(tokens), visible(run.tokenizer, tokens), ended)
 
 
-def find_channel(dense: nn.Module, name: str) -> Channel:
+def channel_named(dense: nn.Module, name: str) -> Channel:
     """A channel by name or address. Raises KeyError for an unknown one, ValueError for an address out of range."""
     bundle = get_bundle(dense)
     return resolve(name, bundle.channels, bundle.shape)

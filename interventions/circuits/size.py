@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerFast
 from bridges.run_folder import check_same_tokenizer, open_run
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import FOLDER
-from interventions.circuits.gates import PruneConfig, fit_gates
+from interventions.circuits.gates import fit_gates
 from interventions.circuits.measures import Necessity, Repruned, necessity, reprune
 from interventions.circuits.node_model import NodeModel, as_nodes, count_edges
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Ranking, everything, reference_ablation, score, splits
 from interventions.circuits.rivals import redrawn
 from interventions.tasks import Task

@@ -151,8 +151,7 @@ def intervene(
     if sum(x is not None for x in (delta, set_to, toward)) != 1:
         raise ValueError("give exactly one of delta, set_to, toward")
     _check_places(bundle, positions, steps, where)
-    if not torch.isfinite(bundle.bridges.rms_sparse).all():
-        raise ValueError("the bridges have no scales yet: run scripts/evaluate.py on the run first")
+    bundle.bridges.check_scales()
 
     def source(channel: Channel, weight: int | float) -> Source:
         if delta is not None:

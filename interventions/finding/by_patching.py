@@ -217,7 +217,7 @@ def choose_site(effects: list[SiteEffect], searches: dict[int, ChannelSearch]) -
 
 
 @torch.no_grad()
-def find_channel(
+def channel_by_patching(
     run: Run, name: str, task: str, batch: TaskBatch, *, site: int | None = None, progress: bool = False
 ) -> Channel:
     """The named channel of a task's feature; `batch` holds selection prompts. See the module's docstring.

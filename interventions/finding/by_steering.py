@@ -110,7 +110,7 @@ class SteeringSite:
 
 
 @torch.no_grad()
-def find_steering_channel(
+def channel_by_steering(
     run: Run,
     name: str,
     task: str,
@@ -167,7 +167,7 @@ def searched_again(
 ) -> list[float]:
     """What the search for one channel would have found through other decoders: P on evaluation prompts, by decoder.
 
-    As `find_steering_channel` does it at one site: every candidate at its own quiet strength on selection prompts, with
+    As `channel_by_steering` does it at one site: every candidate at its own quiet strength on selection prompts, with
     the norm of its true edit at every token; the one with the largest effect is steered with on evaluation prompts, at
     the largest strength that is quiet there and not above 1 or the one chosen.
     """

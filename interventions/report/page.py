@@ -22,7 +22,7 @@ from bridges.evaluation import SiteReport
 from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import load_channels
-from interventions.circuits.solved_tasks import SOLVED
+from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
 from interventions.report.charts import Chart

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any, NamedTuple
 
-from interventions.circuits.solved_tasks import TaskScore
+from interventions.circuits.task_scores import TaskScore
 from interventions.tasks import TASKS
 
 FAR = 0.05

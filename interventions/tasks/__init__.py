@@ -19,31 +19,10 @@ from interventions.tasks.base import (
     pair_accuracy,
     task_loss,
 )
+from interventions.tasks.names import TASK_NAMES
 
-_NAMES = (
-    "single_double_quote",
-    "bracket_counting",
-    "set_or_string",
-    "set_or_string_fixedvarname",
-    "final_kwarg",
-    "class_init",
-    "with_as",
-    "bracket_brace",
-    "with_open",
-    "for_while",
-    "else_elif",
-    "fstring_brace",
-    "if_ternary",
-    "var_swap",
-    "indent_for",
-    "lambda_func",
-    "if_equals",
-    "enumerate_range",
-    "var_if",
-    "while_return_true",
-)
 TASKS: Mapping[str, TaskSpec] = MappingProxyType(
-    {name: import_module(f"{__name__}.twenty.{name}").TASK for name in _NAMES}
+    {name: import_module(f"{__name__}.twenty.{name}").TASK for name in TASK_NAMES}
 )
 
 

@@ -17,7 +17,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from bridges.run_folder import update_metrics
-from interventions.circuits.gates import PruneConfig
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.size import (
     LABELS,
     Contest,
@@ -29,7 +29,7 @@ from interventions.circuits.size import (
     contest_of_run,
 )
 from interventions.circuits.size_table import overview, plot, summary, table
-from interventions.circuits.solved_tasks import SOLVED, score_tasks
+from interventions.circuits.task_scores import SOLVED, score_tasks
 from interventions.cli.options import report_errors
 from interventions.tasks import get_task
 from sparse_model.config import require

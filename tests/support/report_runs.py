@@ -14,9 +14,9 @@ from interventions.bundle.channels import Channel, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.controls import validate
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.node_model import ModelKind, as_nodes, locations
-from interventions.circuits.solved_tasks import score_tasks
+from interventions.circuits.prune_config import PruneConfig
+from interventions.circuits.task_scores import score_tasks
 from interventions.steering.result import Steering
 from interventions.tasks import get_task
 

@@ -8,7 +8,6 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from find_circuit import Options, main
 from support.helpers import make_tiny_run
 from support.solver import gates_of
 from torch import Tensor
@@ -23,8 +22,9 @@ from interventions.circuits.circuit import (
     make_circuit,
     save_circuit,
 )
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.node_model import NodeModel, as_nodes, count_edges, edges_between, find_node, locations
+from interventions.circuits.prune_config import PruneConfig
+from interventions.cli.find_circuit import Options, main
 from sparse_model.model.checkpoint import save_sparse
 from sparse_model.model.transformer import SparseTransformer
 

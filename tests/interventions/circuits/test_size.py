@@ -14,10 +14,10 @@ from support.helpers import make_tiny_run, tiny_tokenizer
 
 from bridges.run_folder import Run, open_run, update_metrics
 from interventions.circuits import size as circuit_size
-from interventions.circuits import solved_tasks as solved
-from interventions.circuits.gates import PruneConfig
+from interventions.circuits import task_scores as solved
 from interventions.circuits.measures import Necessity, Repruned
 from interventions.circuits.node_model import as_nodes
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.size import (
     Contest,
     Measured,
@@ -28,7 +28,7 @@ from interventions.circuits.size import (
     contest_of_run,
 )
 from interventions.circuits.size_table import curve, geometric_mean, overview, summary, table
-from interventions.circuits.solved_tasks import score_task, score_tasks
+from interventions.circuits.task_scores import score_task, score_tasks
 from interventions.tasks import answer_probabilities, get_task, list_tasks, pair_accuracy
 from sparse_model.config import SparsityConfig, to_json
 from sparse_model.data.generated_python import generate_document

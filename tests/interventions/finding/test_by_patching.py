@@ -6,7 +6,6 @@ from pathlib import Path
 import compare_channels
 import pytest
 import torch
-from find_channel import Options, main
 from support.helpers import make_tiny_run
 
 from bridges.hybrid import residuals, suffix
@@ -15,14 +14,15 @@ from interventions.bundle.channels import load_channels, read_nodes
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.node_model import as_nodes, locations
-from interventions.finding.by_circuit import channel_from_circuit, read_channels
+from interventions.cli.find_channel import Options, main
+from interventions.finding.by_circuit import channel_by_circuit, read_channels
 from interventions.finding.by_patching import (
     ENOUGH,
     ChannelSearch,
     ReadPatch,
     SiteEffect,
+    channel_by_patching,
     eligible_sites,
-    find_channel,
     flipped,
     log_p,
     search_channels,
@@ -67,7 +67,7 @@ def test_search_is_exact_on_singles_and_close_to_brute_force_on_pairs(run: Run, 
 
 
 def test_named_channel_is_positive_for_member_0_and_the_smallest_sufficient_set(run: Run, batch: TaskBatch) -> None:
-    channel = find_channel(run, "quote_type", "single_double_quote", batch, site=2)
+    channel = channel_by_patching(run, "quote_type", "single_double_quote", batch, site=2)
     nodes = [read_nodes(run.sparse, batch.tokens[:, m], 2) for m in (0, 1)]
     differs = (nodes[0] != nodes[1]).any(-1)
     assert channel.value(nodes[0])[differs].mean() > channel.value(nodes[1])[differs].mean()
@@ -138,7 +138,7 @@ def test_the_site_is_one_that_both_models_read_and_then_the_one_with_the_smalles
     monkeypatch.setattr(
         "interventions.finding.by_patching.search_channels", lambda run, batch, site, **_: searches[site]
     )
-    channel = find_channel(run, "quote_type", "single_double_quote", batch)
+    channel = channel_by_patching(run, "quote_type", "single_double_quote", batch)
     assert channel.site == chosen
     assert channel.selection["site_whole_effect_nats"] == {str(i): round(s.whole, 4) for i, s in searches.items()}
 
@@ -177,7 +177,7 @@ def test_the_channel_is_the_circuit_s_best_nodes_at_the_last_read_that_decides(r
     """All channels of the first two reads and a few of later ones: against the effects themselves."""
     nodes = {0: list(range(32)), 1: list(range(32)), 2: [4, 5, 6], 3: [7]}
     circuit = circuit_with(run, **reads(**{f"site{i}": channels for i, channels in nodes.items()}))
-    channel = channel_from_circuit(run, "c", circuit, batch)
+    channel = channel_by_circuit(run, "c", circuit, batch)
     tokens, other, answers, last = flipped(batch)
     effects = {i: ReadPatch(run, batch, i).effect(channels) for i, channels in nodes.items()}
     with torch.no_grad():
@@ -195,16 +195,16 @@ def test_the_channel_is_the_circuit_s_best_nodes_at_the_last_read_that_decides(r
     )
     means = channel.selection["circuit"]["read_effect_nats"]
     assert means == {str(i): pytest.approx(effect, abs=1e-3) for i, effect in effects.items()}
-    at_three = channel_from_circuit(run, "c", circuit, batch, site=3)
+    at_three = channel_by_circuit(run, "c", circuit, batch, site=3)
     assert (at_three.site, at_three.indices, at_three.weights) == (3, (7,), at_three.weights)
     assert abs(at_three.weights[0]) == pytest.approx(1)
 
 
 def test_a_circuit_without_the_reads_asked_for_is_refused(run: Run, batch: TaskBatch) -> None:
     with pytest.raises(ValueError, match="single_double_quote has no node that a sublayer reads"):
-        channel_from_circuit(run, "c", circuit_with(run, **{"layer0_mlp.hook_post": [2]}), batch)
+        channel_by_circuit(run, "c", circuit_with(run, **{"layer0_mlp.hook_post": [2]}), batch)
     with pytest.raises(ValueError, match=r"site=1: the circuit for single_double_quote reads at sites 0, 2"):
-        channel_from_circuit(run, "c", circuit_with(run, **reads(site0=[1], site2=[3])), batch, site=1)
+        channel_by_circuit(run, "c", circuit_with(run, **reads(site0=[1], site2=[3])), batch, site=1)
 
 
 def test_the_scripts_name_a_circuit_s_channel_and_compare_runs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

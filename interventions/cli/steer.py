@@ -1,33 +1,33 @@
 """Steer the dense model through sparse channels: strength curves, controls, side effects, and a figure.
 
 Examples:
-    python scripts/steer.py --run runs/demo
-    python scripts/steer.py --run runs/demo --task while_return_true --where stream --out runs/demo/stream
+    sparse-bridges steer --run runs/demo
+    sparse-bridges steer --run runs/demo --task while_return_true --where stream --out runs/demo/stream
 """
 
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
-from bridges.run_folder import Run, update_metrics
-from interventions import load_dense
-from interventions.bundle.bundle import get_bundle
-from interventions.cli.options import report_errors
-from interventions.steering.experiment import Experiment, read_experiment
-from interventions.steering.plot import plot_steering
+from interventions.cli.options import TASK_LIST, parse
+from interventions.steering.experiment import Experiment
 from interventions.steering.result import DRAWN, Steering, named_curves, quiet_strength, set_name
-from interventions.steering.steer import steer
-from interventions.tasks import answer_probabilities, get_task, pair_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Experiment):
     """An experiment whose sets can be given on the command line."""
 
+    task: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Task whose prompts are steered, one of {TASK_LIST}; unset: the one that the channel was found for."
+        ),
+    ] = None
     sets: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction] = ()
     """Set of channels to move instead, such as --sets 3 --sets 3 7; no two of one size. A channel that was not searched
     for is a set by itself."""
@@ -38,27 +38,66 @@ class Options:
     """Steer the dense model through sparse channels: strength curves, controls, side effects, and a figure."""
 
     run: str = "runs/demo"
-    """Run folder."""
+    """Run folder, or the name of a packaged bundle, which needs --out."""
     out: str | None = None
     """Folder for metrics.json and the figure; unset: the run's own, which keeps one result per task."""
     device: str = "cpu"
     """Where the models run."""
+    anyway: bool = False
+    """Steer also where the dense model does not solve the task."""
     experiment: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     """What is steered, and what it is compared with."""
 
 
-@torch.no_grad()
-def dense_accuracy(run: Run, experiment: Experiment) -> dict[str, float]:
-    """How well the unsteered dense model solves the task, on the evaluation prompts."""
-    task = get_task(str(experiment.task), run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-    batch = task.sample(experiment.pairs, split="evaluation", seed=experiment.seed or 0).to(run.dense.hf.device)
-    logits = run.dense(batch.tokens.flatten(0, 1)).unflatten(0, batch.tokens.shape[:2])
-    right, wrong = answer_probabilities(logits, batch)
-    return {
-        "pair_accuracy": float(pair_accuracy(logits, batch)),
-        "p_right": float(right.mean()),
-        "p_wrong": float(wrong.mean()),
-    }
+def command(arguments: list[str]) -> None:
+    main(parse(Options, "steer", arguments, __doc__))
+
+
+def main(options: Options) -> None:
+    from bridges.run_folder import update_metrics
+    from interventions.bundle.bundle import get_bundle, load_dense
+    from interventions.bundle.packaged import FOLDER
+    from interventions.steering.baseline import dense_accuracy
+    from interventions.steering.plot import plot_steering
+    from interventions.steering.steer import steer
+
+    dense = load_dense(options.run, options.device)
+    folder = Path(options.out) if options.out else get_bundle(dense).folder
+    if folder.is_relative_to(FOLDER):
+        raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
+    get_bundle(dense).bridges.check_scales()
+    baseline = dense_accuracy(dense, options.experiment)
+    check_solved(baseline["pair_accuracy"], anyway=options.anyway)
+    result = steer(dense, options.experiment)
+    name = "steering.png" if result.task == "single_double_quote" else f"steering-{result.task}.png"
+    plot = plot_steering(result, folder / name)
+    update_metrics(folder, merge=True, dense_task={result.task: baseline}, steering={result.task: result._asdict()})
+    print(
+        f"{result.task}, {result.prompts} evaluation prompts, site {result.site}, where={result.where}; dense model: "
+        + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
+    )
+    print_curves(result)
+    print_quiet(result)
+    print_side_effects(result.side_effects)
+    print(f"\nNMSE at the site: decoder {result.ridge_fit['decoder_nmse']:.3f}, ridge {result.ridge_fit['nmse']:.3f}")
+    print(f"plot: {plot}")
+
+
+def check_solved(accuracy: float, *, anyway: bool) -> None:
+    """Raise ValueError for a task that the dense model does not solve, or say so."""
+    from interventions.circuits.task_scores import SOLVED
+
+    if accuracy >= SOLVED:
+        return
+    said = (
+        f"the dense model gets {accuracy:.0%} of the task's pairs right, a task counts as solved from {SOLVED:.0%}: "
+        "a steered answer means little where the unsteered one is wrong"
+    )
+    if not anyway:
+        raise ValueError(
+            f"{said}; train the dense model longer, take a task of sparse-bridges solved-tasks, or add --anyway"
+        )
+    print(f"warning: {said}", file=sys.stderr)
 
 
 def print_curves(result: Steering) -> None:
@@ -100,29 +139,3 @@ def print_side_effects(effects: dict[str, dict[str, Any]]) -> None:
         perplexity = f"{one['perplexity']:.2f} ({one['perplexity_counterfactual']:.2f})"
         figures = f"{one['norm']:6.2f}{one['p_target']:10.4f}{one['kl']:10.4f}"
         print(f"{set_name(name):40}{figures}   {perplexity:16}   {tasks}")
-
-
-def main(options: Options) -> None:
-    dense = load_dense(options.run, options.device)
-    run = get_bundle(dense).run
-    result = steer(dense, options.experiment)
-    plan = read_experiment(result.experiment)
-    baseline = dense_accuracy(run, plan)
-    folder = Path(options.out) if options.out else run.folder
-    name = "steering.png" if result.task == "single_double_quote" else f"steering-{result.task}.png"
-    plot = plot_steering(result, folder / name)
-    update_metrics(folder, merge=True, dense_task={result.task: baseline}, steering={result.task: result._asdict()})
-    print(
-        f"{result.task}, {result.prompts} evaluation prompts, site {result.site}, where={result.where}; dense model: "
-        + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
-    )
-    print_curves(result)
-    print_quiet(result)
-    print_side_effects(result.side_effects)
-    print(f"\nNMSE at the site: decoder {result.ridge_fit['decoder_nmse']:.3f}, ridge {result.ridge_fit['nmse']:.3f}")
-    print(f"plot: {plot}")
-
-
-if __name__ == "__main__":
-    with report_errors():
-        main(tyro.cli(Options))
