@@ -34,7 +34,7 @@ def find_run(folder: str | Path) -> Path:
     if path.is_dir():
         return path  # whoever opens it says what is missing
     raise FileNotFoundError(
-        f"no run at {folder}: train one with scripts/train_bridge.py --run {folder}, or use a packaged bundle "
+        f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}, or use a packaged bundle "
         f"({', '.join(packaged_bundles())})"
     )
 
@@ -52,7 +52,7 @@ def package_run(run: str | Path, out: str | Path) -> Path:
     run, out = Path(run), Path(out)
     open_run(run)
     if not load_channels(run):
-        raise ValueError(f"{run} names no channel: run scripts/find_channel.py --run {run} first")
+        raise ValueError(f"{run} names no channel: run sparse-bridges find-channel --run {run} first")
     with replace_folder(out) as temporary:
         for part in ("tokenizer", "dense", "sparse", "bridges"):
             shutil.copytree(run / part, temporary / part)

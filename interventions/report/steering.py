@@ -65,7 +65,8 @@ def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
             pages.append(_page(Steering(**fields), number))
         except (TypeError, KeyError, IndexError) as error:
             raise ValueError(
-                f"{folder / 'metrics.json'}: steering of {task} does not read ({error!r}): run scripts/steer.py again"
+                f"{folder / 'metrics.json'}: steering of {task} does not read ({error!r}): steer again with "
+                "sparse-bridges steer"
             ) from error
     return pages
 

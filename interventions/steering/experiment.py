@@ -22,8 +22,8 @@ class Experiment:
     """What is steered, and what it is compared with. No control can be left out."""
 
     channel: str | None = None
-    """Named channel, as scripts/find_channel.py wrote it, or an address such as attn.1.read.7; unset: the name that the
-    task proposes, quote_type without a task."""
+    """Named channel, as sparse-bridges find-channel wrote it, or an address such as attn.1.read.7; unset: the name that
+    the task proposes, quote_type without a task."""
     task: str | None = None
     """Task whose prompts are steered; unset: the one that the channel was found for."""
     sizes: tuple[int, ...] = (1, 2, 4, 8)

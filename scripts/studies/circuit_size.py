@@ -1,7 +1,7 @@
 """Count the edges that sparse and dense models of about equal loss need for the tasks that both solve.
 
 RUN names a finished run, whose sparse model is compared with its dense GPT-2. --sparse-runs and --dense-runs compare
-models of scripts/train_sparse.py pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes
+models of sparse-bridges train-sparse pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes
 on where it stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
 
 Examples:
@@ -42,7 +42,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders."""
     sparse_runs: tuple[str, ...] = ()
-    """Folders of scripts/train_sparse.py, in place of RUNs."""
+    """Folders of sparse-bridges train-sparse, in place of RUNs."""
     dense_runs: tuple[str, ...] = ()
     """As many with a nonzero fraction of 1, in the same order."""
     tasks: tuple[str, ...] = ()

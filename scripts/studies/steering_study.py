@@ -27,7 +27,7 @@ class Options:
     """Steering over several runs (training seeds, sparsities, widths): a Markdown table and a figure."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, or folders given to scripts/steer.py as --out."""
+    """Run folders, or folders given to sparse-bridges steer as --out."""
     task: str = "single_double_quote"
     """Task that was steered."""
     strength: float | None = None
@@ -48,7 +48,7 @@ def read_groups(options: Options) -> dict[str, list[Steering]]:
     for folder in options.runs:
         _, result = read_steering(Path(folder), options.task)
         if not result.model:
-            raise ValueError(f"{folder} was steered by an earlier version: run scripts/steer.py on it again")
+            raise ValueError(f"{folder} was steered by an earlier version: run sparse-bridges steer on it again")
         for name in result.channels:
             at_strength(result, strength_of(result, set_name(name), options.strength), folder)
         groups.setdefault(group_of(result), []).append(result)

@@ -30,14 +30,14 @@ def read_steering(folder: Path, task: str) -> tuple[dict[str, Any], Steering]:
     """A run's metrics and its steering of a task; what is missing is an error that says which command makes it."""
     path = folder / "metrics.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: train the run with scripts/train_bridge.py --run {folder}")
+        raise FileNotFoundError(f"{path} does not exist: train the run with sparse-bridges train-bridge --run {folder}")
     metrics = json.loads(path.read_text())
     if task not in metrics.get("steering", {}):
-        raise ValueError(f"{path} has no steering of {task}: run scripts/find_channel.py and scripts/steer.py on it")
+        raise ValueError(f"{path} has no steering of {task}: run sparse-bridges find-channel and steer on it")
     try:
         return metrics, Steering(**metrics["steering"][task])
     except TypeError as error:
-        raise ValueError(f"{path}: steering of {task} does not read ({error}): run scripts/steer.py again") from error
+        raise ValueError(f"{path}: steering of {task} does not read ({error}): steer again") from error
 
 
 def steering_figures(result: Steering, strength: float | None = None) -> dict[str, float]:

@@ -141,7 +141,7 @@ def controlled(run: Run, found: Circuit) -> Circuit:
 
 
 def tasks_and_sizes(run: Run) -> dict[str, Any]:
-    """What solved_tasks.py writes, measured, and the part of circuit_size.py's figures that the report shows."""
+    """What sparse-bridges solved-tasks writes, measured, and the part of circuit_size.py's figures that the report shows."""
     models = {"dense": as_nodes(run.dense), "sparse": as_nodes(run.sparse)}
     scores = score_tasks(models, run.tokenizer, max_tokens=48, pairs=4, seed=0)
     tasks = {

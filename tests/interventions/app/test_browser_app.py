@@ -1,4 +1,4 @@
-"""The page of scripts/serve.py, served by a process of its own, in a real browser (see test_browser.py)."""
+"""The page of sparse-bridges serve, served by a process of its own, in a real browser (see test_browser.py)."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ Page = Any
 
 def serve(*options: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "scripts/serve.py", *options],
+        [sys.executable, "-m", "interventions.cli", "serve", *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment,
         stdout=subprocess.PIPE,

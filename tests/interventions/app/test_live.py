@@ -1,4 +1,4 @@
-"""interventions/live.py: both sides of a comparison are the model's own, and what scripts/serve.py shows is escaped."""
+"""interventions/live.py: both sides of a comparison are the model's own, and what sparse-bridges serve shows is escaped."""
 
 import socket
 import sys

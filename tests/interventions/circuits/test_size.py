@@ -8,7 +8,6 @@ from pathlib import Path
 
 import circuit_size as script
 import pytest
-import solved_tasks
 import torch
 from support.helpers import make_tiny_run, tiny_tokenizer
 
@@ -161,7 +160,7 @@ def test_a_target_below_the_whole_model_s_loss_is_noted(contest: Contest) -> Non
 
 
 def pretrained(folder: Path, seed: int, nonzero: float) -> Path:
-    """A folder as scripts/train_sparse.py leaves it, with random weights."""
+    """A folder as sparse-bridges train-sparse leaves it, with random weights."""
     torch.manual_seed(seed)
     config = PretrainConfig(corpus_tokens=20_000, sparsity=SparsityConfig(nonzero_fraction=nonzero))
     config = replace(config, sparse=replace(config.sparse, d_model=32, d_mlp=64, n_heads=2, d_vocab=384))
@@ -181,7 +180,7 @@ def test_two_models_trained_alone_can_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dense_run='.*a' keeps 0.25 of its weights"):
         contest_of_pretrained(b, a)
     (b / "metrics.json").unlink()
-    with pytest.raises(ValueError, match=rf"no held-out loss: run scripts/train_sparse.py --run {b}"):
+    with pytest.raises(ValueError, match=rf"no held-out loss: run sparse-bridges train-sparse --run {b}"):
         contest_of_pretrained(a, b)
     save_tokenizer(train_tokenizer([generate_document(random.Random(5))] * 9, 300), b / "tokenizer")
     with pytest.raises(ValueError, match="token ids would mean different text"):

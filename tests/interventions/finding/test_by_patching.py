@@ -209,7 +209,7 @@ def test_a_circuit_without_the_reads_asked_for_is_refused(run: Run, batch: TaskB
 
 def test_the_scripts_name_a_circuit_s_channel_and_compare_runs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     task, folder = "bracket_brace", str(run.folder)
-    with pytest.raises(FileNotFoundError, match=rf"find_circuit.py --run {folder} --task {task}"):
+    with pytest.raises(FileNotFoundError, match=rf"sparse-bridges find-circuit --run {folder} --task {task}"):
         main(Options(run=folder, task=task, source="circuit"))
     save_circuit(run.folder, circuit_with(run, task, **reads(site3=[7, 9])))
     main(Options(run=folder, task=task, source="circuit", pairs=4))

@@ -462,8 +462,9 @@ def test_the_difference_of_means_gets_a_strength_like_any_set(dense, run: Run, m
 
 
 def test_the_script_steers_sets_from_the_command_line(dense, tmp_path: Path, capsys) -> None:
-    import steer as script
     import tyro
+
+    from interventions.cli import steer as script
 
     run = get_bundle(dense).folder
     counts = [f"--{n}=1" for n in ("pairs", "draws", "maps", "ridge-tokens", "text-tokens", "task-pairs", "new-tokens")]
