@@ -1,1 +1,63 @@
 """Bridges between a frozen dense GPT-2 and a weight-sparse transformer: training, hybrids, evaluation."""
+
+from typing import TYPE_CHECKING
+
+from sparse_model.exports import lazy_names
+
+if TYPE_CHECKING:
+    from bridges.bridge import BridgeSet
+    from bridges.config import BridgeConfig, DenseTrainConfig, LossWeights, RunConfig
+    from bridges.dense import DenseModel, load_gpt2
+    from bridges.evaluation import SiteReport, evaluate
+    from bridges.hybrid import mixed_path, random_path, residuals, single_crossing, suffix
+    from bridges.losses import kl, nmse
+    from bridges.pipeline import evaluate_run, make_dense, train_bridge
+    from bridges.run_folder import Run, open_run
+    from bridges.sites import Site, all_sites
+    from sparse_model.version import __version__
+
+__all__ = [
+    "BridgeConfig",
+    "BridgeSet",
+    "DenseModel",
+    "DenseTrainConfig",
+    "LossWeights",
+    "Run",
+    "RunConfig",
+    "Site",
+    "SiteReport",
+    "__version__",
+    "all_sites",
+    "evaluate",
+    "evaluate_run",
+    "kl",
+    "load_gpt2",
+    "make_dense",
+    "mixed_path",
+    "nmse",
+    "open_run",
+    "random_path",
+    "residuals",
+    "single_crossing",
+    "suffix",
+    "train_bridge",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "bridges.bridge": "BridgeSet",
+        "bridges.config": "BridgeConfig DenseTrainConfig LossWeights RunConfig",
+        "bridges.dense": "DenseModel load_gpt2",
+        "bridges.evaluation": "SiteReport evaluate",
+        "bridges.hybrid": "mixed_path random_path residuals single_crossing suffix",
+        "bridges.losses": "kl nmse",
+        "bridges.pipeline": "evaluate_run make_dense train_bridge",
+        "bridges.run_folder": "Run open_run",
+        "bridges.sites": "Site all_sites",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
+from sparse_model.io.local import local_path
 from sparse_model.model.transformer import check_length
 
 Resid = Float[Tensor, "batch pos d_model"]
@@ -87,8 +88,8 @@ def load_gpt2(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) ->
     be fetched, each naming what was asked for.
     """
     name = str(name_or_folder)
-    path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    path = local_path(name_or_folder)
+    if path is not None:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"no model at {path}: the folder needs config.json and model.safetensors, as save_pretrained writes"

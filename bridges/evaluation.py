@@ -249,7 +249,7 @@ def sparsity_report(sparse: SparseTransformer, batches: list[Tensor]) -> dict:
     }
 
 
-def table(metrics: dict) -> str:
+def evaluation_table(metrics: dict) -> str:
     """The per-site table as text."""
     columns = [
         ("site", "site", "d"), ("reader", "label", "s"),

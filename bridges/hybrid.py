@@ -19,7 +19,7 @@ from bridges.bridge import BridgeSet
 from bridges.dense import Resid, Sublayered
 
 Side = Literal["dense", "sparse"]
-Path = tuple[Side, ...]
+HybridPath = tuple[Side, ...]
 
 
 def residuals(model: Sublayered, tokens: Int[Tensor, "batch pos"], *, recompute: bool = False) -> list[Resid]:
@@ -87,18 +87,18 @@ def mixed_path(
     return models[path[-1]].unembed(resid, tokens)
 
 
-def single_crossing(n_sites: int, site: int, start: Side) -> Path:
+def single_crossing(n_sites: int, site: int, start: Side) -> HybridPath:
     """The path that begins in `start` and crosses once, at `site`."""
     other: Side = "sparse" if start == "dense" else "dense"
     return (start,) * (site + 1) + (other,) * (n_sites - site)
 
 
-def first_crossing(path: Path) -> int:
+def first_crossing(path: HybridPath) -> int:
     """The first site at which a path crosses; 2L where it never does."""
     return next((i for i in range(len(path) - 1) if path[i] != path[i + 1]), len(path) - 2)
 
 
-def kind(path: Path) -> Literal["dense_to_sparse", "sparse_to_dense", "mixed"]:
+def kind(path: HybridPath) -> Literal["dense_to_sparse", "sparse_to_dense", "mixed"]:
     """The direction of a path with one crossing, `mixed` for every other."""
     crossings = sum(path[i] != path[i + 1] for i in range(len(path) - 1))
     if crossings != 1:
@@ -106,7 +106,7 @@ def kind(path: Path) -> Literal["dense_to_sparse", "sparse_to_dense", "mixed"]:
     return "dense_to_sparse" if path[0] == "dense" else "sparse_to_dense"
 
 
-def random_path(n_sites: int, rng: np.random.Generator) -> Path:
+def random_path(n_sites: int, rng: np.random.Generator) -> HybridPath:
     """A path drawn uniformly from all but the purely dense one, which is the target itself."""
     bits = int(rng.integers(1, 2 ** (n_sites + 1)))
     return tuple("sparse" if bits >> part & 1 else "dense" for part in range(n_sites + 1))

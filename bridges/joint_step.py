@@ -31,7 +31,7 @@ from bridges.bridge import BridgeSet, DenseResid, SparseResid
 from bridges.chunked_logits import Target, head_backward, rows_at_once
 from bridges.config import BridgeConfig
 from bridges.dense import Resid, Sublayered
-from bridges.hybrid import Path, first_crossing, follow, kind, random_path, residuals, single_crossing
+from bridges.hybrid import HybridPath, first_crossing, follow, kind, random_path, residuals, single_crossing
 from bridges.losses import kl, nmse_backward
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.losses import token_loss
@@ -42,7 +42,7 @@ Reduce = Callable[[Tensor], Tensor]
 class Draw(NamedTuple):
     """What one step samples."""
 
-    hybrids: Sequence[tuple[Path, float]]
+    hybrids: Sequence[tuple[HybridPath, float]]
     """The hybrid passes that run, each with the weight of its KL."""
     positions: Int[Tensor, " kl_pos"]
     """Positions at which the KLs are evaluated."""
@@ -69,7 +69,7 @@ def draw(config: BridgeConfig, n_sites: int, n_positions: int, seed: int, step: 
     """Hybrids and positions of a step: a pure function of seed and step, equal on every process."""
     rng = np.random.default_rng([seed, step])
     weights = config.weights
-    hybrids: list[tuple[Path, float]] = []
+    hybrids: list[tuple[HybridPath, float]] = []
     if config.paths:
         weight = (weights.kl_dense_to_sparse + weights.kl_sparse_to_dense) * n_sites / config.paths
         hybrids = [(random_path(n_sites, rng), weight) for _ in range(config.paths)]
@@ -143,7 +143,7 @@ def _hybrids(
     drawn: Draw,
     config: BridgeConfig,
     scale: float | Tensor,
-) -> Iterator[tuple[Path, Float[Tensor, ""]]]:
+) -> Iterator[tuple[HybridPath, Float[Tensor, ""]]]:
     """Run every hybrid that was drawn from these dense residuals and sparse leaves, forward and backward; its KL."""
     rows = rows_at_once(sparse.d_vocab, config.logits_at_once)
     h_dense, leaves = streams

@@ -47,7 +47,7 @@ class JointTrainer(SparseTrainer):
         models = self.dense, self.sparse, self.bridges
         return joint_backward(*models, tokens, drawn, config, scale=scale, total=total)
 
-    def summary(self, record: dict) -> str:
+    def progress_text(self, record: dict) -> str:
         """The progress bar's text."""
         nmse = "/".join(f"{sum(record[n]) / len(record[n]):.2f}" for n in ("nmse_encode", "nmse_decode"))
         kl = "/".join(f"{value:.2f}" for name, value in record.items() if name.startswith("kl_"))

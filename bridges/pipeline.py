@@ -15,12 +15,12 @@ from torch import Tensor
 from bridges import run_folder as run_folder
 from bridges.config import RunConfig
 from bridges.dense import DenseModel
-from bridges.evaluation import evaluate, table
+from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from sparse_model.config import claim_folder
 from sparse_model.data.prepare import prepare_corpus
-from sparse_model.model.checkpoint import write_measured
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
 from sparse_model.training.losses import next_token_loss
@@ -103,7 +103,7 @@ def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> flo
 
 def _finish(run: run_folder.Run, val: Tensor, progress: bool) -> dict:
     metrics = evaluate_run(run, blocks=val, progress=progress)
-    logger.info("%s", table(metrics))
+    logger.info("%s", evaluation_table(metrics))
     return metrics
 
 
@@ -120,7 +120,7 @@ def evaluate_run(
     metrics = evaluate(run.dense, run.sparse, run.bridges, blocks[:n_blocks], progress=progress)
     run_folder.save_bridges(run.bridges, run.folder / "bridges")
     run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
-    write_measured(run.sparse, run.folder / "sparse")
+    write_measured(run.sparse.measured, run.folder / "sparse")
     run_folder.update_metrics(run.folder, **metrics)
     return metrics
 

@@ -19,6 +19,7 @@ from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, write_text
+from sparse_model.io.local import local_path
 from sparse_model.io.tensors import digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
@@ -40,15 +41,13 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFas
 
     Raises ValueError when a named tokenizer differs from the dense model's own, or its size from sparse.d_vocab.
     """
-    own = folder / "tokenizer"
-    recover_folder(own)
-    with_dense = (
-        config.dense
-        if config.dense and not (Path(config.dense).is_dir() and not (Path(config.dense) / "tokenizer.json").exists())
-        else None
-    )
-    if own.exists():
-        tokenizer = load_tokenizer(own)
+    tokenizer_folder = folder / "tokenizer"
+    recover_folder(tokenizer_folder)
+    dense_folder = local_path(config.dense) if config.dense else None
+    bare = dense_folder is not None and dense_folder.is_dir() and not (dense_folder / "tokenizer.json").exists()
+    with_dense = None if bare else config.dense
+    if tokenizer_folder.exists():
+        tokenizer = load_tokenizer(tokenizer_folder)
     elif config.tokenizer or with_dense:
         tokenizer = load_tokenizer(config.tokenizer or with_dense or "")
     elif config.dense:
@@ -61,7 +60,7 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFas
         raise ValueError(
             f"sparse.d_vocab={config.sparse.d_vocab}: the tokenizer has {len(tokenizer)} tokens, use at least that"
         )
-    save_tokenizer(tokenizer, own)
+    save_tokenizer(tokenizer, tokenizer_folder)
     return tokenizer
 
 
@@ -84,16 +83,16 @@ def prepare_dense(
     progress: bool = True,
 ) -> GPT2LMHeadModel:
     """The run's dense model: its dense/ folder, the model named (copied there), or a small one trained now."""
-    own = folder / "dense"
-    recover_folder(own)
-    if own.exists():
-        check_same_tokenizer(tokenizer, load_tokenizer(own), str(folder / "tokenizer"), str(own))
-        return load_gpt2(own)
+    dense_folder = folder / "dense"
+    recover_folder(dense_folder)
+    if dense_folder.exists():
+        check_same_tokenizer(tokenizer, load_tokenizer(dense_folder), str(folder / "tokenizer"), str(dense_folder))
+        return load_gpt2(dense_folder)
     if config.dense:
         model = load_gpt2(config.dense)
     else:
         model = train_dense(config, blocks.train, tokenizer, device, progress=progress)
-    save_dense(model, tokenizer, own)
+    save_dense(model, tokenizer, dense_folder)
     return model
 
 

@@ -26,7 +26,7 @@ from interventions.editing.intervene import intervene
 from interventions.report.generations import NEW_TOKENS
 from interventions.report.texts import inline, task_of, visible
 from interventions.steering.steered_prompts import plain_model
-from interventions.tasks import TASKS
+from interventions.tasks.catalogue import TASKS
 
 Ended = Literal["length", "end of text", "context"]
 

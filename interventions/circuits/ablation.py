@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from interventions.circuits.node_model import Edit, NodeModel, Values, as_nodes, device_of, locations
+from interventions.circuits.node_model import NodeEdit, NodeModel, Values, as_nodes, device_of, locations
 from interventions.circuits.prune_config import AblationKind
 from interventions.tasks.base import TaskBatch
 
@@ -28,7 +28,7 @@ class Ablation:
         rows = len(next(iter(self.values.values())))
         return torch.randint(rows, (batch, pos), generator=generator)
 
-    def edit(self, gates: dict[str, Tensor], rows: Int[Tensor, "#batch #pos"]) -> Edit:
+    def edit(self, gates: dict[str, Tensor], rows: Int[Tensor, "#batch #pos"]) -> NodeEdit:
         """The edit that keeps nodes whose gate is 1 and puts ablated values (of these rows) in place of the others."""
 
         def edit(name: str, values: Values) -> Values:

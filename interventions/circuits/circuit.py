@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bridges.run_folder import Run, fingerprint
 from interventions.circuits.ablation import Ablation, Calibration
+from interventions.circuits.draw import draw_circuit
 from interventions.circuits.node_model import (
     Edge,
     Kept,
@@ -34,7 +35,7 @@ from interventions.circuits.node_model import (
     node_name,
 )
 from sparse_model.config import SparseConfig
-from sparse_model.io.atomic import write_text
+from sparse_model.io.atomic import replace_file, write_text
 from sparse_model.io.tensors import read_tensors
 
 FOLDER = "circuits"
@@ -140,10 +141,14 @@ class Circuit:
                     yield name, other, "qk"
 
     def plot(self) -> Figure:
-        """The circuit, layers left to right; needs no display."""
-        from interventions.circuits.draw import plot_circuit
-
-        return plot_circuit(self)
+        """The circuit as `interventions.circuits.draw` draws it; needs no display."""
+        controlled = "" if self.controls is not None else ", UNCONTROLLED"
+        title = (
+            f"{self.task}, {self.model} model: {self.n_nodes} nodes, {self.n_edges} edges, "
+            f"task loss {self.loss:.3f}{controlled}"
+        )
+        effects = (self.controls or {}).get("node_effects", {})
+        return draw_circuit(self.to_networkx(links=True), self.shape, title, effects)
 
     def save_graphml(self, path: str | Path, *, links: bool = False) -> None:
         """Write `to_networkx` as GraphML, by way of a temporary name."""
@@ -175,14 +180,9 @@ def save_circuit(folder: Path, circuit: Circuit) -> Path:
     Each file appears in one rename, and the JSON holds the tensors' digest: a kill between the two is seen on loading.
     """
     path, tensors = circuit_paths(folder, circuit.task, circuit.model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tensors.with_name(tensors.name + ".tmp")
-    try:
+    with replace_file(tensors) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in circuit.ablation.values.items()}, temporary)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        temporary.replace(tensors)
-    finally:
-        temporary.unlink(missing_ok=True)
     plain = {n: getattr(circuit, n) for n in ("task", "model", "fingerprint", "tied_qk", "loss", "unpruned_loss")}
     counts = {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges, "nodes": circuit.names}
     rest = {
@@ -224,7 +224,7 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
         raise ValueError(f"{path} is damaged ({error}): {again}") from error
 
 
-def read_nodes(path: str | Path, shape: SparseConfig) -> Kept:
+def read_kept_nodes(path: str | Path, shape: SparseConfig) -> Kept:
     """The nodes of a circuit file as masks for a model of a shape, of whatever run and task the circuit is.
 
     Raises FileNotFoundError without the file; ValueError where it is damaged or has a node that the model has not.

@@ -10,14 +10,15 @@ from torch import Tensor
 from bridges.run_folder import Run, fingerprint
 from interventions.bundle.channels import load_channels
 from interventions.circuits.ablation import Ablation
-from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_nodes
+from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes
 from interventions.circuits.controls import validate
 from interventions.circuits.interchange import channel_nodes
 from interventions.circuits.node_model import Kept, ModelKind, NodeModel, as_nodes, count_edges
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
 from interventions.circuits.settings_search import RANGES, search_config
-from interventions.tasks import TaskBatch, get_task
+from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import get_task
 from sparse_model.data.prepare import prepare_corpus
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,11 @@ def find_circuit(
     start_from: a warm start, the .json file of a circuit whose nodes begin kept, all others deleted.
 
     Raises KeyError for an unknown task, ValueError for one that the model does not solve (see `prune`), and what
-    `read_nodes`, `search_config` and `prepare_corpus` raise.
+    `read_kept_nodes`, `search_config` and `prepare_corpus` raise.
     """
     config, nodes = config or PruneConfig(), _model(run, model)
     pairs = splits(get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx), config)
-    start = read_nodes(start_from, nodes.shape) if start_from else None
+    start = read_kept_nodes(start_from, nodes.shape) if start_from else None
     ablation = reference_ablation(nodes, _held_out(run, progress), config)
     if search:
         key = f"{task} {model} {fingerprint(run)}"

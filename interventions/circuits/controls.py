@@ -153,7 +153,7 @@ class Verdict(NamedTuple):
 
     control: str
     survived: bool
-    found: str
+    measured: str
     limit: str
     """What it had to be."""
 
@@ -206,25 +206,25 @@ def _removed(control: str, loss: float, random: list[float], limit: float) -> Ve
     return Verdict(control, loss > limit, found, f"above {limit:.3f}: every draw, and half of ln 2")
 
 
-def _moved(control: str, found: Interchange) -> Verdict:
-    worst = max(found.random)
+def _moved(control: str, swapped: Interchange) -> Verdict:
+    worst = max(swapped.random)
     return Verdict(
         control,
-        found.share > max(worst, 0.5),
-        f"{found.share:.0%} of the log-odds move with {found.nodes} nodes; with as many others at most {worst:.0%} "
-        f"in {len(found.random)} draws",
+        swapped.share > max(worst, 0.5),
+        f"{swapped.share:.0%} of the log-odds move with {swapped.nodes} nodes; with as many others at most {worst:.0%} "
+        f"in {len(swapped.random)} draws",
         f"above {max(worst, 0.5):.0%}: every draw, and half",
     )
 
 
-def _size(found: Repruned, k: int) -> str:
-    reached = "target not reached" if found.k is None else f"{found.k} nodes, {found.edges} edges"
-    return f"{reached}; {found.loss_at_k:.3f} with the best {k} nodes, {found.whole_loss:.3f} with all"
+def _size(again: Repruned, k: int) -> str:
+    reached = "target not reached" if again.k is None else f"{again.k} nodes, {again.edges} edges"
+    return f"{reached}; {again.loss_at_k:.3f} with the best {k} nodes, {again.whole_loss:.3f} with all"
 
 
 def format_validation(v: Validation) -> str:
     """The table of verdicts, a line each."""
     rows = [("control", "", "found (losses in nats)", "limit")]
-    rows += [(r.control, "survived" if r.survived else "FAILED", r.found, r.limit) for r in verdicts(v)]
+    rows += [(r.control, "survived" if r.survived else "FAILED", r.measured, r.limit) for r in verdicts(v)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

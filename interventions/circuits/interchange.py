@@ -15,7 +15,7 @@ from torch import Tensor
 from bridges.sites import Site
 from interventions.bundle.channels import Channel
 from interventions.circuits.gates import at_answer
-from interventions.circuits.node_model import Edit, Kept, NodeModel, Values, device_of, locations
+from interventions.circuits.node_model import Kept, NodeEdit, NodeModel, Values, device_of, locations
 from interventions.circuits.rivals import random_nodes
 from interventions.tasks.base import TaskBatch, log_odds
 from sparse_model.config import SparseConfig
@@ -55,7 +55,7 @@ def interchange(model: NodeModel, nodes: Kept, batch: TaskBatch, draws: int, *, 
     return Interchange(sum(int(mask.sum()) for mask in nodes.values()), share(nodes), drawn)
 
 
-def _log_odds(model: NodeModel, batch: TaskBatch, edit: Edit) -> Float[Tensor, "pair 2"]:
+def _log_odds(model: NodeModel, batch: TaskBatch, edit: NodeEdit) -> Float[Tensor, "pair 2"]:
     device = device_of(model)
     tokens = batch.tokens[..., : int(batch.last.max()) + 1].flatten(0, 1).to(device)
     logits = model.logits(tokens, edit, batch.last.repeat_interleave(2).to(device)).unflatten(0, (-1, 2))

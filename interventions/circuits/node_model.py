@@ -32,7 +32,7 @@ from sparse_model.model.node_names import Node, parse_node
 from sparse_model.model.transformer import SparseTransformer, check_length
 
 Values = Float[Tensor, "batch pos width"]
-Edit = Callable[[str, Values], Values]
+NodeEdit = Callable[[str, Values], Values]
 """(location's name, its values) -> the values that the model goes on with."""
 ModelKind = Literal["sparse", "dense"]
 Kept = dict[str, Bool[Tensor, " width"]]
@@ -91,7 +91,7 @@ class NodeModel(Protocol):
     def shape(self) -> SparseConfig: ...
 
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], edit: Edit | None = None, last: Int[Tensor, " batch"] | None = None
+        self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]: ...
 
     def matrices(self) -> Iterator[Matrix]: ...
@@ -136,7 +136,7 @@ class SparseNodes:
     shape = property(lambda self: self._model.cfg)
 
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], edit: Edit | None = None, last: Int[Tensor, " batch"] | None = None
+        self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]:
         """Logits with every location's values passed through `edit`; with `last`, of those positions alone."""
         # Heads laid side by side: only q, k and v have a head axis.
@@ -182,7 +182,7 @@ class DenseNodes:
         """Only the sizes mean something here."""
 
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], edit: Edit | None = None, last: Int[Tensor, " batch"] | None = None
+        self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]:
         """As `SparseNodes.logits`. Raises ValueError beyond the context."""
         check_length(tokens.shape[1], self.shape.n_ctx)
@@ -193,7 +193,7 @@ class DenseNodes:
         return self._hf.lm_head(resid)
 
     @contextmanager
-    def _edited(self, edit: Edit | None) -> Iterator[None]:
+    def _edited(self, edit: NodeEdit | None) -> Iterator[None]:
         """Forward hooks that pass every location through `edit`, removed on leaving."""
         handles, blocks = [], self._blocks
         for i, block in enumerate(blocks if edit is not None else ()):
@@ -222,16 +222,16 @@ class DenseNodes:
             yield from _block_matrices(i, *qkv, *(m.weight.detach().T for m in rest))
 
 
-def _edit_hooked(edit: Edit, value: Tensor, hook: nn.Module) -> Tensor:
+def _edit_hooked(edit: NodeEdit, value: Tensor, hook: nn.Module) -> Tensor:
     # q, k and v have a head axis: the heads are laid side by side.
     return edit(str(hook.name), value.flatten(2)).view(value.shape)
 
 
-def _edit_output(edit: Edit, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _edit_output(edit: NodeEdit, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return edit(name, output)
 
 
-def _edit_qkv(edit: Edit, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _edit_qkv(edit: NodeEdit, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     parts = zip("qkv", output.chunk(3, dim=-1), strict=True)
     return torch.cat([edit(f"{name}.hook_{n}", part) for n, part in parts], -1)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from interventions.circuits.node_model import Edit, Kept, Matrix, NodeModel, Values, as_nodes, device_of
+from interventions.circuits.node_model import Kept, Matrix, NodeEdit, NodeModel, Values, as_nodes, device_of
 from interventions.tasks.base import TaskBatch
 from sparse_model.model.transformer import RMSNorm
 
@@ -97,7 +97,7 @@ class FrozenNorms:
         self._norms = [m for m in self.module.modules() if isinstance(m, RMSNorm | nn.LayerNorm)]
 
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], edit: Edit | None = None, last: Int[Tensor, " batch"] | None = None
+        self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]:
         """As `NodeModel.logits`, after a pass without `edit` that the scales are taken from."""
         if edit is None:

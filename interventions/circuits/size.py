@@ -30,7 +30,7 @@ from interventions.circuits.node_model import NodeModel, as_nodes, count_edges
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Ranking, everything, reference_ablation, score, splits
 from interventions.circuits.rivals import redrawn
-from interventions.tasks import Task
+from interventions.tasks.base import Task
 from sparse_model.config import from_json
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ Label = Literal["sparse", "dense"]
 LABELS: tuple[Label, Label] = ("sparse", "dense")
 
 
-class Side(NamedTuple):
+class Contestant(NamedTuple):
     """One of two models to compare."""
 
     label: Label
@@ -63,7 +63,7 @@ class Contest(NamedTuple):
     """A sparse and a dense model with what both are measured on."""
 
     name: str
-    sides: tuple[Side, Side]
+    sides: tuple[Contestant, Contestant]
     """Sparse, dense."""
     tokenizer: PreTrainedTokenizerFast
     n_ctx: int
@@ -78,8 +78,8 @@ def contest_of_run(folder: str | Path) -> Contest:
     return Contest(
         run.folder.name,
         (
-            Side("sparse", as_nodes(run.sparse), run.folder, ce["sparse"]["ce"]),
-            Side("dense", as_nodes(run.dense), run.folder, ce["dense"]["ce"]),
+            Contestant("sparse", as_nodes(run.sparse), run.folder, ce["sparse"]["ce"]),
+            Contestant("dense", as_nodes(run.dense), run.folder, ce["dense"]["ce"]),
         ),
         run.tokenizer,
         run.config.sparse.n_ctx,
@@ -104,7 +104,7 @@ def contest_of_pretrained(sparse: str | Path, dense: str | Path) -> Contest:
     tokenizers = [load_tokenizer(folder / "tokenizer") for folder in folders]
     check_same_tokenizer(tokenizers[0], tokenizers[1], f"{folders[0]}/tokenizer", f"{folders[1]}/tokenizer")
     sides = [
-        Side(
+        Contestant(
             label,
             as_nodes(load_sparse(folder / "sparse").eval()),
             folder,
@@ -166,7 +166,7 @@ class Measured(NamedTuple):
 class Measuring:
     """Measures one side on tasks with one configuration; keeps what the tasks share."""
 
-    def __init__(self, contest: Contest, side: Side, config: PruneConfig, settings: Settings) -> None:
+    def __init__(self, contest: Contest, side: Contestant, config: PruneConfig, settings: Settings) -> None:
         self.contest, self.side, self.config, self.settings = contest, side, config, settings
 
     @cached_property
@@ -221,11 +221,11 @@ class Measuring:
         return Measured(whole, sizes, needed, control)
 
 
-def _plain(found: Measured) -> dict[str, Any]:
-    return found._asdict() | {
-        "sizes": [size._asdict() for size in found.sizes],
-        "necessity": found.necessity and found.necessity._asdict(),
-        "redrawn": found.redrawn and found.redrawn._asdict(),
+def _plain(measured: Measured) -> dict[str, Any]:
+    return measured._asdict() | {
+        "sizes": [size._asdict() for size in measured.sizes],
+        "necessity": measured.necessity and measured.necessity._asdict(),
+        "redrawn": measured.redrawn and measured.redrawn._asdict(),
     }
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from interventions.circuits.size import LABELS, Contest, Label, Measured
+from interventions.figures import save_figure
 
 Sizes = Mapping[str, Mapping[Label, Sequence[Measured]]]
 """By task and model, one measurement per seed."""
@@ -37,14 +38,18 @@ def with_edges(sizes: Sizes, target: float) -> dict[str, Mapping[Label, Sequence
     say nothing about circuits.
     """
 
-    def some(one: Measured) -> bool:
-        size = one.at(target)
+    def has_edges(measured: Measured) -> bool:
+        size = measured.at(target)
         return size is not None and size.edges > 0
 
-    return {task: by for task, by in sizes.items() if all(some(one) for label in LABELS for one in by[label])}
+    return {
+        task: by for task, by in sizes.items() if all(has_edges(measured) for label in LABELS for measured in by[label])
+    }
 
 
-def summary(contest: Contest, sizes: Sizes, target: float, seeds: Sequence[int], left_out: Mapping[str, str]) -> dict:
+def contest_summary(
+    contest: Contest, sizes: Sizes, target: float, seeds: Sequence[int], left_out: Mapping[str, str]
+) -> dict:
     """The figures of one contest as plain numbers: edges by task, their geometric means and the ratio by seed.
 
     Raises ValueError where there is no task to average over.
@@ -85,8 +90,8 @@ def _means(sizes: Sizes, label: Label, target: float, seeds: int) -> list[float]
     return [geometric_mean(edges_at(sizes, label, target, i) or []) for i in range(seeds)]
 
 
-def _figures(one: Measured, target: float) -> dict[str, Any]:
-    size, needed, control = one.at(target), one.necessity, one.redrawn
+def _figures(measured: Measured, target: float) -> dict[str, Any]:
+    size, needed, control = measured.at(target), measured.necessity, measured.redrawn
     assert size is not None
     assert needed is not None
     return {
@@ -99,7 +104,7 @@ def _figures(one: Measured, target: float) -> dict[str, Any]:
     }
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def contest_table(figures: Mapping[str, Any]) -> str:
     """A summary as Markdown; several seeds as median (lowest to highest)."""
     heads = ["task"] + [
         f"{label} {what}" for label in LABELS for what in ("nodes", "edges", "necessary", "redrawn edges")
@@ -195,11 +200,7 @@ def plot(figures: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     left.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _dots(axes: Axes, figures: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> None:

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from bridges.dense import load_gpt2
 from interventions.circuits.gates import at_answer
 from interventions.circuits.node_model import NodeModel, as_nodes, device_of
-from interventions.tasks import answer_probabilities, get_task, list_tasks, pair_accuracy, task_loss
-from interventions.tasks.base import TaskBatch
+from interventions.tasks.base import TaskBatch, answer_probabilities, pair_accuracy, task_loss
+from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.model.checkpoint import load_sparse
 

@@ -24,8 +24,8 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from bridges.evaluation import table
+    from bridges.evaluation import evaluation_table
     from bridges.pipeline import evaluate_run
     from bridges.run_folder import open_run
 
-    print(table(evaluate_run(open_run(options.run), tokens=options.tokens)))
+    print(evaluation_table(evaluate_run(open_run(options.run), tokens=options.tokens)))

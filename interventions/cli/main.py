@@ -8,10 +8,10 @@ import ast
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 
 from interventions.cli.options import report_errors
+from sparse_model.version import __version__
 
 COMMANDS = (
     "train-bridge",
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command in ("-h", "--help"):
             print(overview())
         elif command == "--version":
-            print(f"sparse-bridges {version('sparse-bridges')}")
+            print(f"sparse-bridges {__version__}")
         elif command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}: use one of {', '.join(COMMANDS)}")
         else:

@@ -16,6 +16,7 @@ import tyro
 
 from interventions.tasks.names import TASK_NAMES
 from sparse_model.config import InvalidOption, TrainConfig
+from sparse_model.training.interrupts import Interrupted
 
 TASK_LIST = ", ".join(TASK_NAMES)
 """For the help of --task."""
@@ -104,7 +105,7 @@ def parse_run(
 
 
 def _flags(options: type, prefix: str = "") -> dict[str, str]:
-    """By a field's name, alone and behind its groups', the flag. Of two alike the outer or first one has the name."""
+    """By a field's name, alone and behind its groups', the flag. What two have in common means the outer or first."""
     hints = get_type_hints(options)
     flags: dict[str, str] = {}
     groups = []
@@ -112,7 +113,8 @@ def _flags(options: type, prefix: str = "") -> dict[str, str]:
         if dataclasses.is_dataclass(hints[field.name]):
             groups.append(field.name)
             continue
-        flags[field.name] = flags[prefix + field.name] = f"--{prefix}{field.name}".replace("_", "-")
+        parts = [*prefix.split(".")[:-1], field.name]
+        flags |= {".".join(parts[i:]): f"--{prefix}{field.name}".replace("_", "-") for i in range(len(parts))}
     for name in groups:
         outer = "" if name in ("config", "experiment") else f"{prefix}{name}."  # those whose options have no prefix
         flags = _flags(hints[name], outer) | flags
@@ -176,8 +178,6 @@ def report_errors() -> Iterator[None]:
 
 
 def _mistakes() -> tuple[type[BaseException], ...]:
-    # Imported only once something has gone wrong: the trainer takes seconds.
-    from sparse_model.training.interrupts import Interrupted
-    from sparse_model.training.trainer import TrainingDiverged
-
-    return ValueError, LookupError, OSError, TrainingDiverged, Interrupted
+    trainer: Any = sys.modules.get("sparse_model.training.trainer")  # importing it takes seconds
+    diverged = (trainer.TrainingDiverged,) if trainer else ()
+    return ValueError, LookupError, OSError, Interrupted, *diverged

@@ -23,6 +23,6 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from interventions.report import write_report
+    from interventions.report.page import write_report
 
     print(f"report: {write_report(Path(options.run))}")

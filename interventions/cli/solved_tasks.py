@@ -8,7 +8,7 @@ Example:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Options:
     """Which of the twenty tasks the dense and the sparse model of each run solve."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders."""
     pairs: int = 128
     """Evaluation pairs of each task."""
@@ -46,7 +46,7 @@ def main(options: Options) -> None:
     from interventions.circuits.task_scores import solved_tasks
 
     scores = {}
-    for folder in tqdm(options.runs, unit="run", leave=False):
+    for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
         found = scores[folder] = solved_tasks(folder, pairs=options.pairs, seed=options.seed)
         update_metrics(
             Path(folder),

@@ -18,7 +18,7 @@ of    them), and of those the one that carries most of the whole read's effect i
    nearly every prompt.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,8 +36,9 @@ from interventions.finding.by_patching import (
     named_channel,
     site_effects,
 )
-from interventions.steering.edits import Columns, mean_norm
-from interventions.steering.strengths import LADDER, NEARLY, Dose, Dosing, choose_dose
+from interventions.steering.edits import mean_norm
+from interventions.steering.search import SEARCH_DRAWS
+from interventions.steering.strengths import NEARLY, Dose, Dosing
 from interventions.tasks.base import TaskBatch
 
 WEAK = 0.5
@@ -49,7 +50,6 @@ ENOUGH = 0.95
 _BEAM = 4
 _DOSED = 8  # candidates of a site that get a dose
 _NORMS = (0.4, 0.6, 0.8, 1.0)  # at which sets are compared, in units of the norm of one channel's dose
-_DRAWS = 25  # random directions of a dose while sets are compared, the same for all
 
 
 class Dosed(NamedTuple):
@@ -104,7 +104,7 @@ class SteeringSite:
         whole = self.patch.whole or 1.0
         found = [
             Dosed(self.site, one, dose, self.patch.effect(one) / whole)
-            for one, dose in zip(sets, self.dosing.doses(sets, _DRAWS), strict=True)
+            for one, dose in zip(sets, self.dosing.doses(sets, SEARCH_DRAWS), strict=True)
         ]
         return sorted(found, key=lambda one: -one.dose.p)
 
@@ -159,26 +159,3 @@ def channel_by_steering(
         site_whole_effect_nats={str(i): round(at.patch.whole, 4) for i, at in searched.items()},
         site_single_p={str(i): round(found[0].dose.p, 4) for i, found in alone.items()},
     )
-
-
-@torch.no_grad()
-def searched_again(
-    run: Run, candidates: Sequence[int], site: int, selection: TaskBatch, evaluation: TaskBatch, maps: Iterable[Columns]
-) -> list[float]:
-    """What the search for one channel would have found through other decoders: P on evaluation prompts, by decoder.
-
-    As `channel_by_steering` does it at one site: every candidate at its own quiet strength on selection prompts, with
-    the norm of its true edit at every token; the one with the largest effect is steered with on evaluation prompts, at
-    the largest strength that is quiet there and not above 1 or the one chosen.
-    """
-    choosing, steering = Dosing(run, selection, site), Dosing(run, evaluation, site)
-    alone = [[c] for c in candidates]
-    quiet, measured = choosing.quiet(alone, _DRAWS), steering.quiet(alone, _DRAWS)
-    found = []
-    for columns in maps:
-        effects = choosing.effects(alone, columns).T.tolist()
-        doses = [choose_dose(p, p95, choosing.base) for p, p95 in zip(effects, quiet, strict=True)]
-        best = max(range(len(doses)), key=lambda i: doses[i].p)
-        allowed = [s for s in LADDER[: len(measured[best])] if s <= max(1.0, doses[best].strength)]
-        found.append(float(steering.effects([alone[best]], columns, allowed[-1:] or [0.0])[0, 0]))
-    return found

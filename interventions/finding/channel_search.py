@@ -10,7 +10,7 @@ from interventions.finding.by_circuit import channel_by_circuit
 from interventions.finding.by_patching import channel_by_patching
 from interventions.finding.by_steering import WEAK, channel_by_steering
 from interventions.steering.strengths import with_doses
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from interventions.editing.intervene import intervene
 from interventions.report.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.report.generations import Continuation, continuations
 from interventions.report.texts import HeldOut, Text, heads, inline, prompts, task_of, visible
-from interventions.tasks.base import TaskBatch
+from interventions.tasks.base import TaskBatch, since_difference
 
 LENS_TOKENS = 8
 """Tokens at either end of the logit lens."""
@@ -153,9 +153,7 @@ def shade(value: float, largest: float) -> int:
 
 def _histogram(run: Run, channel: Channel, batch: TaskBatch, number: int) -> Chart:
     """Activations of both classes, from the first token in which a pair's members differ to the last."""
-    pos = torch.arange(batch.tokens.shape[-1])
-    since = (batch.tokens[:, 0] != batch.tokens[:, 1]).cumsum(1) > 0
-    mask = since & (pos <= batch.last[:, None])
+    mask = since_difference(batch.tokens[:, 0], batch.tokens[:, 1], batch.last)
     device = next(run.sparse.parameters()).device
     values = []
     for member in (0, 1):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from interventions.steering.plot import DEPTH, GREY
+from interventions.figures import DEPTH, GREY
 
 BLUE, ORANGE, INK = "#3d7cc9", "#cf7a24", "ink"
 """`ink` is the page's text colour."""

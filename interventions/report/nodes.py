@@ -11,7 +11,7 @@ from torch import Tensor
 from interventions.circuits.circuit import Circuit
 from interventions.circuits.node_model import NodeModel, Values, device_of, find_node
 from interventions.report.charts import finite, numbers
-from interventions.tasks.base import TaskBatch
+from interventions.tasks.base import TaskBatch, since_difference
 from sparse_model.model.node_names import parse_node
 from sparse_model.model.transformer import SparseTransformer
 
@@ -118,10 +118,8 @@ def summary(values: Float[Tensor, "row pos"]) -> dict[str, float | None]:
 
 def member_means(values: Float[Tensor, "pair 2 pos"], batch: TaskBatch) -> dict[str, list[float | None]]:
     """Means per member of a task's pairs: at the last prompt token, and from the first differing token up to it."""
-    pos = torch.arange(batch.tokens.shape[-1])
-    inside = pos <= batch.last[:, None]
-    since = ((batch.tokens[:, 0] != batch.tokens[:, 1]).cumsum(1) > 0) & inside
-    last = pos == batch.last[:, None]
+    since = since_difference(batch.tokens[:, 0], batch.tokens[:, 1], batch.last)
+    last = torch.arange(batch.tokens.shape[-1]) == batch.last[:, None]
     return {
         name: numbers([float(values[:, member][mask].mean()) for member in (0, 1)], 3)
         for name, mask in (("last", last), ("since", since))

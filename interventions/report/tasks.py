@@ -4,7 +4,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from interventions.circuits.task_scores import TaskScore
-from interventions.tasks import TASKS
+from interventions.tasks.catalogue import TASKS
 
 FAR = 0.05
 """Difference of two models' losses, nats, from which the sizes of their circuits do not compare."""
@@ -29,7 +29,7 @@ class TaskRow(NamedTuple):
 
 
 def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
-    """What sparse-bridges solved-tasks and scripts/studies/circuit_size.py found, in the paper's order; none without either."""
+    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order; none without either."""
     scored, sizes = metrics.get("tasks", {}), metrics.get("circuit_size", {})
     measured, left_out = sizes.get("tasks", {}), sizes.get("left_out", {})
     rows = []

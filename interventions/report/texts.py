@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bridges.run_folder import Run
-from interventions.tasks import get_task
 from interventions.tasks.base import Task, TaskBatch
+from interventions.tasks.catalogue import get_task
 from sparse_model.data.corpus import iter_documents
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.prepare import corpus_config

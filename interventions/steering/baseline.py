@@ -5,7 +5,8 @@ from torch import nn
 
 from interventions.bundle.bundle import get_bundle
 from interventions.steering.experiment import Experiment, resolved
-from interventions.tasks import answer_probabilities, get_task, pair_accuracy
+from interventions.tasks.base import answer_probabilities, pair_accuracy
+from interventions.tasks.catalogue import get_task
 
 
 @torch.no_grad()

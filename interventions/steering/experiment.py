@@ -8,7 +8,7 @@ from interventions.bundle.bundle import Bundle
 from interventions.bundle.channels import Channel, resolve
 from interventions.editing.hooks import Where
 from interventions.steering.strengths import LADDER
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 from sparse_model.config import check_choices, from_dict, require
 
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(11))

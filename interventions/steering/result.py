@@ -1,11 +1,13 @@
-"""What a steering experiment found: curves by name, and the strengths at which tables read them."""
+"""What a steering experiment found: curves by name, the strengths at which tables read them, and a figure."""
 
 # ruff: noqa: RUF012 (a NamedTuple has no default factories; nobody changes its defaults)
 
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from interventions.figures import DEPTH, GREY
 from interventions.steering.strengths import quiet_count
 
 Curve = list[float]
@@ -71,8 +73,6 @@ class Steering(NamedTuple):
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
-        from interventions.circuits.draw import plot_strengths
-
         return plot_strengths(self)
 
 
@@ -144,3 +144,39 @@ def strength_of(result: Steering, name: str, strength: int | float | None = None
 def value_at(result: Steering, name: str, strength: int | float | None = None) -> float:
     """P(counterfactual answer) on one of the `named_curves`."""
     return named_curves(result)[name][at_strength(result, strength_of(result, name, strength))]
+
+
+def draw_steering(axes: Axes, result: Steering, ink: str = "black") -> None:
+    """Strength curves of one task with their controls; `ink` is the colour of those that need no sparse model."""
+    strength, curves = result.strength, named_curves(result)
+    for at, (n, curve) in enumerate(sorted(result.channels.items(), key=lambda entry: int(entry[0]))):
+        colour = DEPTH(at / max(1, len(result.channels) - 1))
+        axes.plot(strength, curve, color=colour, marker="o", ms=3, label=set_name(n))
+        if n in result.channels_low:
+            axes.fill_between(strength, result.channels_low[n], result.channels_high[n], color=colour, alpha=0.15, lw=0)
+        if n == result.reference:
+            axes.plot(strength, result.ridge[n], color=colour, ls="--", label=f"ridge regression, {set_name(n)}")
+    if result.exact_patch:
+        axes.plot(strength, result.exact_patch, color=ink, lw=1, label="exact patch (dense)")
+    axes.plot(strength, result.difference_of_means, color=ink, ls="--", label="difference of means (dense)")
+    band = f"{result.random_draws} random directions, 5–95 %"
+    axes.fill_between(
+        strength, result.random_p05, result.random_p95, color=GREY, alpha=0.3, lw=0, label=band, gid="random-band"
+    )
+    axes.plot(strength, result.random_mean, color=GREY, label="random directions, mean")
+    for name, style in (("random channels", ":"), ("shuffled decoder", "--"), ("untrained bridge", "-.")):
+        name = f"{name}, 95th percentile"
+        if name in curves:
+            axes.plot(strength, curves[name], color=GREY, ls=style, label=name)
+    axes.set(xlabel="steering strength (1: fully patched)", ylabel="mean P(counterfactual answer)", ylim=(-0.02, 1.02))
+
+
+def plot_strengths(result: Steering) -> Figure:
+    """One task's steering: P(counterfactual answer) against strength, with the controls."""
+    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    draw_steering(axes, result)
+    axes.grid(alpha=0.25)
+    axes.set_title(f"{result.task}: site {result.site}, where={result.where}, {result.prompts} prompts", fontsize=10)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure

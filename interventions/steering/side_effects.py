@@ -21,8 +21,8 @@ from interventions.circuits.task_scores import SOLVED
 from interventions.editing.intervene import intervene_vector
 from interventions.steering.experiment import Experiment
 from interventions.steering.steered_prompts import Prompts, Vectors, logits_at
-from interventions.tasks import get_task, list_tasks, pair_accuracy
-from interventions.tasks.base import TaskBatch
+from interventions.tasks.base import TaskBatch, pair_accuracy
+from interventions.tasks.catalogue import get_task, list_tasks
 
 Vector = Float[Tensor, " d_dense"]
 _TOKENS = 2048  # of a pass

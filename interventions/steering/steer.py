@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import resolve
 from interventions.editing.hooks import Where
-from interventions.finding.by_steering import searched_again
 from interventions.steering import edits as steering_edits
 from interventions.steering.experiment import Experiment, chosen_strengths, default_strengths, resolved
 from interventions.steering.result import Curve, Steering, quiet_strength
+from interventions.steering.search import searched_again
 from interventions.steering.side_effects import Bystanders, fixed_vector, mean_effects
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors, plain_model, prompts_of
 from interventions.steering.strengths import Dosing
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 from sparse_model.data.prepare import prepare_corpus
 
 _SIDE_DRAWS = 5

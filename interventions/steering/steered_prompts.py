@@ -20,7 +20,7 @@ from interventions.bundle.bundle import Bundle, check_raw, get_bundle
 from interventions.bundle.passes import Calls
 from interventions.editing.hooks import Where
 from interventions.editing.intervene import intervene_vector
-from interventions.tasks.base import TaskBatch
+from interventions.tasks.base import TaskBatch, since_difference
 
 Vectors = Float[Tensor, "prompt pos d_dense"]
 """The change of the dense stream at every token of the prompts: one edit at full strength."""
@@ -46,8 +46,7 @@ class Prompts(NamedTuple):
     @property
     def open(self) -> Bool[Tensor, "prompt pos"]:
         """The tokens from the first that differs to the last: those where an edit can be anything but zero."""
-        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return (self.differ.cumsum(1) > 0) & (columns <= self.last[:, None])
+        return since_difference(self.tokens, self.counterfactual, self.last)
 
 
 def prompts_of(batch: TaskBatch) -> Prompts:

@@ -15,15 +15,15 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerFast
 
 from sparse_model.data.generated_python import Pattern, indented
 
-Split = Literal["train", "selection", "evaluation"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+PromptSplit = Literal["train", "selection", "evaluation"]
+PROMPT_SPLITS: tuple[PromptSplit, ...] = get_args(PromptSplit)
 Strings = tuple[str, str]
 
 DEFAULT_MAX_TOKENS = 64
@@ -31,7 +31,7 @@ _ATTEMPTS = 64
 _FIELD_SEPARATOR = "\0"
 
 # What precedes a task's own lines. Evaluation leads put a plain call next to a sum, which no document does.
-LEADS: Mapping[Split, tuple[str, ...]] = {
+LEADS: Mapping[PromptSplit, tuple[str, ...]] = {
     "train": ("$s8", "$n8 = $s8"),
     "selection": ("$s8\n$n8 = $s9", "$n8 = $s8\n$v8($n8)"),
     "evaluation": ("$v8($n8)\n$n9 = $n8 + $n7", "$n9 = $n8 + $n7\n$v8($n9)"),
@@ -77,7 +77,7 @@ class TaskBatch(NamedTuple):
         return TaskBatch(self.tokens.to(device), self.answers.to(device), self.last.to(device), self.prompts)
 
 
-def with_leads(*templates: Template) -> dict[Split, tuple[Template, ...]]:
+def with_leads(*templates: Template) -> dict[PromptSplit, tuple[Template, ...]]:
     """Each template once per lead of each split; the lead replaces the line `@`, indented as that line is."""
     return {
         split: tuple(_lead_in(template, lead) for template in templates for lead in leads)
@@ -116,7 +116,7 @@ class TaskSpec:
     """Name to propose for a channel that carries the feature."""
     description: str
     """One sentence: what the model must decide between, and from what."""
-    templates: Mapping[Split, tuple[Template, ...]]
+    templates: Mapping[PromptSplit, tuple[Template, ...]]
     """No template occurs in two splits."""
 
     def make(self, rng: random.Random, template: Template) -> PromptPair:
@@ -150,7 +150,7 @@ class Task:
     def description(self) -> str:
         return self.spec.description
 
-    def sample(self, n_pairs: int, *, split: Split, seed: int) -> TaskBatch:
+    def sample(self, n_pairs: int, *, split: PromptSplit, seed: int) -> TaskBatch:
         """`n_pairs` pairs from the templates of `split`; the same arguments give the same batch.
 
         Fillings that are too long, unaligned, or whose answers are not single tokens are drawn again.
@@ -235,6 +235,14 @@ class Task:
     def _tokenizer_name(self) -> str:
         name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
         return f"{name!r} ({len(self.tokenizer)} tokens)"
+
+
+def since_difference(
+    first: Int[Tensor, "prompt pos"], second: Int[Tensor, "prompt pos"], last: Int[Tensor, " prompt"]
+) -> Bool[Tensor, "prompt pos"]:
+    """Mask of the tokens from the first in which two prompts differ to the last of the prompt."""
+    pos = torch.arange(first.shape[1], device=first.device)
+    return ((first != second).cumsum(1) > 0) & (pos <= last[:, None])
 
 
 def _right_and_wrong(

@@ -19,7 +19,7 @@ import tyro
 from interventions.cli.options import report_errors
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import projection_mask
-from sparse_model.sparsity.sparse_linear import multiply, pack
+from sparse_model.sparsity.sparse_linear import multiply, pack_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +87,10 @@ def main(options: Options) -> None:
     }
     if options.device == "cpu":
         sparse = torch.where(projection_mask(weight, k), weight, 0)
-        packed, inputs = pack(sparse), x[:1024].float()
+        packed, inputs = pack_matrix(sparse), x[:1024].float()
         assert packed is not None
         rows["1024 x 512 times that matrix"] = (lambda: inputs @ sparse.T, lambda: multiply(inputs, packed[0]))
-        rows["the same with packing it"] = (lambda: inputs @ sparse.T, lambda: multiply(inputs, pack(sparse)[0]))  # type: ignore[index]
+        rows["the same with packing it"] = (lambda: inputs @ sparse.T, lambda: multiply(inputs, pack_matrix(sparse)[0]))  # type: ignore[index]
     times = {name: [milliseconds(call, options) for call in calls] for name, calls in rows.items()}
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
     if options.json:

@@ -1,8 +1,8 @@
 """Count the edges that sparse and dense models of about equal loss need for the tasks that both solve.
 
 RUN names a finished run, whose sparse model is compared with its dense GPT-2. --sparse-runs and --dense-runs compare
-models of sparse-bridges train-sparse pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes
-on where it stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
+models of sparse-bridges train-sparse pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it
+goes on where it stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
 
 Examples:
     python scripts/studies/circuit_size.py runs/demo --seeds 0 1 2
@@ -28,10 +28,10 @@ from interventions.circuits.size import (
     contest_of_pretrained,
     contest_of_run,
 )
-from interventions.circuits.size_table import overview, plot, summary, table
+from interventions.circuits.size_table import contest_summary, contest_table, overview, plot
 from interventions.circuits.task_scores import SOLVED, score_tasks
 from interventions.cli.options import report_errors
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 from sparse_model.config import require
 
 
@@ -106,7 +106,7 @@ def measure(contest: Contest, options: Options) -> dict:
             if missed:
                 left_out[name] = f"the whole {label} model has a task loss of {max(missed):.3f} on selection prompts"
                 sizes.pop(name, None)
-    return summary(contest, sizes, options.config.target_loss, options.seeds, left_out)
+    return contest_summary(contest, sizes, options.config.target_loss, options.seeds, left_out)
 
 
 def main(options: Options) -> None:
@@ -117,7 +117,7 @@ def main(options: Options) -> None:
         folder, found = contest.sides[0].folder, measure(contest, options)
         figures[str(folder)] = found
         update_metrics(folder, circuit_size=found)
-        print(f"{contest.name}\n{table(found)}\nkept in {folder / 'metrics.json'}\n")
+        print(f"{contest.name}\n{contest_table(found)}\nkept in {folder / 'metrics.json'}\n")
     if len(figures) > 1:
         print(f"{overview(figures)}\n")
     path = Path(options.plot) if options.plot else Path(next(iter(figures))) / "circuit_size.png"

@@ -112,9 +112,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     dense = out / "dense" / "dense"
     if not (dense / "config.json").exists():
-        call(
-            "train_dense.py", "demo", "--sparse.n-layers", str(options.layers), "--run", str(out / "dense"), "--resume"
-        )
+        call("train-dense", "demo", "--sparse.n-layers", str(options.layers), "--run", str(out / "dense"), "--resume")
     path = out / "steps.json"
     if not path.exists():
         base = PRESETS["demo"][1]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from summary import read_steering, steering_figures
 
 from interventions.cli.options import report_errors
-from interventions.steering.plot import DEPTH, GREY, save_figure
+from interventions.figures import DEPTH, GREY, save_figure
 from interventions.steering.result import Steering, at_strength, set_name, strength_of, value_at
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from datasets import load_dataset
 
 from sparse_model.data.text_files import FileSource, SourceReport, Split, stable_fraction, text_of_row
+from sparse_model.io.local import local_path
 
 
 class WeightedSource(NamedTuple):
@@ -87,10 +88,10 @@ def open_source(name: str, *, val_fraction: float, seed: int, text_field: str | 
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         return FileSource(name, root, val_fraction, seed, None, stdlib=True)
-    path = Path(name).expanduser()
-    if path.exists():
+    path = local_path(name)
+    if path is not None and path.exists():
         return FileSource(name, path, val_fraction, seed, text_field)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix[1:2].isalpha():
+    if path is not None or Path(name).suffix[1:2].isalpha():  # "notes.txt" is a file that is not there
         raise FileNotFoundError(
             f"corpus path {name!r} does not exist (working folder: {Path.cwd()}); give an existing file or"
             " folder, 'generated', 'stdlib', or the name of a data set on the hub"

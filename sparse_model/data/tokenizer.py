@@ -19,6 +19,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sparse_model.io.local import local_path
+
 QUOTE_TOKENS = ('("', "('", '")', "')")
 EOT = "<|endoftext|>"
 
@@ -147,9 +149,8 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
         ValueError: a tokenizer without a fast (Rust) form.
     """
     name = str(name_or_folder)
-    folder = Path(name).expanduser()
-    looks_local = isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local or folder.exists():
+    folder = local_path(name_or_folder)
+    if folder is not None:
         if not (folder / "tokenizer.json").is_file():
             missing = "has no tokenizer.json" if folder.is_dir() else "is not a folder"
             raise FileNotFoundError(

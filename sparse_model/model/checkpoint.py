@@ -1,50 +1,16 @@
-"""Saving and loading weights: safetensors only, sparse matrices as their nonzeros, nothing half-written.
+"""Saving and loading a model folder in one call; `sparse_model.model.weight_files` says what is in it."""
 
-A parameter with few nonzeros is stored as `NAME.values` and `NAME.indices` (flat, int32 or int64), so that a model
-folder is about as large as its L0; others are stored whole. Loading restores every weight bit for bit.
-"""
-
-import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
-from sparse_model.config import SparseConfig, from_json, to_json
-from sparse_model.io.atomic import recover_folder, replace_folder, write_text
-from sparse_model.io.tensors import load_checked, read_tensors
+from sparse_model.io.atomic import replace_folder
 from sparse_model.model.transformer import SparseTransformer
-
-WEIGHTS, MEASURED = "model.safetensors", "measured.json"
+from sparse_model.model.weight_files import read_model, write_files
 
 
 def save_sparse(model: SparseTransformer, folder: Path, *, compress: bool = True) -> None:
     """Write a model folder in one rename; `compress=False` stores every tensor whole."""
     with replace_folder(folder) as temporary:
-        write_model(model, temporary, compress=compress)
-
-
-def write_model(model: SparseTransformer, folder: Path, *, compress: bool = True) -> None:
-    """Write model.safetensors, config.json, and measured.json where there are figures, each in one rename."""
-    state = model.state_dict()
-    if model.cfg.tied:
-        del state["unembedding.weight"]
-    temporary = folder / f"{WEIGHTS}.tmp"
-    try:
-        save_file(pack(state) if compress else _contiguous(state), temporary)
-        temporary.replace(folder / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
-    (folder / MEASURED).unlink(missing_ok=True)
-    if model.measured:
-        write_measured(model, folder)
-    to_json(model.cfg, folder / "config.json")
-
-
-def write_measured(model: SparseTransformer, folder: Path) -> None:
-    """Write the figures measured on a model that is already in its folder."""
-    write_text(folder / MEASURED, json.dumps(model.measured, indent=1) + "\n")
+        write_files(temporary, model.cfg, model.state_dict(), model.measured, compress=compress)
 
 
 def load_sparse(folder: Path) -> SparseTransformer:
@@ -53,55 +19,4 @@ def load_sparse(folder: Path) -> SparseTransformer:
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged or truncated one or for tensors
     that do not fit the config, naming the file and the tensor.
     """
-    recover_folder(folder)
-    cfg = from_json(SparseConfig, folder / "config.json")
-    model = SparseTransformer(cfg)
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    state = unpack(read_tensors(folder / WEIGHTS), shapes, folder / WEIGHTS)
-    if cfg.tied and "token_embed.weight" in state:
-        state["unembedding.weight"] = state["token_embed.weight"]
-    load_checked(model, state, folder / WEIGHTS)
-    if (folder / MEASURED).exists():
-        model.measured = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
-    return model
-
-
-def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each tensor that is smaller as nonzeros by its values and flat indices."""
-    packed = {}
-    for name, t in _contiguous(state).items():
-        # Compared as bits: -0.0 is a value that must come back.
-        flat = t.reshape(-1)
-        kept = ((flat != 0) | flat.signbit()).nonzero().squeeze(1)
-        index_type = torch.int32 if flat.numel() < 2**31 else torch.int64
-        index_bytes = torch.empty(0, dtype=index_type).element_size()
-        if kept.numel() * (flat.element_size() + index_bytes) < flat.numel() * flat.element_size():
-            packed[f"{name}.values"], packed[f"{name}.indices"] = flat[kept], kept.to(index_type)
-        else:
-            packed[name] = t
-    return packed
-
-
-def unpack(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: Path) -> dict[str, Tensor]:
-    """Invert `pack`. A packed tensor of unknown name or with indices out of range is a ValueError."""
-    state = {}
-    for name, t in tensors.items():
-        base = name.removesuffix(".values")
-        if name.endswith(".indices") and name.removesuffix(".indices") + ".values" in tensors:
-            continue
-        if base == name or f"{base}.indices" not in tensors:
-            state[name] = t
-            continue
-        indices = tensors[f"{base}.indices"].long()
-        if base not in shapes:
-            raise ValueError(f"{source}: unknown tensor {base}")
-        full = torch.zeros(shapes[base].numel(), dtype=t.dtype)
-        if indices.shape != t.shape or (len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(full)):
-            raise ValueError(f"{source}: the indices of {base} do not fit its shape {tuple(shapes[base])}")
-        full[indices] = t
-        state[base] = full.view(shapes[base])
-    return state
-
-
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    return read_model(SparseTransformer, folder)

@@ -1,12 +1,16 @@
 """Model folders as people know them: `save_pretrained`, `from_pretrained`, `push_to_hub`, and a model card.
 
-A folder holds what `sparse_model.model.checkpoint` writes and a README.md made from `model_card.md.jinja`.
+A folder holds what `sparse_model.model.weight_files` writes and a README.md made from `model_card.md.jinja`.
 """
 
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+
+from sparse_model.config import SparseConfig
+from sparse_model.io.local import local_path
+from sparse_model.model.weight_files import read_model, write_files
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
 
@@ -23,6 +27,7 @@ class HubModel(
 ):
     """What makes `SparseTransformer` a model of the Hugging Face hub."""
 
+    cfg: SparseConfig
     measured: dict[str, Any]
     """Figures measured on this model, by name; they travel with it and stand in its card."""
 
@@ -37,9 +42,8 @@ class HubModel(
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from sparse_model.model.checkpoint import write_model
-
-        write_model(self, save_directory, compress=getattr(self, "_compress", True))  # type: ignore[arg-type]
+        state = self.state_dict()  # type: ignore[attr-defined]
+        write_files(save_directory, self.cfg, state, self.measured, compress=getattr(self, "_compress", True))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -49,11 +53,10 @@ class HubModel(
         be asked for, ValueError for a damaged or truncated file or for tensors that do not fit the config.
         """
         name = str(pretrained_model_name_or_path)
-        folder = Path(name).expanduser()
-        looks_local = not isinstance(pretrained_model_name_or_path, str) or name.startswith((".", "/", "~"))
-        if not folder.is_dir() and (looks_local or name.count("/") > 1):
+        folder = local_path(pretrained_model_name_or_path)
+        if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{name} is not a folder: give one of save_pretrained() or a name on the hub")
-        if not folder.is_dir():
+        if folder is None:
             options = {k: kwargs.pop(k) for k in _DOWNLOAD if k in kwargs}
             try:
                 folder = Path(snapshot_download(name, **options))
@@ -66,9 +69,8 @@ class HubModel(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **kwargs: Any) -> Any:
-        from sparse_model.model.checkpoint import load_sparse  # which imports the model
-
-        return load_sparse(Path(model_id)).to(map_location).eval()
+        build: Any = cls  # the model that mixes this class in
+        return read_model(build, Path(model_id)).to(map_location).eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card: what the model is, how sparse, what was measured, how to load it, and where the method is from."""
@@ -77,7 +79,7 @@ class HubModel(
             card_data=self._hub_mixin_info.model_card_data,
             template_str=self._hub_mixin_info.model_card_template,
             **{
-                "cfg": self.cfg,  # type: ignore[attr-defined]
+                "cfg": self.cfg,
                 "nonzeros": sum(int(p.tensor.count_nonzero()) for p in counts),
                 "entries": sum(p.tensor.numel() for p in counts),
                 "measured": self.measured,

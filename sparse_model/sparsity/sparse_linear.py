@@ -22,17 +22,17 @@ from torch.nn.functional import linear
 
 from sparse_model.sparsity.topk import in_row_chunks
 
-MOST = 1 / 16
+LARGEST_SHARE = 1 / 16
 """Largest share of nonzeros at which skipping the others pays."""
 
-LEAST = 1 << 18
+SMALLEST_SIZE = 1 << 18
 """Smallest number of entries at which it does: below, packing and calling cost as much as the product."""
 
 _TILE = 128
 """Tokens that go through a matrix together: their inputs stay in the cache, and vector units are kept busy."""
 
 
-class Packed(NamedTuple):
+class PackedMatrix(NamedTuple):
     """The nonzeros of a matrix, row by row."""
 
     starts: Int[Tensor, " rows_and_end"]
@@ -44,7 +44,7 @@ class Packed(NamedTuple):
 class SparseLinear(nn.Linear):
     """A linear layer that skips the zeros of its weight inside `sparse_products`."""
 
-    packed: tuple[Packed, Packed] | None = None
+    packed: tuple[PackedMatrix, PackedMatrix] | None = None
     """The weight and its transpose."""
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
@@ -56,7 +56,7 @@ class SparseLinear(nn.Linear):
 
 
 @contextmanager
-def sparse_products(model: nn.Module, *, most: float = MOST, least: int = LEAST) -> Iterator[None]:
+def sparse_products(model: nn.Module, *, most: float = LARGEST_SHARE, least: int = SMALLEST_SIZE) -> Iterator[None]:
     """Let `SparseLinear` layers skip the zeros of weights of at least `least` entries, at most a share `most` nonzero.
 
     The weights must stay as they are until the context is left. Inside another such context it does nothing.
@@ -65,7 +65,7 @@ def sparse_products(model: nn.Module, *, most: float = MOST, least: int = LEAST)
     try:
         for layer in model.modules():
             if isinstance(layer, SparseLinear) and layer.packed is None and _suits(layer.weight, least):
-                layer.packed = pack(layer.weight.detach(), most)
+                layer.packed = pack_matrix(layer.weight.detach(), most)
                 entered.append(layer)
         yield
     finally:
@@ -77,7 +77,7 @@ def _suits(weight: Tensor, least: int) -> bool:
     return weight.numel() >= least and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
 
 
-def pack(weight: Float[Tensor, "out width"], most: float = 1.0) -> tuple[Packed, Packed] | None:
+def pack_matrix(weight: Float[Tensor, "out width"], most: float = 1.0) -> tuple[PackedMatrix, PackedMatrix] | None:
     """The nonzeros of a matrix and of its transpose; None where they are more than a share `most` of it."""
     w = weight.contiguous().numpy()
     most_nonzeros = int(most * w.size)
@@ -90,10 +90,10 @@ def pack(weight: Float[Tensor, "out width"], most: float = 1.0) -> tuple[Packed,
     by_row, by_column = np.empty(count, w.dtype), np.empty(count, w.dtype)
     _fill(w, starts, columns, by_row, in_column.copy(), rows, by_column)
     parts = [torch.from_numpy(x) for x in (starts, columns, by_row, in_column, rows, by_column)]
-    return Packed(*parts[:3]), Packed(*parts[3:])
+    return PackedMatrix(*parts[:3]), PackedMatrix(*parts[3:])
 
 
-def multiply(x: Float[Tensor, "token width"], matrix: Packed) -> Float[Tensor, "token out"]:
+def multiply(x: Float[Tensor, "token width"], matrix: PackedMatrix) -> Float[Tensor, "token out"]:
     """x times the transpose of a packed matrix [out, width]."""
     x = x.contiguous()
     out = torch.empty(len(x), len(matrix.starts) - 1, dtype=x.dtype)
@@ -106,7 +106,9 @@ def multiply(x: Float[Tensor, "token width"], matrix: Packed) -> Float[Tensor, "
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Packed, transposed: Packed) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: PackedMatrix, transposed: PackedMatrix
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.transposed = transposed
         out = multiply(x, matrix)

@@ -74,14 +74,14 @@ def pretrain(
         claim_folder(config, folder, resume)
     start_trackers(accelerator, folder)
     with accelerator.main_process_first():
-        own = folder / "tokenizer"
-        if own.exists() or config.tokenizer:
-            tokenizer = load_tokenizer(own if own.exists() else config.tokenizer or "")
+        tokenizer_folder = folder / "tokenizer"
+        if tokenizer_folder.exists() or config.tokenizer:
+            tokenizer = load_tokenizer(tokenizer_folder if tokenizer_folder.exists() else config.tokenizer or "")
         else:
             tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
         if len(tokenizer) > config.sparse.d_vocab:
             raise ValueError(f"sparse.d_vocab={config.sparse.d_vocab}: the tokenizer has {len(tokenizer)} tokens")
-        save_tokenizer(tokenizer, own)
+        save_tokenizer(tokenizer, tokenizer_folder)
         blocks = prepare_corpus(config, tokenizer, progress=progress and accelerator.is_main_process)
     validation = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
     torch.manual_seed(config.seed)

@@ -128,7 +128,7 @@ class SparseTrainer:
         """More for a record of metrics.jsonl."""
         return {}
 
-    def summary(self, record: dict) -> str:
+    def progress_text(self, record: dict) -> str:
         """The progress bar's text."""
         return f"ce {record['ce']:.3f}"
 
@@ -154,7 +154,7 @@ class SparseTrainer:
                     if metrics:
                         record["seconds"] = round(time.monotonic() - start, 2)
                         metrics.write(record)
-                        bar.set_postfix_str(self.summary(record))
+                        bar.set_postfix_str(self.progress_text(record))
                 bar.update()
                 if self._stop_agreed(stop_asked):
                     self.save_checkpoint()
@@ -304,11 +304,11 @@ class SparseTrainer:
             shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
 
 
-def mean_losses(found: list[Any]) -> Any:
+def mean_losses(batches: list[Any]) -> Any:
     """The mean of several batches' losses, term by term, over the batches that have the term."""
-    terms = zip(*found, strict=True)
+    terms = zip(*batches, strict=True)
     kept = [[value for value in values if value is not None] for values in terms]
-    return type(found[0])(*(torch.stack(values).mean(0) if values else None for values in kept))
+    return type(batches[0])(*(torch.stack(values).mean(0) if values else None for values in kept))
 
 
 def projected_parameters(sparse: SparseTransformer, config: TrainConfig) -> list[SparseParameter]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from bridges.run_folder import Run
-from interventions.report import write_report
+from interventions.report.page import write_report
 
 
 class Token(NamedTuple):

@@ -18,7 +18,7 @@ from interventions.circuits.node_model import ModelKind, as_nodes, locations
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.task_scores import score_tasks
 from interventions.steering.result import Steering
-from interventions.tasks import get_task
+from interventions.tasks.catalogue import get_task
 
 TASK = "single_double_quote"
 EVIL = '<script>alert("x")</script>'
@@ -141,7 +141,7 @@ def controlled(run: Run, found: Circuit) -> Circuit:
 
 
 def tasks_and_sizes(run: Run) -> dict[str, Any]:
-    """What sparse-bridges solved-tasks writes, measured, and the part of circuit_size.py's figures that the report shows."""
+    """What solved-tasks writes, measured, and the part of circuit_size.py's figures that the report shows."""
     models = {"dense": as_nodes(run.dense), "sparse": as_nodes(run.sparse)}
     scores = score_tasks(models, run.tokenizer, max_tokens=48, pairs=4, seed=0)
     tasks = {

@@ -1,4 +1,4 @@
-"""interventions/live.py: both sides of a comparison are the model's own, and what sparse-bridges serve shows is escaped."""
+"""The local page without a browser: both sides of a comparison are the model's own, what is shown is escaped."""
 
 import socket
 import sys
@@ -6,23 +6,22 @@ import threading
 from dataclasses import replace
 
 import pytest
-import serve
 import torch
 from support.helpers import CHANNEL
 
-from interventions import load_dense
+from interventions import intervene, load_dense
+from interventions.app import html, server
 from interventions.app.live import (
     Comparison,
     DeltaRange,
     Sampling,
+    channel_named,
     compare,
     delta_range,
     encode_prompt,
     example_prompts,
-    find_channel,
 )
 from interventions.bundle.channels import Channel
-from interventions.editing import intervene
 from interventions.steering.steered_prompts import plain_model
 
 PROMPT = "cat.load('old hat')\nprint(\"red cup"
@@ -41,7 +40,7 @@ def wrong_quote(found: Comparison) -> tuple[float, float]:
 
 
 def test_delta_moves_the_quote_of_the_packaged_bundle(demo) -> None:
-    means = delta_range(find_channel(demo, "quote_type")).means
+    means = delta_range(channel_named(demo, "quote_type")).means
     assert means
     difference = means[1] - means[0]
     moved = [compare(demo, PROMPT, "quote_type", k * difference, new_tokens=1) for k in (0, 2, 3, 4)]
@@ -142,7 +141,7 @@ def test_mistakes_name_what_is_wrong(dense) -> None:
     ):
         with pytest.raises(kind, match=sentence):
             compare(dense, prompt, channel, delta)
-        shown = serve.answer(dense, prompt, channel, delta, "read", 4, False, 1.0, 0)
+        shown = html.answer(dense, prompt, channel, delta, "read", 4, False, 1.0, 0)
         assert 'class="error"' in shown
     with pytest.raises(ValueError, match="new_tokens=-1"):
         compare(dense, "cat", "pair", 1, new_tokens=-1)
@@ -202,12 +201,12 @@ def test_the_range_of_delta_comes_from_the_class_means() -> None:
 
 
 def test_examples_are_those_of_the_channels_task(demo) -> None:
-    own = example_prompts(demo, find_channel(demo, "quote_type"))
+    own = example_prompts(demo, channel_named(demo, "quote_type"))
     assert len(own) == 6
     for number, prompt in enumerate(own):
         quote = prompt.split("(")[-1][0]
         assert quote == ('"', "'")[number % 2], prompt
-    every = example_prompts(demo, find_channel(demo, "attn.0.read.1"), 9)
+    every = example_prompts(demo, channel_named(demo, "attn.0.read.1"), 9)
     assert len(set(every)) == 9
     for prompt in own + every:
         compare(demo, prompt, "quote_type", 0, new_tokens=0)
@@ -219,36 +218,36 @@ def test_what_the_page_shows_is_escaped(dense, monkeypatch: pytest.MonkeyPatch) 
     found = compare(dense, EVIL, "pair", 1)
     continuation = found.steered_generation._replace(text=EVIL)
     pages = [
-        serve.shown(replace(found, steered_generation=continuation, unsteered_generation=continuation)),
-        serve.heading(EVIL),
-        serve.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0),
+        html.shown(replace(found, steered_generation=continuation, unsteered_generation=continuation)),
+        html.heading(EVIL),
+        html.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0),
     ]
-    monkeypatch.setattr(serve, "find_channel", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
-    pages.append(serve.about(dense, EVIL))
+    monkeypatch.setattr(html, "channel_named", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
+    pages.append(html.about(dense, EVIL))
     for page in pages:
         assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;/pre&gt;" in page
         assert "<script" not in page
-    assert "a number is missing" in serve.answer(dense, "cat", "pair", None, "read", 4, False, 1.0, 0)
+    assert "a number is missing" in html.answer(dense, "cat", "pair", None, "read", 4, False, 1.0, 0)
 
 
-def test_only_a_loopback_address_is_served_on_without_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    with serve.listen("127.0.0.1", 0) as listener:
+def test_only_a_loopback_address_is_served_on_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with server.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        assert serve.address("127.0.0.1", listener) == f"http://127.0.0.1:{port}/"
-        assert not capsys.readouterr().err
-        with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1 is in use: choose another with --port"):
-            serve.listen("127.0.0.1", port)
-    with serve.listen("0.0.0.0", 0) as listener:
-        assert not serve.is_loopback(listener)
-    assert "warning: 0.0.0.0 is no loopback address" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--port 70000: use 0 to 65535"):
-        serve.listen("127.0.0.1", 70000)
-    with pytest.raises(OSError, match=r"cannot serve on --host 203.0.113.9 --port 0: "):
-        serve.listen("203.0.113.9", 0)
+        assert server.address("127.0.0.1", listener) == f"http://127.0.0.1:{port}/"
+        assert not caplog.messages
+        with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1 is in use: choose another, or 0"):
+            server.listen("127.0.0.1", port)
+    with server.listen("0.0.0.0", 0) as listener:
+        assert not server.is_loopback(listener)
+    assert "0.0.0.0 is no loopback address" in caplog.text
+    with pytest.raises(ValueError, match="port=70000: use 0 to 65535"):
+        server.listen("127.0.0.1", 70000)
+    with pytest.raises(OSError, match=r"cannot serve on port 0 of 203.0.113.9: "):
+        server.listen("203.0.113.9", 0)
     assert isinstance(listener, socket.socket)
 
 
 def test_without_gradio_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install 'sparse-bridges\[serve\]'"):
-        serve.main(serve.Options())
+        server.serve("demo")

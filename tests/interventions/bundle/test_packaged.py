@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from interventions import load_dense, load_hf
+from interventions import intervene, load_dense, load_hf
 from interventions.bundle.bundle import get_bundle
-from interventions.bundle.packaged import FOLDER, LARGEST, find_run, package_run, packaged_bundles
-from interventions.editing import intervene
-from interventions.tasks import get_task
+from interventions.bundle.packaged import FOLDER, find_run, packaged_bundles
+from interventions.packaging import LARGEST_BUNDLE, package_run
 from interventions.tasks.base import pair_accuracy
+from interventions.tasks.catalogue import get_task
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def demo():
 def test_every_packaged_bundle_is_small_and_names_no_folder_of_the_machine_that_made_it() -> None:
     assert "demo" in packaged_bundles()
     for name in packaged_bundles():
-        assert sum(path.stat().st_size for path in (FOLDER / name).rglob("*")) <= LARGEST
+        assert sum(path.stat().st_size for path in (FOLDER / name).rglob("*")) <= LARGEST_BUNDLE
         config = json.loads((FOLDER / name / "config.json").read_text())
         assert config["dense"] is None
         assert config["tokenizer"] is None
@@ -99,7 +99,7 @@ def test_packaging_refuses_what_would_not_work(folder: Path, tmp_path: Path, mon
     (nameless / "channels.json").unlink()
     with pytest.raises(ValueError, match="names no channel: run sparse-bridges find-channel"):
         package_run(nameless, tmp_path / "out")
-    monkeypatch.setattr("interventions.bundle.packaged.LARGEST", 1000)
+    monkeypatch.setattr("interventions.packaging.LARGEST_BUNDLE", 1000)
     with pytest.raises(ValueError, match="a bundle at most"):
         package_run(folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -256,7 +256,7 @@ def test_the_circuit_of_another_run_is_refused(run: Run, tmp_path: Path) -> None
     save_circuit(other.folder, some_circuit(run, as_nodes(run.sparse)))
     with pytest.raises(ValueError, match="is the circuit of another run"):
         load_circuit(other, "single_double_quote")
-    with pytest.raises(FileNotFoundError, match=r"for_while\.json does not exist: find it with sparse-bridges find-circuit"):
+    with pytest.raises(FileNotFoundError, match=r"for_while\.json does not exist: find it with sparse-bridges find-c"):
         load_circuit(other, "for_while")
 
 

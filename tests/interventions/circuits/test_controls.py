@@ -25,8 +25,8 @@ from interventions.circuits.node_model import Kept, NodeModel, as_nodes, locatio
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import prune
 from interventions.circuits.rivals import FrozenNorms, by_word, random_nodes, redrawn, scrambled
-from interventions.tasks import TaskBatch, get_task, list_tasks
-from interventions.tasks.base import log_odds
+from interventions.tasks.base import TaskBatch, log_odds
+from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.tokenizer import train_tokenizer
 

@@ -12,7 +12,7 @@ from support.helpers import make_tiny_run
 from support.report_runs import circuit, steering
 
 from interventions.circuits.circuit import Circuit
-from interventions.circuits.draw import plot_circuit, plot_effects, plot_strengths
+from interventions.circuits.draw_effects import plot_effects
 from interventions.circuits.picture_layout import isotonic, place_nodes
 
 
@@ -75,8 +75,8 @@ def test_an_empty_circuit_has_a_layout() -> None:
     assert place_nodes(nx.MultiDiGraph()) == ([], {}, 1)
 
 
-def test_plot_circuit_draws_every_node_and_edge(found: Circuit, tmp_path: Path) -> None:
-    figure = plot_circuit(found)
+def test_a_plot_draws_every_node_and_edge(found: Circuit, tmp_path: Path) -> None:
+    figure = found.plot()
     (axes,) = figure.axes
     assert sum(isinstance(part, PathCollection) for part in axes.collections) == found.n_nodes
     links = sum(kind in ("residual", "qk") for _, _, kind in found.to_networkx(links=True).edges(data="matrix"))
@@ -95,6 +95,7 @@ def test_plot_effects_is_ordered_and_says_what_it_leaves_out() -> None:
         plot_effects({})
 
 
-def test_plot_strengths_is_a_figure_and_pyplot_stays_out() -> None:
-    assert isinstance(plot_strengths(steering()), Figure)
+def test_plots_are_figures_and_pyplot_stays_out(found: Circuit) -> None:
+    assert isinstance(steering().plot(), Figure)
+    assert isinstance(found.plot(), Figure)
     assert not getattr(sys.modules.get("matplotlib.pyplot"), "get_fignums", list)()

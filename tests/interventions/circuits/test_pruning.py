@@ -14,8 +14,8 @@ from interventions.circuits.gates import GateLayout, answer_logits, at_answer, f
 from interventions.circuits.node_model import DenseNodes, NodeModel, as_nodes, edges_between, locations
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import prune, score, smallest_k
-from interventions.tasks import get_task
 from interventions.tasks.base import TaskBatch, pair_accuracy, task_loss
+from interventions.tasks.catalogue import get_task
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,11 @@ from interventions.circuits.size import (
     contest_of_pretrained,
     contest_of_run,
 )
-from interventions.circuits.size_table import curve, geometric_mean, overview, summary, table
+from interventions.circuits.size_table import contest_summary, contest_table, curve, geometric_mean, overview
 from interventions.circuits.task_scores import score_task, score_tasks
-from interventions.tasks import answer_probabilities, get_task, list_tasks, pair_accuracy
+from interventions.cli import solved_tasks
+from interventions.tasks.base import answer_probabilities, pair_accuracy
+from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.config import SparsityConfig, to_json
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.tokenizer import save_tokenizer, train_tokenizer
@@ -82,7 +84,7 @@ def test_figures_of_two_tasks_and_two_seeds_by_hand(contest: Contest) -> None:
         "a": {"sparse": [measured(4, 2), measured(9, 3)], "dense": [measured(64, 8), measured(90, 27)]},
         "b": {"sparse": [measured(1), measured(1)], "dense": [measured(16, 2), measured(10, 3, redrawn=7)]},
     }
-    figures = summary(contest, sizes, 0.15, (0, 1), {"c": "why"})
+    figures = contest_summary(contest, sizes, 0.15, (0, 1), {"c": "why"})
     assert figures["all"]["geometric_mean_edges"]["sparse"] == pytest.approx([2, 3])
     assert figures["all"]["geometric_mean_edges"]["dense"] == pytest.approx([32, 30])
     assert figures["all"]["ratio"] == pytest.approx([16, 10])
@@ -91,10 +93,10 @@ def test_figures_of_two_tasks_and_two_seeds_by_hand(contest: Contest) -> None:
     assert figures["curve"]["sparse"] == [(0.15, pytest.approx(2.5))]  # task b's sparse model misses 0.3
     assert curve({"a": sizes["a"]}, "dense", 2) == [(0.15, pytest.approx(77)), (0.3, pytest.approx(17.5))]
     json.dumps(figures)
-    printed = table(figures)
+    printed = contest_table(figures)
     assert "| geometric mean |  | 2.5 (2.0 to 3.0) |" in printed
     sizes["b"]["sparse"] = [measured(1), measured(0)]  # none counts as one, and once more without the task
-    figures = summary(contest, sizes, 0.15, (0, 1), {})
+    figures = contest_summary(contest, sizes, 0.15, (0, 1), {})
     assert figures["all"]["ratio"] == pytest.approx([16, 10])
     assert figures["with_edges"]["tasks"] == ["a"]
     assert figures["with_edges"]["ratio"] == pytest.approx([16, 10])

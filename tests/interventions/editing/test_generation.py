@@ -9,9 +9,8 @@ import torch
 
 from bridges.hybrid import residuals, suffix
 from bridges.run_folder import Run
-from interventions import intervene_vector
+from interventions import intervene, intervene_vector
 from interventions.bundle.channels import read_nodes
-from interventions.editing import intervene
 
 NEW = 6
 V = torch.linspace(-2, 3, 16).roll(5)

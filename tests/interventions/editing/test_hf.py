@@ -8,8 +8,7 @@ import pytest
 import torch
 from support.helpers import make_tiny_run
 
-from interventions import intervene_vector, load_hf
-from interventions.editing import intervene
+from interventions import intervene, intervene_vector, load_hf
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ from support.helpers import CHANNEL, make_tiny_run
 
 from bridges.hybrid import residuals, suffix
 from bridges.run_folder import Run
-from interventions import intervene_vector, load_dense
+from interventions import intervene, intervene_vector, load_dense
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import load_channels, read_nodes
-from interventions.editing import intervene
 
 
 def run_from_read(run: Run, site: int, resid: torch.Tensor, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

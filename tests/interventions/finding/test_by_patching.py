@@ -28,8 +28,8 @@ from interventions.finding.by_patching import (
     search_channels,
     site_effects,
 )
-from interventions.tasks import TASKS, get_task
 from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import TASKS, get_task
 
 
 @pytest.fixture

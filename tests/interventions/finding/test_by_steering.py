@@ -10,13 +10,14 @@ from support.helpers import make_tiny_run
 from bridges.run_folder import Run
 from interventions.finding import by_steering as find_steering
 from interventions.finding.by_patching import ReadPatch, channel_by_patching
-from interventions.finding.by_steering import Dosed, SteeringSite, best_of, channel_by_steering, searched_again
+from interventions.finding.by_steering import Dosed, SteeringSite, best_of, channel_by_steering
 from interventions.steering import strengths as doses
 from interventions.steering.edits import activation_changes, exact_patch, shuffled_columns
+from interventions.steering.search import searched_again
 from interventions.steering.steered_prompts import SteeredPrompts, prompts_of, steerable
 from interventions.steering.strengths import LADDER, Dose, Dosing, choose_dose, quiet_count, with_doses
-from interventions.tasks import get_task
 from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import get_task
 
 TASK = "single_double_quote"
 

@@ -18,8 +18,9 @@ from bridges.run_folder import Run
 from interventions.bundle.packaged import FOLDER
 from interventions.circuits.circuit import Circuit, load_circuit
 from interventions.circuits.node_model import NodeModel
-from interventions.report import circuits, write_report
-from interventions.tasks import TaskBatch
+from interventions.report import circuits
+from interventions.report.page import write_report
+from interventions.tasks.base import TaskBatch
 
 Page = Any
 """playwright.sync_api.Page"""

@@ -26,19 +26,18 @@ from support.report_runs import (
 )
 
 from bridges.run_folder import Run, update_metrics
-from interventions import load_dense
+from interventions import intervene, load_dense
 from interventions.bundle.channels import Channel, read_nodes, save_channel
 from interventions.circuits.circuit import load_circuit
 from interventions.circuits.node_model import as_nodes
 from interventions.circuits.pruning import score
-from interventions.editing import intervene
-from interventions.report import write_report
 from interventions.report.channels import LENS_TOKENS, logit_lens
+from interventions.report.page import write_report
 from interventions.report.sites import COLUMNS, GROUPS
 from interventions.report.steering import CONTROLS
 from interventions.report.texts import blocks, held_out, task_of, visible
 from interventions.report.training import MOST_POINTS, history
-from interventions.tasks import get_task, list_tasks
+from interventions.tasks.catalogue import get_task, list_tasks
 
 # The namespace of SVG, and where the plotting library says that it is from: neither is ever fetched.
 HARMLESS = ("http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot")

@@ -7,8 +7,7 @@ from matplotlib.figure import Figure
 from support.report_runs import TASK, thorough_steering
 
 from bridges.run_folder import update_metrics
-from interventions.steering.plot import draw_steering
-from interventions.steering.result import DRAWN, Steering, quiet_strength
+from interventions.steering.result import DRAWN, Steering, draw_steering, quiet_strength
 
 
 def test_the_figure_shows_every_control() -> None:

@@ -28,7 +28,8 @@ from interventions.steering.side_effects import Bystanders, SideEffects, fixed_v
 from interventions.steering.steer import bootstrap, steer
 from interventions.steering.steered_prompts import Prompts, SteeredPrompts, plain_model, prompts_of
 from interventions.steering.strengths import LADDER
-from interventions.tasks import get_task, list_tasks, pair_accuracy
+from interventions.tasks.base import pair_accuracy
+from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import train_tokenizer

@@ -12,17 +12,16 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from interventions.tasks import (
-    SPLITS,
-    TASKS,
+from interventions.tasks.base import (
+    PROMPT_SPLITS,
     PromptPair,
     TaskBatch,
     answer_probabilities,
-    get_task,
-    list_tasks,
     pair_accuracy,
+    since_difference,
     task_loss,
 )
+from interventions.tasks.catalogue import TASKS, get_task, list_tasks
 from sparse_model.data.generated_python import ADJECTIVES, NOUNS, VERBS, generate_document
 from sparse_model.data.tokenizer import train_tokenizer
 
@@ -102,13 +101,13 @@ def test_the_twenty_tasks_are_there() -> None:
     for name, spec in TASKS.items():
         assert spec.name == name
         assert spec.description.endswith(".")
-        assert tuple(spec.templates) == SPLITS
+        assert tuple(spec.templates) == PROMPT_SPLITS
     channels = [spec.channel for spec in TASKS.values()]
     assert len(set(channels)) == 20
     assert all(name.isidentifier() for name in channels)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", PROMPT_SPLITS)
 @pytest.mark.parametrize("name", list_tasks())
 def test_a_batch_is_aligned_and_its_answers_are_opposite(
     name: str, split: str, tokenizer: PreTrainedTokenizerFast
@@ -162,7 +161,8 @@ def test_the_direction_of_the_two_published_tasks(tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize("name", list_tasks())
 def test_splits_share_no_template(name: str) -> None:
     skeletons = [
-        {masked(pair.prompt[member]) for pair in _pairs_of_split(name, split) for member in (0, 1)} for split in SPLITS
+        {masked(pair.prompt[member]) for pair in _pairs_of_split(name, split) for member in (0, 1)}
+        for split in PROMPT_SPLITS
     ]
     assert all(skeletons)
     for first in range(3):
@@ -338,7 +338,7 @@ def test_a_tokenizer_without_the_answers_is_refused(documents: list[str]) -> Non
 
 @pytest.mark.parametrize("name", [name for name in list_tasks() if name != "indent_for"])
 def test_a_tokenizer_with_gpt2_pieces_is_supported(name: str, gpt2_like: PreTrainedTokenizerFast) -> None:
-    for split in SPLITS:
+    for split in PROMPT_SPLITS:
         batch = get_task(name, gpt2_like, max_tokens=256).sample(8, split=split, seed=0)
         assert (batch.answers[:, 0] != batch.answers[:, 1]).all()
 
@@ -346,3 +346,10 @@ def test_a_tokenizer_with_gpt2_pieces_is_supported(name: str, gpt2_like: PreTrai
 def test_indent_for_needs_a_token_for_newline_and_indentation(gpt2_like: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"'indent_for'.*not two different single tokens"):
         get_task("indent_for", gpt2_like, max_tokens=256).sample(1, split="train", seed=0)
+
+
+def test_since_difference_by_hand() -> None:
+    first = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 4, 5]])
+    second = torch.tensor([[1, 9, 3, 4, 7], [1, 2, 3, 4, 5]])
+    mask = since_difference(first, second, torch.tensor([3, 4]))
+    assert mask.int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from support.reference import random_model
 
 from sparse_model.config import SparseConfig, SparsityConfig
-from sparse_model.io.atomic import recover_folder, replace_folder, write_text
-from sparse_model.model.checkpoint import WEIGHTS, load_sparse, save_sparse
+from sparse_model.io.atomic import recover_folder, replace_folder
+from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.model.weight_files import WEIGHTS
 from sparse_model.sparsity.projection import project_
 
 SMALL = SparseConfig(n_layers=1, d_model=32, d_mlp=48, n_heads=2, d_head=8, n_ctx=8, d_vocab=40)
@@ -269,30 +270,8 @@ def test_a_failed_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.Mo
 
     before = load_sparse(folder).state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr("sparse_model.model.checkpoint.save_file", fail)
+        patch.setattr("sparse_model.model.weight_files.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             save_sparse(random_model(SMALL, seed=1, dtype=torch.float32), folder)
     after = load_sparse(folder).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_write_text_makes_folders_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "c.txt"
-    write_text(path, "one\n")
-    write_text(path, "zwei é\n")
-    assert path.read_bytes() == "zwei é\n".encode()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_write_text_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "c.txt"
-    write_text(path, "old")
-
-    def fail(self: Path, *_: object) -> None:
-        raise OSError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="killed"):
-            write_text(path, "new")
-    assert path.read_text() == "old"

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_model.config import SparseConfig
 from sparse_model.model.transformer import SparseTransformer
-from sparse_model.sparsity.sparse_linear import SparseLinear, multiply, pack, sparse_products
+from sparse_model.sparsity.sparse_linear import SparseLinear, multiply, pack_matrix, sparse_products
 
 
 def sparse_matrix(rows: int, columns: int, share: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -28,7 +28,7 @@ def sparse_matrix(rows: int, columns: int, share: float, dtype: torch.dtype, see
 def test_a_packed_matrix_multiplies_like_the_matrix(tokens: int, width: int, out: int, share: float, seed: int) -> None:
     w = sparse_matrix(out, width, share, torch.float64, seed)
     x = torch.randn(tokens, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    packed = pack(w)
+    packed = pack_matrix(w)
     assert packed is not None
     matrix, transposed = packed
     assert len(matrix.values) == len(transposed.values) == int(w.count_nonzero())
@@ -38,7 +38,7 @@ def test_a_packed_matrix_multiplies_like_the_matrix(tokens: int, width: int, out
 
 
 def test_by_hand() -> None:
-    packed = pack(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 3.0]]))
+    packed = pack_matrix(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 3.0]]))
     assert packed is not None
     assert [part.tolist() for part in packed[0]] == [[0, 1, 1, 3], [1, 0, 2], [2.0, -1.0, 3.0]]
     assert [part.tolist() for part in packed[1]] == [[0, 1, 2, 3], [2, 0, 2], [-1.0, 2.0, 3.0]]
@@ -48,9 +48,9 @@ def test_by_hand() -> None:
 def test_a_matrix_with_more_nonzeros_than_pay_is_not_packed() -> None:
     w = torch.zeros(4, 8)
     w[0, :2] = 1
-    assert pack(w, 2 / 32) is not None
+    assert pack_matrix(w, 2 / 32) is not None
     w[3, 7] = 1
-    assert pack(w, 2 / 32) is None
+    assert pack_matrix(w, 2 / 32) is None
 
 
 @pytest.mark.parametrize("bias", [True, False])

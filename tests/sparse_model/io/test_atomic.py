@@ -1,0 +1,39 @@
+"""A reader sees the old file or the new one, and nothing is left beside it."""
+
+from pathlib import Path
+
+import pytest
+
+from sparse_model.io.atomic import replace_file, write_text
+
+
+def test_write_text_makes_folders_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c.txt"
+    write_text(path, "one\n")
+    write_text(path, "zwei é\n")
+    assert path.read_bytes() == "zwei é\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_write_text_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.txt"
+    write_text(path, "old")
+
+    def fail(self: Path, *_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="killed"):
+            write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_fails_half_way_is_not_seen(tmp_path: Path) -> None:
+    path = tmp_path / "c.bin"
+    with pytest.raises(OSError, match="disk full"), replace_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert not path.exists()
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
