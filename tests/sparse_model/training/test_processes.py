@@ -19,7 +19,9 @@ def two_processes(mode: str, folder: Path) -> subprocess.CompletedProcess:
     """`torchrun` with two processes on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).parents[2] / "support" / "processes.py"
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    # The packages before tests/, whose folders bear the same names.
+    path = os.pathsep.join(map(str, (script.parents[2], script.parents[1])))
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run([*command, str(script), mode, str(folder)], env=env, capture_output=True, text=True)
 
 
