@@ -1,6 +1,10 @@
-"""What the page shows, as HTML. Prompts, tokens and names are untrusted: Markup.format escapes whatever it is given."""
+"""What the page shows. Prompts, tokens and names are untrusted: Markup.format escapes whatever it is given.
 
-from typing import Any
+The continuations are values of gradio's own HighlightedText. The table of next tokens is HTML: gradio's Label rounds to
+whole percents, and no component of it puts two distributions side by side.
+"""
+
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -9,6 +13,27 @@ from interventions.app.live import Comparison, Generation, Sampling, channel_nam
 from interventions.bundle.bundle import get_bundle
 
 TITLE = "sparse-bridges"
+NEW, OTHER = "generated", "otherwise than unsteered"
+"""Categories of a continuation's text."""
+
+
+class Continuation(NamedTuple):
+    """A prompt and what follows it."""
+
+    label: str
+    parts: list[tuple[str, str | None]]
+    """Text and its category; None for the prompt."""
+
+
+NOTHING = Continuation("", [])
+
+
+class Answer(NamedTuple):
+    """What the page shows for its controls."""
+
+    html: str
+    unsteered: Continuation = NOTHING
+    steered: Continuation = NOTHING
 
 
 def answer(
@@ -21,18 +46,17 @@ def answer(
     sample: bool,
     temperature: int | float | None,
     seed: int | None,
-) -> str:
+) -> Answer:
     """What the page shows for its controls: a comparison, or one sentence on what is wrong with them."""
     try:
         if delta is None or new_tokens is None or temperature is None or seed is None:
             raise ValueError("a number is missing: fill in delta, the new tokens, the temperature and the seed")
         sampling = Sampling(temperature=temperature, seed=seed) if sample else None
-        return shown(
-            compare(dense, prompt, channel or "", delta, where=where, new_tokens=new_tokens, sampling=sampling)
-        )
+        found = compare(dense, prompt, channel or "", delta, where=where, new_tokens=new_tokens, sampling=sampling)
+        return Answer(next_token(found), *continuations(found))
     except (ValueError, LookupError) as error:
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
-        return Markup('<div class="sb"><p class="error" role="alert">{}</p></div>').format(str(message))
+        return Answer(Markup('<div class="sb"><p class="error" role="alert">{}</p></div>').format(str(message)))
 
 
 def heading(run: str) -> str:
@@ -57,8 +81,8 @@ def about(dense: Any, name: str) -> str:
     return Markup('<div class="sb"><p class="quiet">{}</p></div>').format(lines)
 
 
-def shown(found: Comparison) -> str:
-    """A comparison as HTML. Prompts, tokens and names are untrusted: Markup.format escapes whatever it is given."""
+def next_token(found: Comparison) -> str:
+    """The two distributions of the next token as HTML."""
     rows = found.top()
     before, after = (max(rows, key=lambda row: row[side]) for side in (2, 3))
     verdict = Markup("The most likely next token is {} ({}), steered {} ({}).").format(
@@ -74,31 +98,29 @@ def shown(found: Comparison) -> str:
         )
         for row in rows
     )
-    plain, moved = found.unsteered_generation, found.steered_generation
-    pairs = zip(plain.text, moved.text, strict=False)
-    same = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(plain.text), len(moved.text)))
     return Markup(
         '<div class="sb"><p class="verdict" role="status">{}</p><p class="quiet">KL(unsteered ‖ steered) of the next '
         "token: {} nats</p><h2>Next token</h2><table><thead><tr><th>token</th><th>probability</th>"
         '<th class="number"><span class="key plain"></span>unsteered</th>'
-        '<th class="number"><span class="key moved"></span>steered</th></tr></thead><tbody>{}</tbody></table>'
-        '<h2>Continuation</h2><div class="two">{}{}</div></div>'
-    ).format(
-        verdict,
-        f"{found.kl:.3f}",
-        table,
-        continuation("Unsteered", found.prompt_text, plain, len(plain.text)),
-        continuation("Steered", found.prompt_text, moved, same),
+        '<th class="number"><span class="key moved"></span>steered</th></tr></thead><tbody>{}</tbody></table></div>'
+    ).format(verdict, f"{found.kl:.3f}", table)
+
+
+def continuations(found: Comparison) -> tuple[Continuation, Continuation]:
+    """The unsteered and the steered continuation; the steered one is marked from where it departs."""
+    plain, moved = found.unsteered_generation, found.steered_generation
+    pairs = zip(plain.text, moved.text, strict=False)
+    same = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(plain.text), len(moved.text)))
+    return (
+        _continuation("Unsteered", found.prompt_text, plain, len(plain.text)),
+        _continuation("Steered", found.prompt_text, moved, same),
     )
 
 
-def continuation(title: str, prompt: str, generation: Generation, same: int) -> Markup:
-    """A prompt and what follows it; from character `same` of that on, marked."""
-    ends = {"length": "", "end of text": "ended its text", "context": "stopped at the context's end"}
-    return Markup(
-        '<section><h3>{}</h3><pre><span class="prompt">{}</span><span class="new">{}</span>'
-        '<span class="new other">{}</span></pre><p class="quiet">{}</p></section>'
-    ).format(title, prompt, generation.text[:same], generation.text[same:], ends[generation.ended])
+def _continuation(title: str, prompt: str, generation: Generation, same: int) -> Continuation:
+    ends = {"length": "", "end of text": ": ended its text", "context": ": stopped at the context's end"}
+    parts = [(prompt, None), (generation.text[:same], NEW), (generation.text[same:], OTHER)]
+    return Continuation(title + ends[generation.ended], [part for part in parts if part[0]])
 
 
 def token(text: str) -> Markup:

@@ -4,7 +4,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from interventions.app.html import TITLE, about, answer, heading
+from interventions.app.html import NEW, OTHER, TITLE, about, answer, heading
 from interventions.app.live import channel_named, delta_range, example_prompts
 from interventions.bundle.bundle import get_bundle
 from interventions.report.generations import NEW_TOKENS
@@ -17,7 +17,7 @@ CSS = """
 .sb h2 {font-size: .95rem; font-weight: 650; margin: 1.4rem 0 .5rem}
 .sb p {margin: .2rem 0}
 .sb .quiet {color: var(--body-text-color-subdued); font-size: .85rem}
-.sb code, .sb pre {font-family: var(--font-mono); font-size: .85rem}
+.sb code {font-family: var(--font-mono); font-size: .85rem}
 .sb code {background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
   border-radius: 4px; padding: .05rem .3rem; white-space: pre-wrap; overflow-wrap: anywhere}
 .sb .verdict {font-size: 1.05rem}
@@ -34,20 +34,13 @@ CSS = """
 .sb .plain {background: var(--neutral-400)}
 .sb .moved {background: var(--primary-500)}
 .sb .key {display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .35rem}
-.sb .two {display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .8rem}
-.sb pre {margin: 0; padding: .7rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 6px;
-  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary)}
-.sb h3 {font-size: .85rem; font-weight: 600; margin: 0 0 .3rem}
-.sb pre .prompt {color: var(--body-text-color-subdued)}
-.sb pre .new {font-weight: 600}
-.sb pre .other {background: color-mix(in srgb, var(--primary-500) 28%, transparent); border-radius: 2px}
 #examples button {font-family: var(--font-mono); font-size: .8rem; max-width: 100%; overflow: hidden;
   text-overflow: ellipsis; white-space: pre}
 @media (max-width: 640px) {
   .sb .number {width: auto}
   .sb .bars {width: 25%}
 }
-#prompt textarea {font-family: var(--font-mono)}
+#prompt textarea, #continuations .textfield {font-family: var(--font-mono); font-size: .85rem}
 """
 
 
@@ -116,17 +109,23 @@ def make_page(gr: Any, dense: Any, run: str) -> Any:
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed, of both continuations")
             with gr.Column(scale=7, min_width=340):
                 result = gr.HTML(elem_id="result", apply_default_css=False)
+                with gr.Row(elem_id="continuations"):
+                    colours = {NEW: "gray", OTHER: "orange"}
+                    sides = [
+                        gr.HighlightedText(color_map=colours, show_inline_category=False, visible=False)
+                        for _ in ("unsteered", "steered")
+                    ]
 
-        def show(*values: Any) -> str:
+        def show(*values: Any) -> list[Any]:
             # What was asked goes with its answer: whoever drives the page by program can tell it from the one before.
             _, channel, delta, *_ = values
-            return Markup('<div data-channel="{}" data-delta="{}">{}</div>').format(
-                channel, delta, Markup(answer(dense, *values))
-            )
+            html, *both = answer(dense, *values)
+            asked = Markup('<div data-channel="{}" data-delta="{}">{}</div>').format(channel, delta, Markup(html))
+            return [asked, *(gr.HighlightedText(one.parts, label=one.label, visible=bool(one.parts)) for one in both)]
 
         values = [prompt, name, delta, where, tokens, sample, temperature, seed]
         # The last change counts: while an answer is being made, the slider moves on.
-        now = {"fn": show, "inputs": values, "outputs": result, "trigger_mode": "always_last", **quiet}
+        now = {"fn": show, "inputs": values, "outputs": [result, *sides], "trigger_mode": "always_last", **quiet}
         gr.on([page.load, *(value.change for value in values if value is not name)], **now)
         name.change(choose, name, [delta, facts, samples], **quiet).then(**now)
         samples.click(lambda chosen: chosen[0], samples, prompt, **quiet)

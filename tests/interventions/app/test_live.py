@@ -14,6 +14,7 @@ from interventions.app import html, server
 from interventions.app.live import (
     Comparison,
     DeltaRange,
+    Generation,
     Sampling,
     channel_named,
     compare,
@@ -141,7 +142,8 @@ def test_mistakes_name_what_is_wrong(dense) -> None:
     ):
         with pytest.raises(kind, match=sentence):
             compare(dense, prompt, channel, delta)
-        shown = html.answer(dense, prompt, channel, delta, "read", 4, False, 1.0, 0)
+        shown, *continued = html.answer(dense, prompt, channel, delta, "read", 4, False, 1.0, 0)
+        assert continued == [html.NOTHING, html.NOTHING]
         assert 'class="error"' in shown
     with pytest.raises(ValueError, match="new_tokens=-1"):
         compare(dense, "cat", "pair", 1, new_tokens=-1)
@@ -215,19 +217,34 @@ def test_examples_are_those_of_the_channels_task(demo) -> None:
 
 
 def test_what_the_page_shows_is_escaped(dense, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compare(dense, EVIL, "pair", 1)
-    continuation = found.steered_generation._replace(text=EVIL)
+    monkeypatch.setattr("interventions.app.live.inline", lambda *_: EVIL)
     pages = [
-        html.shown(replace(found, steered_generation=continuation, unsteered_generation=continuation)),
+        html.answer(dense, "cat", "pair", 1, "read", 4, False, 1.0, 0).html,
         html.heading(EVIL),
-        html.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0),
+        html.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0).html,
     ]
     monkeypatch.setattr(html, "channel_named", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
     pages.append(html.about(dense, EVIL))
     for page in pages:
         assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;/pre&gt;" in page
         assert "<script" not in page
-    assert "a number is missing" in html.answer(dense, "cat", "pair", None, "read", 4, False, 1.0, 0)
+    assert "a number is missing" in html.answer(dense, "cat", "pair", None, "read", 4, False, 1.0, 0).html
+
+
+def test_the_continuation_is_marked_where_it_departs(dense) -> None:
+    found = compare(dense, "cat", "pair", 1)
+    sides = {
+        f"{side}_generation": Generation((), text, "length")
+        for side, text in (("unsteered", "for dog"), ("steered", "for cup"))
+    }
+    plain, moved = html.continuations(replace(found, **sides))
+    assert plain == ("Unsteered", [("cat", None), ("for dog", html.NEW)])
+    assert moved == ("Steered", [("cat", None), ("for ", html.NEW), ("cup", html.OTHER)])
+    ended = {"steered_generation": Generation((), "", "context")}
+    assert html.continuations(replace(found, **ended))[1] == (
+        "Steered: stopped at the context's end",
+        [("cat", None)],
+    )
 
 
 def test_only_a_loopback_address_is_served_on_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
