@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from interventions.finding.channel_search import find_channel
     from interventions.report.page import write_report
     from interventions.steering.baseline import dense_accuracy
-    from interventions.steering.experiment import Experiment
+    from interventions.steering.experiment_config import Experiment
     from interventions.steering.result import Steering, plot_strengths
     from interventions.steering.steer import steer
     from interventions.tasks.base import Task, TaskBatch
@@ -93,7 +93,7 @@ __getattr__ = lazy_names(
         "interventions.finding.channel_search": "find_channel",
         "interventions.report.page": "write_report",
         "interventions.steering.baseline": "dense_accuracy",
-        "interventions.steering.experiment": "Experiment",
+        "interventions.steering.experiment_config": "Experiment",
         "interventions.steering.result": "Steering plot_strengths",
         "interventions.steering.steer": "steer",
         "interventions.tasks.base": "Task TaskBatch",

@@ -21,8 +21,8 @@ from bridges.losses import kl
 from bridges.run_folder import Run
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import Channel, resolve
-from interventions.editing.hooks import Where
 from interventions.editing.intervene import intervene
+from interventions.editing.where import Where
 from interventions.report.generations import NEW_TOKENS
 from interventions.report.texts import inline, task_of, visible
 from interventions.steering.steered_prompts import plain_model

@@ -9,13 +9,15 @@ import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from interventions.cli.options import TASK_LIST, parse
-from interventions.steering.experiment import Experiment
-from interventions.steering.result import DRAWN, Steering, named_curves, quiet_strength, set_name
+from interventions.steering.experiment_config import Experiment
+
+if TYPE_CHECKING:
+    from interventions.steering.result import Steering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,10 @@ def check_solved(accuracy: float, *, anyway: bool) -> None:
     print(f"warning: {said}", file=sys.stderr)
 
 
-def print_curves(result: Steering) -> None:
+def print_curves(result: "Steering") -> None:
     """Every curve at up to six strengths; for the sets the bootstrap interval at the last."""
+    from interventions.steering.result import named_curves, set_name
+
     step = -(-(len(result.strength) - 1) // 5) or 1
     shown = [*range(0, len(result.strength) - 1, step), len(result.strength) - 1]
     print(f"\n{'mean P(counterfactual answer) at strength':42}" + "".join(f"{result.strength[i]:8g}" for i in shown))
@@ -111,8 +115,10 @@ def print_curves(result: Steering) -> None:
         print(f"{name:42}" + "".join(f"{curve[i]:8.4f}" for i in shown) + interval)
 
 
-def print_quiet(result: Steering) -> None:
+def print_quiet(result: "Steering") -> None:
     """Each set at its quiet strength, and what the search for one channel finds through other decoders."""
+    from interventions.steering.result import DRAWN, quiet_strength, set_name
+
     print(f"\n{'at the largest quiet strength':42}strength   P(cf.)  random p95   chosen")
     for n, curve in {**result.channels, "difference_of_means": result.difference_of_means}.items():
         strength = quiet_strength(result, n)
@@ -126,6 +132,8 @@ def print_quiet(result: Steering) -> None:
 
 def print_side_effects(effects: dict[str, dict[str, Any]]) -> None:
     """What the fixed vectors do to everything else."""
+    from interventions.steering.result import set_name
+
     heads = "  norm    P(cf.)  KL, nats   perplexity (cf.)   other tasks"
     print(f"\n{'side effects of the mean edit everywhere':40}{heads}")
     for name, one in effects.items():

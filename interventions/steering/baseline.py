@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from interventions.bundle.bundle import get_bundle
-from interventions.steering.experiment import Experiment, resolved
+from interventions.steering.experiment import resolved
+from interventions.steering.experiment_config import Experiment
 from interventions.tasks.base import answer_probabilities, pair_accuracy
 from interventions.tasks.catalogue import get_task
 

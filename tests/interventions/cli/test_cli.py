@@ -69,8 +69,6 @@ def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_loads_no_model_library(command: str) -> None:
-    if command == "steer":
-        pytest.skip("its options are those of an experiment, whose module computes")
     code = (
         "import sys\nfrom interventions.cli.main import main\n"
         f"try:\n    main({[*command.split(), '--help']})\nexcept SystemExit:\n    pass\n"

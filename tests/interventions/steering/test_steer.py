@@ -22,7 +22,8 @@ from interventions.steering import edits as steering_edits
 from interventions.steering import side_effects
 from interventions.steering import steered_prompts as answers
 from interventions.steering import strengths as doses
-from interventions.steering.experiment import Experiment, chosen_strengths, default_strengths, read_experiment, resolved
+from interventions.steering.experiment import chosen_strengths, default_strengths, read_experiment, resolved
+from interventions.steering.experiment_config import Experiment
 from interventions.steering.result import DRAWN, Steering, named_curves, quiet_strength
 from interventions.steering.side_effects import Bystanders, SideEffects, fixed_vector, mean_effects
 from interventions.steering.steer import bootstrap, steer
