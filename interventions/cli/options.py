@@ -147,14 +147,19 @@ class _Handler(logging.Handler):
         print(text, file=sys.stderr if warning else sys.stdout, flush=True)
 
 
-def show_messages() -> None:
-    """Print what the three packages log from now on."""
-    for package in ("sparse_model", "bridges", "interventions"):
-        logger = logging.getLogger(package)
+@contextmanager
+def show_messages() -> Iterator[None]:
+    """Print what the three packages log meanwhile."""
+    handler, loggers = _Handler(), [logging.getLogger(name) for name in ("sparse_model", "bridges", "interventions")]
+    for logger in loggers:
         logger.setLevel(logging.INFO)
-        logger.propagate = False
-        if not any(isinstance(handler, _Handler) for handler in logger.handlers):
-            logger.addHandler(_Handler())
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+            logger.removeHandler(handler)
 
 
 @contextmanager
@@ -166,9 +171,9 @@ def report_errors() -> Iterator[None]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:  # too late for the variable
         sys.modules["transformers"].utils.logging.disable_progress_bar()
-    show_messages()
     try:
-        yield
+        with show_messages():
+            yield
     except _mistakes() as error:
         if os.environ.get("SPARSE_BRIDGES_TRACEBACK"):
             raise
