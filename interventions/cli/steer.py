@@ -87,9 +87,9 @@ def main(options: Options) -> None:
 
 def check_solved(accuracy: float, *, anyway: bool) -> None:
     """Raise ValueError for a task that the dense model does not solve, or say so."""
-    from interventions.circuits.task_scores import SOLVED
+    from interventions.circuits.task_scores import SOLVED, solves
 
-    if accuracy >= SOLVED:
+    if solves(accuracy):
         return
     said = (
         f"the dense model gets {accuracy:.0%} of the task's pairs right, a task counts as solved from {SOLVED:.0%}: "

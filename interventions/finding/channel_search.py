@@ -8,7 +8,7 @@ from interventions.bundle.channels import Channel
 from interventions.circuits.circuit import load_circuit
 from interventions.finding.by_circuit import channel_by_circuit
 from interventions.finding.by_patching import channel_by_patching
-from interventions.finding.by_steering import WEAK, channel_by_steering
+from interventions.finding.by_steering import channel_by_steering, read_matters
 from interventions.steering.strengths import with_doses
 from interventions.tasks.catalogue import get_task
 
@@ -51,6 +51,6 @@ def find_channel(
         channel = with_doses(run, channel, batch)
     else:
         channel = channel_by_steering(run, name, task, batch, site=site, progress=progress)
-    if channel.selection["whole_effect_nats"] < WEAK:
+    if not read_matters(channel.selection["whole_effect_nats"]):
         logger.warning("the sparse model's answer does not hang on this read; the channel means little")
     return channel

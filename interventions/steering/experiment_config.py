@@ -49,7 +49,9 @@ class Experiment:
         check_choices(self)
         for name in _COUNTS:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for one in self.sets:
-            require(0 < len(one) == len(set(one)), "sets", self.sets, "a set needs channels, none of them twice")
-        sizes = {len(one) for one in self.sets}
+        for channels in self.sets:
+            require(
+                0 < len(channels) == len(set(channels)), "sets", self.sets, "a set needs channels, none of them twice"
+            )
+        sizes = {len(channels) for channels in self.sets}
         require(len(sizes) == len(self.sets), "sets", self.sets, "no two sets may be of one size")
