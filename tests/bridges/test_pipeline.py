@@ -139,8 +139,8 @@ def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(
         (["no-such-preset"], "preset 'no-such-preset' is unknown: use one of demo, tiny"),
         (["tiny", "--dense", "./nowhere", "--tokenizer", "./nowhere"], "nowhere"),
         (["tiny", "--corpus", "./no-such-folder"], "no-such-folder"),
-        (["tiny", "--sparsity.min-per-neuron", "40"], "min_per_neuron=40"),
-        (["tiny", "--sparse.topk-fraction", "3"], "topk_fraction=3"),
+        (["tiny", "--sparsity.min-per-neuron", "40"], "--sparsity.min-per-neuron 40 needs"),
+        (["tiny", "--sparse.topk-fraction", "3"], "--sparse.topk-fraction 3.0: must lie"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(cache: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -154,7 +154,7 @@ def test_mismatched_tokenizer_and_depth_are_refused(tiny: Path, cache: Path, tmp
     dense = str(tiny / "dense")
     done = call(cache, *TINY, "--dense", dense, "--sparse.n-layers", "3", "--run", str(tmp_path / "a"))
     assert done.returncode == 2
-    assert "sparse.n_layers=3: the dense model has 2 layers" in done.stderr
+    assert "--sparse.n-layers 3: the dense model has 2 layers" in done.stderr
     other = tmp_path / "tokenizer"
     code = (
         "import random; from sparse_model.data.tokenizer import *\n"

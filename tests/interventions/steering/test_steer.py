@@ -130,7 +130,7 @@ def test_the_script_steers_sets_from_the_command_line(dense, tmp_path: Path, cap
 
     run = get_bundle(dense).folder
     counts = [f"--{n}=1" for n in ("pairs", "draws", "maps", "ridge-tokens", "text-tokens", "task-pairs", "new-tokens")]
-    sets = ["--sets", "3", "--sets", "3", "7", "--strengths", "0", "1", "--out", str(tmp_path)]
+    sets = ["--sets", "3", "--sets", "3", "7", "--strengths", "0", "1", "--out", str(tmp_path), "--anyway"]
     script.main(tyro.cli(script.Options, args=["--run", str(run), "--channel", "pair", *sets, *counts]))
     found = json.loads((tmp_path / "metrics.json").read_text())
     steering = Steering(**found["steering"][TASK])
