@@ -5,6 +5,7 @@
 3. The result is evaluated on held-out text and saved.
 """
 
+import logging
 import time
 from pathlib import Path
 
@@ -25,21 +26,24 @@ from sparse_model.training.accelerator import ending, make_accelerator, start_tr
 from sparse_model.training.losses import next_token_loss
 from sparse_model.training.trainer import CHECKPOINT
 
+logger = logging.getLogger(__name__)
 
-def train_run(
+
+def train_bridge(
     config: RunConfig,
-    folder: Path,
+    folder: str | Path,
     *,
     resume: bool = False,
     trackers: tuple[str, ...] = (),
     processes: int | None = None,
     progress: bool = True,
 ) -> dict:
-    """Make the run in `folder`; returns the metrics that metrics.json holds.
+    """Train a sparse model and bridges beside a frozen dense GPT-2 in `folder`; returns what metrics.json holds.
 
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises.
     """
+    folder = Path(folder)
     check_corpus(config)
     accelerator = make_accelerator(folder, trackers, processes)
     if accelerator.is_main_process:
@@ -59,7 +63,7 @@ def train_run(
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
-        print(f"resuming at step {trainer.step} of {config.steps}")
+        logger.info("resuming at step %d of %d", trainer.step, config.steps)
     started = time.monotonic()
     with ending(accelerator):
         trainer.train(progress=progress)
@@ -99,15 +103,22 @@ def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> flo
 
 
 def _finish(run: run_folder.Run, val: Tensor, progress: bool) -> dict:
-    metrics = evaluate_run(run, val, run.config.eval_tokens, progress=progress)
-    print(evaluation_table(metrics))
+    metrics = evaluate_run(run, blocks=val, progress=progress)
+    logger.info("%s", evaluation_table(metrics))
     return metrics
 
 
-def evaluate_run(run: run_folder.Run, val: Tensor, eval_tokens: int, *, progress: bool = True) -> dict:
-    """Evaluate a run on held-out blocks, save its bridges' scales and metrics.json, and return the metrics."""
-    n_blocks = max(1, eval_tokens // val.shape[1])
-    metrics = evaluate(run.dense, run.sparse, run.bridges, val[:n_blocks], progress=progress)
+def evaluate_run(
+    run: run_folder.Run, *, tokens: int | None = None, blocks: Tensor | None = None, progress: bool = True
+) -> dict:
+    """Evaluate a run on held-out text, save its bridges' scales and metrics.json, and return the metrics.
+
+    tokens: how many; None: as many as the run's config says. blocks: of them [block, pos]; None: the run's own corpus.
+    """
+    if blocks is None:
+        blocks = prepare_corpus(run.config, run.tokenizer, progress=progress).val
+    n_blocks = max(1, (tokens or run.config.eval_tokens) // blocks.shape[1])
+    metrics = evaluate(run.dense, run.sparse, run.bridges, blocks[:n_blocks], progress=progress)
     run_folder.save_bridges(run.bridges, run.folder / "bridges")
     run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
     write_measured(run.sparse.measured, run.folder / "sparse")

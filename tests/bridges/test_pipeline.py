@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "interventions.cli"]
 TINY = [sys.executable, "scripts/train_bridge.py", "tiny"]
 
 
@@ -41,8 +42,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
-    for script, *few in (("find_channel",), ("steer", "--pairs", "8"), ("report",)):
-        done = call(cache, sys.executable, f"scripts/{script}.py", "--run", str(tiny), *few)
+    refused = call(cache, *COMMAND, "steer", "--run", str(tiny), "--channel", "no.such")
+    assert refused.stderr.startswith("error: unknown channel 'no.such'"), refused.stderr
+    for name, *few in (("find-channel",), ("steer", "--pairs", "8", "--anyway"), ("report",)):
+        done = call(cache, *COMMAND, name, "--run", str(tiny), *few)
         assert done.returncode == 0, done.stderr
     parts = {"config.json", "dense", "sparse", "bridges", "tokenizer", "channels.json", "metrics.jsonl", "metrics.json",
              "report.html", "steering.png"}  # fmt: skip
@@ -65,7 +68,7 @@ def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
 
 def test_evaluate_repeats_the_runs_own_figures(tiny: Path, cache: Path) -> None:
     before = json.loads((tiny / "metrics.json").read_text())
-    done = call(cache, sys.executable, "scripts/evaluate.py", "--run", str(tiny))
+    done = call(cache, *COMMAND, "evaluate", "--run", str(tiny))
     assert done.returncode == 0, done.stderr
     after = json.loads((tiny / "metrics.json").read_text())
     assert after["sites"] == before["sites"]
@@ -101,7 +104,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tiny: Path, cache: Pa
 
 
 def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/train_sparse.py", "tiny", "--steps", "300", "--checkpoint-every", "150"]
+    command = [*COMMAND, "train-sparse", "tiny", "--steps", "300", "--checkpoint-every", "150"]
     process = subprocess.Popen(
         [*command, "--run", str(tmp_path / "stopped")],
         cwd=ROOT,
@@ -136,8 +139,8 @@ def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(
         (["no-such-preset"], "preset 'no-such-preset' is unknown: use one of demo, tiny"),
         (["tiny", "--dense", "./nowhere", "--tokenizer", "./nowhere"], "nowhere"),
         (["tiny", "--corpus", "./no-such-folder"], "no-such-folder"),
-        (["tiny", "--sparsity.min-per-neuron", "40"], "min_per_neuron=40"),
-        (["tiny", "--sparse.topk-fraction", "3"], "topk_fraction=3"),
+        (["tiny", "--sparsity.min-per-neuron", "40"], "--sparsity.min-per-neuron 40 needs"),
+        (["tiny", "--sparse.topk-fraction", "3"], "--sparse.topk-fraction 3.0: must lie"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(cache: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -151,7 +154,7 @@ def test_mismatched_tokenizer_and_depth_are_refused(tiny: Path, cache: Path, tmp
     dense = str(tiny / "dense")
     done = call(cache, *TINY, "--dense", dense, "--sparse.n-layers", "3", "--run", str(tmp_path / "a"))
     assert done.returncode == 2
-    assert "sparse.n_layers=3: the dense model has 2 layers" in done.stderr
+    assert "--sparse.n-layers 3: the dense model has 2 layers" in done.stderr
     other = tmp_path / "tokenizer"
     code = (
         "import random; from sparse_model.data.tokenizer import *\n"
