@@ -18,22 +18,22 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		scripts/train_bridge.py demo --run $(RUN) --resume
-	$(BIN)/python scripts/find_channel.py --run $(RUN)
-	$(BIN)/python scripts/steer.py --run $(RUN)
-	$(BIN)/python scripts/report.py --run $(RUN)
+	$(BIN)/sparse-bridges find-channel --run $(RUN)
+	$(BIN)/sparse-bridges steer --run $(RUN)
+	$(BIN)/sparse-bridges report --run $(RUN)
 	@echo "open $(RUN)/report.html"
 
 # The bundle that comes with the package: the demo's dense model, seven times the demo's text for the joint training.
 bundle: setup
-	$(BIN)/python scripts/train_dense.py demo --run runs/bundle-dense --resume
+	$(BIN)/sparse-bridges train-dense demo --run runs/bundle-dense --resume
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		scripts/train_bridge.py demo --dense runs/bundle-dense/dense --batch-size 16 --steps 10000 \
 		--corpus-tokens 10000000 --run runs/bundle --resume
 	for task in single_double_quote while_return_true for_while; do \
-		$(BIN)/python scripts/find_channel.py --run runs/bundle --task $$task && \
-		$(BIN)/python scripts/steer.py --run runs/bundle --task $$task || exit 1; done
-	$(BIN)/python scripts/find_circuit.py --run runs/bundle --controls
-	$(BIN)/python scripts/package_bundle.py --run runs/bundle --name demo
+		$(BIN)/sparse-bridges find-channel --run runs/bundle --task $$task && \
+		$(BIN)/sparse-bridges steer --run runs/bundle --task $$task || exit 1; done
+	$(BIN)/sparse-bridges find-circuit --run runs/bundle --controls
+	$(BIN)/sparse-bridges package-bundle --run runs/bundle --name demo
 
 # The tests of the CUDA kernels run in Triton's interpreter; a gigabyte that nothing else needs.
 .venv/.tests-installed: .venv/.installed

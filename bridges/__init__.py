@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bridges.evaluation import SiteReport, evaluate
     from bridges.hybrid import mixed_path, random_path, residuals, single_crossing, suffix
     from bridges.losses import kl, nmse
-    from bridges.pipeline import train_run
+    from bridges.pipeline import evaluate_run, make_dense, train_bridge
     from bridges.run_folder import Run, open_run
     from bridges.sites import Site, all_sites
     from sparse_model.version import __version__
@@ -29,8 +29,10 @@ __all__ = [
     "__version__",
     "all_sites",
     "evaluate",
+    "evaluate_run",
     "kl",
     "load_gpt2",
+    "make_dense",
     "mixed_path",
     "nmse",
     "open_run",
@@ -38,7 +40,7 @@ __all__ = [
     "residuals",
     "single_crossing",
     "suffix",
-    "train_run",
+    "train_bridge",
 ]
 
 __getattr__ = lazy_names(
@@ -50,7 +52,7 @@ __getattr__ = lazy_names(
         "bridges.evaluation": "SiteReport evaluate",
         "bridges.hybrid": "mixed_path random_path residuals single_crossing suffix",
         "bridges.losses": "kl nmse",
-        "bridges.pipeline": "train_run",
+        "bridges.pipeline": "evaluate_run make_dense train_bridge",
         "bridges.run_folder": "Run open_run",
         "bridges.sites": "Site all_sites",
     },

@@ -59,6 +59,13 @@ class BridgeSet(nn.Module):
         for name, value in zip(SCALES, (rms_dense, std_dense, rms_sparse), strict=True):
             getattr(self, name).copy_(value)
 
+    def check_scales(self) -> None:
+        """Raise ValueError for bridges whose streams were never measured: there is no unit to steer in."""
+        if not torch.isfinite(self.rms_sparse).all():
+            raise ValueError(
+                "the bridges have no scales: training measures them, bridges.scales.measure_scales sets them"
+            )
+
     def directions(self, site: int) -> Float[Tensor, "d_sparse d_dense"]:
         """What one unit of each sparse stream channel adds to the dense stream: the decoder's columns, without bias."""
         weight = self.decoders[site].weight
@@ -82,7 +89,10 @@ def load_bridges(folder: Path) -> BridgeSet:
     recover_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: has the run in {folder.parent} finished its training?")
+        raise FileNotFoundError(
+            f"{folder.parent} has no bridges ({path} does not exist): finish its training with sparse-bridges "
+            f"train-bridge --run {folder.parent} --resume, or name another run"
+        )
     try:
         bridges = BridgeSet(**json.loads(path.read_text()))
     except (TypeError, json.JSONDecodeError) as error:

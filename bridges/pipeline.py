@@ -5,6 +5,7 @@
 3. The result is evaluated on held-out text and saved.
 """
 
+import logging
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from bridges.scales import measure_scales
 from sparse_model.config import check_folder, claim_folder
+from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
@@ -27,21 +29,24 @@ from sparse_model.training.accelerator import ending, make_accelerator, start_tr
 from sparse_model.training.losses import next_token_loss
 from sparse_model.training.trainer import CHECKPOINT
 
+logger = logging.getLogger(__name__)
 
-def train_run(
+
+def train_bridge(
     config: RunConfig,
-    folder: Path,
+    folder: str | Path,
     *,
     resume: bool = False,
     trackers: tuple[str, ...] = (),
     processes: int | None = None,
     progress: bool = True,
 ) -> dict:
-    """Make the run in `folder`; returns the metrics that metrics.json holds.
+    """Train a sparse model and bridges beside a frozen dense GPT-2 in `folder`; returns what metrics.json holds.
 
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises. A start that is refused writes nothing there.
     """
+    folder = Path(folder)
     accelerator = make_accelerator(folder, trackers, processes)
     progress = progress and accelerator.is_main_process
     with accelerator.main_process_first():
@@ -64,7 +69,7 @@ def train_run(
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
-        print(f"resuming at step {trainer.step} of {config.steps}")
+        logger.info("resuming at step %d of %d", trainer.step, config.steps)
     started = time.monotonic()
     with ending(accelerator):
         trainer.train(progress=progress)
@@ -109,17 +114,24 @@ def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Ten
 
 
 def _finish(run: run_folder.Run, val: Int[Tensor, "block pos"], progress: bool) -> dict:
-    metrics = evaluate_run(run, val, run.config.eval_tokens, progress=progress)
+    metrics = evaluate_run(run, blocks=val, progress=progress)
     run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
     write_measured(run.sparse.measured, run.folder / "sparse")
-    print(evaluation_table(metrics))
+    logger.info("%s", evaluation_table(metrics))
     return metrics
 
 
-def evaluate_run(run: run_folder.Run, val: Tensor, eval_tokens: int, *, progress: bool = True) -> dict:
-    """Evaluate a run on held-out blocks and set metrics.json, nothing else; returns the metrics."""
-    n_blocks = max(1, eval_tokens // val.shape[1])
-    metrics = evaluate(run.dense, run.sparse, run.bridges, val[:n_blocks], progress=progress)
+def evaluate_run(
+    run: run_folder.Run, *, tokens: int | None = None, blocks: Tensor | None = None, progress: bool = True
+) -> dict:
+    """Evaluate a run on held-out text and set metrics.json, nothing else; returns the metrics.
+
+    tokens: how many; None: as many as the run's config says. blocks: of them [block, pos]; None: the run's own corpus.
+    """
+    if blocks is None:
+        blocks = prepare_corpus(run.config, run.tokenizer, progress=progress).val
+    n_blocks = max(1, (tokens or run.config.eval_tokens) // blocks.shape[1])
+    metrics = evaluate(run.dense, run.sparse, run.bridges, blocks[:n_blocks], progress=progress)
     run_folder.update_metrics(run.folder, **metrics)
     return metrics
 

@@ -134,7 +134,7 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no run at {folder}: train one with scripts/train_bridge.py --run {folder}")
+        raise FileNotFoundError(f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}")
     config = from_json(RunConfig, folder / "config.json")
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()

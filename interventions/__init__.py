@@ -9,18 +9,21 @@ if TYPE_CHECKING:
     from interventions.bundle.channels import Channel, load_channels, save_channel
     from interventions.bundle.packaged import packaged_bundles
     from interventions.circuits.circuit import Circuit, load_circuit, make_circuit, save_circuit
+    from interventions.circuits.circuit_search import find_circuit, with_controls
     from interventions.circuits.controls import validate
     from interventions.circuits.draw_effects import plot_effects
-    from interventions.circuits.gates import PruneConfig
     from interventions.circuits.node_model import as_nodes
+    from interventions.circuits.prune_config import PruneConfig
     from interventions.circuits.pruning import prune, reference_ablation, splits
-    from interventions.circuits.solved_tasks import score_tasks
+    from interventions.circuits.task_scores import score_tasks, solved_tasks
     from interventions.editing.intervene import Intervention, intervene, intervene_vector
-    from interventions.finding.by_circuit import channel_from_circuit
-    from interventions.finding.by_patching import find_channel
-    from interventions.finding.by_steering import find_steering_channel
+    from interventions.finding.by_circuit import channel_by_circuit
+    from interventions.finding.by_patching import channel_by_patching
+    from interventions.finding.by_steering import channel_by_steering
+    from interventions.finding.channel_search import find_channel
     from interventions.report.page import write_report
-    from interventions.steering.experiment import Experiment
+    from interventions.steering.baseline import dense_accuracy
+    from interventions.steering.experiment_config import Experiment
     from interventions.steering.result import Steering, plot_strengths
     from interventions.steering.steer import steer
     from interventions.tasks.base import Task, TaskBatch
@@ -38,9 +41,12 @@ __all__ = [
     "TaskBatch",
     "__version__",
     "as_nodes",
-    "channel_from_circuit",
+    "channel_by_circuit",
+    "channel_by_patching",
+    "channel_by_steering",
+    "dense_accuracy",
     "find_channel",
-    "find_steering_channel",
+    "find_circuit",
     "get_task",
     "intervene",
     "intervene_vector",
@@ -58,9 +64,11 @@ __all__ = [
     "save_channel",
     "save_circuit",
     "score_tasks",
+    "solved_tasks",
     "splits",
     "steer",
     "validate",
+    "with_controls",
     "write_report",
 ]
 
@@ -71,18 +79,21 @@ __getattr__ = lazy_names(
         "interventions.bundle.channels": "Channel load_channels save_channel",
         "interventions.bundle.packaged": "packaged_bundles",
         "interventions.circuits.circuit": "Circuit load_circuit make_circuit save_circuit",
+        "interventions.circuits.circuit_search": "find_circuit with_controls",
         "interventions.circuits.controls": "validate",
         "interventions.circuits.draw_effects": "plot_effects",
-        "interventions.circuits.gates": "PruneConfig",
         "interventions.circuits.node_model": "as_nodes",
+        "interventions.circuits.prune_config": "PruneConfig",
         "interventions.circuits.pruning": "prune reference_ablation splits",
-        "interventions.circuits.solved_tasks": "score_tasks",
+        "interventions.circuits.task_scores": "score_tasks solved_tasks",
         "interventions.editing.intervene": "Intervention intervene intervene_vector",
-        "interventions.finding.by_circuit": "channel_from_circuit",
-        "interventions.finding.by_patching": "find_channel",
-        "interventions.finding.by_steering": "find_steering_channel",
+        "interventions.finding.by_circuit": "channel_by_circuit",
+        "interventions.finding.by_patching": "channel_by_patching",
+        "interventions.finding.by_steering": "channel_by_steering",
+        "interventions.finding.channel_search": "find_channel",
         "interventions.report.page": "write_report",
-        "interventions.steering.experiment": "Experiment",
+        "interventions.steering.baseline": "dense_accuracy",
+        "interventions.steering.experiment_config": "Experiment",
         "interventions.steering.result": "Steering plot_strengths",
         "interventions.steering.steer": "steer",
         "interventions.tasks.base": "Task TaskBatch",

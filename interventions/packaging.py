@@ -26,7 +26,7 @@ def package_run(run: str | Path, out: str | Path) -> Path:
     run, out = Path(run), Path(out)
     open_run(run)
     if not load_channels(run):
-        raise ValueError(f"{run} names no channel: run scripts/find_channel.py --run {run} first")
+        raise ValueError(f"{run} names no channel: run sparse-bridges find-channel --run {run} first")
     with replace_folder(out) as temporary:
         for part in ("tokenizer", "dense", "sparse", "bridges"):
             shutil.copytree(run / part, temporary / part)

@@ -16,10 +16,14 @@ TOPK_LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in",
 T = TypeVar("T")
 
 
+class InvalidOption(ValueError):
+    """A value that an option cannot have; the message names option, value and remedy."""
+
+
 def require(condition: bool, name: str, value: Any, remedy: str) -> None:
-    """Raise ValueError naming an option, its value and the remedy unless the condition holds."""
+    """Raise InvalidOption, a ValueError, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{name}={value!r}: {remedy}")
+        raise InvalidOption(f"{name}={value!r}: {remedy}")
 
 
 def check_choices(config: Any) -> None:

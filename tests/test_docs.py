@@ -26,6 +26,8 @@ import bridges
 import interventions
 import sparse_model
 from interventions.bundle.packaged import FOLDER
+from interventions.cli import main
+from interventions.cli.main import module_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -109,38 +111,49 @@ def test_blocks_are_left_out_only_for_a_reason_and_seldom() -> None:
 
 
 class Command(NamedTuple):
-    """A command line that calls a script."""
+    """A command line that calls `sparse-bridges`, or a program of the repository."""
 
     place: str
-    script: str
+    program: str
+    """ "sparse-bridges evaluate", or the path of a file."""
     arguments: list[str]
 
 
 def commands() -> Iterator[Command]:
-    """Every call of a script in the pages' shell blocks and docstrings of the scripts themselves."""
+    """Every command line in the pages' shell blocks and in the docstrings of the programs themselves."""
     for page in PAGES:
         for block in blocks(page):
             if block.language in ("", "sh", "bash", "console"):
                 yield from commands_in(block.code, f"{name_of(page)}:{block.line}")
-    for script in sorted((ROOT / "scripts").glob("*.py")):
-        docstring = script.read_text().split('"""')[1]
+    for program in PROGRAMS:
+        docstring = ast.get_docstring(ast.parse(program.read_text())) or ""
         examples = "\n".join(line for line in docstring.splitlines() if line.startswith("    "))
-        yield from commands_in(examples, name_of(script))
+        yield from commands_in(examples, name_of(program))
 
 
 def commands_in(text: str, place: str) -> Iterator[Command]:
-    for line in filter(SCRIPT.search, text.replace("\\\n", " ").splitlines()):
+    for line in filter(PROGRAM.search, text.replace("\\\n", " ").splitlines()):
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
         lexer.whitespace_split = True  # and comments are left out
         # `for` loops, pipes and the like: each simple command by itself.
         for parted, simple in groupby(lexer, lambda word: set(word) <= set(";&|")):
             words = [] if parted else [re.sub(r"\$\w+", "0", word) for word in simple]
-            at = next((i for i, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
-            if at is not None:
+            at = next((i for i, word in enumerate(words) if PROGRAM.fullmatch(word)), None)
+            if at is None:
+                continue
+            if words[at].endswith(".py"):
                 yield Command(place, words[at], words[at + 1 :])
+            elif words[at + 1].startswith("-"):
+                yield Command(place, "sparse-bridges", words[at + 1 :])
+            else:
+                yield Command(place, f"sparse-bridges {words[at + 1]}", words[at + 2 :])
 
 
-SCRIPT = re.compile(r"scripts/\w+\.py")
+PROGRAM = re.compile(r"scripts/(?:\w+/)?\w+\.py|sparse-bridges(?= |$)|interventions\.cli")
+PROGRAMS = [
+    *sorted((ROOT / "scripts").rglob("*.py")),
+    *(ROOT / "interventions" / "cli" / f"{module_of(command)}.py" for command in main.COMMANDS),
+]
 COMMANDS = list(commands())
 
 
@@ -148,8 +161,8 @@ class _Parsed(BaseException):
     """Raised where a script would begin its work."""
 
 
-def parse(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a script up to where its arguments are parsed."""
+def parse(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a program up to where its arguments are parsed."""
     real = tyro.cli
 
     def cli(*args: Any, **options: Any) -> None:
@@ -157,38 +170,46 @@ def parse(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
         raise _Parsed
 
     monkeypatch.setattr(tyro, "cli", cli)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    name, *words = [*program.split(), *arguments]
+    monkeypatch.setattr(sys, "argv", [name, *words])
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if name.endswith(".py"):
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            else:
+                main.main()
     except _Parsed:
         return
     except SystemExit:
-        pytest.fail(f"{shlex.join([script, *arguments])}\n{said.getvalue()}")
-    pytest.fail(f"{script} parses no arguments")
+        pytest.fail(f"{shlex.join([name, *words])}\n{said.getvalue()}")
+    pytest.fail(f"{program} parses no arguments")
 
 
-@pytest.mark.parametrize("script", sorted({command.script for command in COMMANDS}))
-def test_command_lines_parse(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (ROOT / script).is_file(), [c.place for c in COMMANDS if c.script == script]
+@pytest.mark.parametrize("program", sorted({command.program for command in COMMANDS} - {"sparse-bridges"}))
+def test_command_lines_parse(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [command.place for command in COMMANDS if command.program == program]
+    assert program.startswith("sparse-bridges") or (ROOT / program).is_file(), places
     seen = set()
     for command in COMMANDS:
-        if command.script == script and "--help" not in command.arguments and str(command.arguments) not in seen:
+        if command.program == program and "--help" not in command.arguments and str(command.arguments) not in seen:
             seen.add(str(command.arguments))
             with monkeypatch.context() as patch:
-                parse(script, command.arguments, patch)
+                parse(program, command.arguments, patch)
 
 
 def test_the_commands_that_are_checked_are_those_of_the_pages() -> None:
-    """An unknown option is noticed, and no call of a script is overlooked."""
+    """An unknown option or command is noticed, and no command line is overlooked."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(pytest.fail.Exception, match="no-such-option"):
-        parse("scripts/evaluate.py", ["--no-such-option"], patch)
+        parse("sparse-bridges evaluate", ["--no-such-option"], patch)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(pytest.fail.Exception, match="unknown command 'evalu'"):
+        parse("sparse-bridges evalu", [], patch)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(pytest.fail.Exception, match="no-such-preset"):
         parse("scripts/train_bridge.py", ["no-such-preset"], patch)
     fenced = [block.code for page in PAGES for block in blocks(page) if block.language != "python"]
-    written = SCRIPT.findall(re.sub(r"#.*", "", "\n".join(fenced)))
-    assert [command.script for command in COMMANDS if not command.place.startswith("scripts/")] == written
+    written = PROGRAM.findall(re.sub(r"#.*|'[^'\n]*'", "", "\n".join(fenced)))
+    from_pages = [command for command in COMMANDS if command.place.partition(":")[0].endswith(".md")]
+    assert len(from_pages) == len(written) > 60
 
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -228,14 +249,13 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
 
 
 def test_every_command_is_in_the_table_in_its_own_words() -> None:
-    first_lines = {}
-    for script in (ROOT / "scripts").glob("*.py"):
-        if "__main__" in script.read_text():
-            docstring = ast.get_docstring(ast.parse(script.read_text()))
-            assert docstring, script
-            first_lines[script.name] = docstring.splitlines()[0]
-    rows = re.findall(r"^\| `(\w+\.py)` \| (.+) \|$", (DOCS / "scripts.md").read_text(), re.M)
-    assert dict(rows) == first_lines, "docs/scripts.md is not what the scripts' docstrings say"
+    first_lines = {command: main.summary(command) for command in main.COMMANDS}
+    for program in (ROOT / "scripts").glob("*/*.py"):
+        docstring = ast.get_docstring(ast.parse(program.read_text()))
+        assert docstring, program
+        first_lines[f"{program.parent.name}/{program.name}"] = docstring.splitlines()[0]
+    rows = re.findall(r"^\| `([\w/-]+(?:\.py)?)` \| (.+) \|$", (DOCS / "commands.md").read_text(), re.M)
+    assert dict(rows) == first_lines, "docs/commands.md is not what the programs' docstrings say"
     assert len(rows) == len(first_lines)
 
 

@@ -1,4 +1,4 @@
-"""One prompt, steered and unsteered: what scripts/serve.py shows on its page, without the page.
+"""One prompt, steered and unsteered: what the page shows, without the page.
 
 1. The prompt is tokenized as for training: end-of-text, then the text. Nothing in it is a special token.
 2. The dense model continues it twice, plainly and with `intervene(channel, delta=...)` at every token, prompt and
@@ -21,8 +21,8 @@ from bridges.losses import kl
 from bridges.run_folder import Run
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import Channel, resolve
-from interventions.editing.hooks import Where
 from interventions.editing.intervene import intervene
+from interventions.editing.where import Where
 from interventions.report.generations import NEW_TOKENS
 from interventions.report.texts import inline, task_of, visible
 from interventions.steering.steered_prompts import plain_model

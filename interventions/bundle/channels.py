@@ -116,7 +116,7 @@ def load_channels(folder: Path) -> dict[str, Channel]:
         data = json.loads(path.read_text(encoding="utf-8"))
         return {name: Channel.from_dict(entry) for name, entry in data.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): run scripts/find_channel.py again") from error
+        raise ValueError(f"{path} is damaged ({error}): run sparse-bridges find-channel again") from error
 
 
 def save_channel(folder: Path, channel: Channel) -> None:
@@ -138,7 +138,7 @@ def resolve(name: str, channels: Mapping[str, Channel], sparse: SparseShape) -> 
     if not address:
         near = difflib.get_close_matches(name, channels, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        known = ", ".join(channels) or "none yet; scripts/find_channel.py finds some"
+        known = ", ".join(channels) or "none yet; sparse-bridges find-channel finds some"
         raise KeyError(f"unknown channel {name!r}: {hint}named channels are {known}; or an address like attn.1.read.7")
     label, index = address[1], int(address[2])
     if label not in sites:

@@ -23,6 +23,6 @@ def find_run(folder: str | Path) -> Path:
     if path.is_dir():
         return path  # whoever opens it says what is missing
     raise FileNotFoundError(
-        f"no run at {folder}: train one with scripts/train_bridge.py --run {folder}, or use a packaged bundle "
+        f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}, or use a packaged bundle "
         f"({', '.join(packaged_bundles())})"
     )

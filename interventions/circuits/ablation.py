@@ -1,7 +1,7 @@
 """What is put in place of deleted nodes, and how a circuit's logits are calibrated (paper 2.2, A.5)."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from interventions.circuits.node_model import NodeEdit, NodeModel, Values, as_nodes, device_of, locations
+from interventions.circuits.prune_config import AblationKind
 from interventions.tasks.base import TaskBatch
-
-AblationKind = Literal["mean", "zero", "resample"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -204,7 +204,7 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
     or an unknown node name, each naming the file.
     """
     path, tensors = circuit_paths(run.folder, task, model)
-    command = f"scripts/find_circuit.py --run {run.folder} --task {task}" + " --model dense" * (model == "dense")
+    command = f"sparse-bridges find-circuit --run {run.folder} --task {task}" + " --model dense" * (model == "dense")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: find it with {command}")
     again = f"find the circuit again with {command}"

@@ -26,9 +26,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from interventions.circuits.ablation import AblationKind
 from interventions.circuits.circuit import Circuit
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.interchange import Interchange, interchange
 from interventions.circuits.measures import (
     Necessity,
@@ -40,6 +38,7 @@ from interventions.circuits.measures import (
     sufficiency,
 )
 from interventions.circuits.node_model import Kept, NodeModel, as_nodes, device_of
+from interventions.circuits.prune_config import AblationKind, PruneConfig
 from interventions.circuits.pruning import reference_ablation, score
 from interventions.circuits.rivals import FrozenNorms, by_word, redrawn, scrambled
 from interventions.tasks.base import TaskBatch

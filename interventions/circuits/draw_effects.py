@@ -16,7 +16,7 @@ def plot_effects(effects: Mapping[str, int | float], *, most: int = 40) -> Figur
     most `most` bars. Below the dashed line a node does nothing. Raises ValueError for no effects.
     """
     if not effects:
-        raise ValueError("there are no effects to plot: run scripts/find_circuit.py with --controls")
+        raise ValueError("there are no effects to plot: run sparse-bridges find-circuit with --controls")
     ranked = sorted(effects.items(), key=lambda entry: -entry[1])[:most]
     figure = Figure(figsize=(6.4, 0.8 + 0.2 * len(ranked)), layout="constrained")
     axes = figure.subplots()

@@ -7,8 +7,9 @@ import torch
 
 from interventions.circuits.ablation import Ablation, fit_calibration
 from interventions.circuits.circuit import Circuit
-from interventions.circuits.gates import PruneConfig, answer_logits, at_answer, fit_gates
+from interventions.circuits.gates import answer_logits, at_answer, fit_gates
 from interventions.circuits.node_model import Kept, NodeModel, count_edges, find_node
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Ranking, everything, score
 from interventions.circuits.rivals import random_nodes
 from interventions.tasks.base import TaskBatch, pair_accuracy, task_loss

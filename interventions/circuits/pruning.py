@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interventions.circuits.ablation import Ablation, Calibration, fit_calibration, measure_ablation
-from interventions.circuits.gates import Fitted, GateLayout, PruneConfig, answer_logits, at_answer, fit_gates
+from interventions.circuits.gates import Fitted, GateLayout, answer_logits, at_answer, fit_gates
 from interventions.circuits.node_model import Kept, NodeModel, as_nodes, device_of, locations
+from interventions.circuits.prune_config import PruneConfig
 from interventions.tasks.base import Task, TaskBatch, task_loss
 
 

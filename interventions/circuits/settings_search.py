@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from interventions.circuits.gates import PruneConfig
+from interventions.circuits.prune_config import PruneConfig
 from sparse_model.training.interrupts import stop_signals
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerFast
 from bridges.run_folder import check_same_tokenizer, open_run
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import FOLDER
-from interventions.circuits.gates import PruneConfig, fit_gates
+from interventions.circuits.gates import fit_gates
 from interventions.circuits.measures import Necessity, Repruned, necessity, reprune
 from interventions.circuits.node_model import NodeModel, as_nodes, count_edges
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Ranking, everything, reference_ablation, score, splits
 from interventions.circuits.rivals import redrawn
 from interventions.tasks.base import Task
@@ -73,7 +74,7 @@ class Contest(NamedTuple):
 def contest_of_run(folder: str | Path) -> Contest:
     """The sparse model of a run against its dense GPT-2. Raises what `bridges.run_folder.open_run` raises."""
     run = open_run(folder)
-    ce = _figures(run.folder, "scripts/evaluate.py", "sparse", "dense")
+    ce = _figures(run.folder, "sparse-bridges evaluate", "sparse", "dense")
     return Contest(
         run.folder.name,
         (
@@ -87,7 +88,7 @@ def contest_of_run(folder: str | Path) -> Contest:
 
 
 def contest_of_pretrained(sparse: str | Path, dense: str | Path) -> Contest:
-    """Two models of scripts/train_sparse.py, the second with all its weights (the paper's own comparison).
+    """Two models of sparse-bridges train-sparse, the second with all its weights (the paper's own comparison).
 
     Raises FileNotFoundError for a folder that is no such run, ValueError for different tokenizers and for a second
     model that is sparse too.
@@ -107,7 +108,7 @@ def contest_of_pretrained(sparse: str | Path, dense: str | Path) -> Contest:
             label,
             as_nodes(load_sparse(folder / "sparse").eval()),
             folder,
-            _figures(folder, "scripts/train_sparse.py", "val_ce")["val_ce"],
+            _figures(folder, "sparse-bridges train-sparse", "val_ce")["val_ce"],
         )
         for label, folder in zip(LABELS, folders, strict=True)
     ]

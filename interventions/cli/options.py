@@ -1,25 +1,33 @@
-"""What the scripts share: presets on the command line, and errors as one sentence."""
+"""What the commands share: presets on the command line, messages, and errors as one sentence that names options."""
 
+import dataclasses
+import io
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import tyro
-from transformers.utils import logging as transformers_logging
 
-from sparse_model.config import TrainConfig
+from interventions.tasks.names import TASK_NAMES
+from sparse_model.config import InvalidOption, TrainConfig
 from sparse_model.training.interrupts import Interrupted
-from sparse_model.training.trainer import TrainingDiverged
 
-# transformers' bars for loading a few small files would only hide ours.
-transformers_logging.disable_progress_bar()
-
+TASK_LIST = ", ".join(TASK_NAMES)
+"""For the help of --task."""
 
 Config = TypeVar("Config", bound=TrainConfig)
+Options = TypeVar("Options")
+
+_typed: dict[str, str] = {}
+"""What stands on the command line for each name that a message may call an option by; filled when it is parsed."""
+# Names in messages of library code that was given an option's value under another name.
+_OTHER_NAMES = {"spec": "--corpus", "max_tokens": "--corpus-tokens", "vocab_size": "--sparse.d-vocab"}
 
 
 @dataclass(frozen=True)
@@ -32,22 +40,47 @@ class RunOptions(Generic[Config]):
     """resume, trackers and processes, as the pipelines take them."""
 
 
+def parse(options: type[Options], command: str, arguments: list[str], description: str | None = None) -> Options:
+    """The options of a command. A value that they refuse is an `InvalidOption`; what cannot be parsed ends the process.
+
+    From here on errors name them as they are typed, see `as_typed`.
+    """
+    _typed.clear()
+    _typed.update(_OTHER_NAMES | _flags(options))
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(options, prog=f"sparse-bridges {command}", description=description, args=arguments)
+    except SystemExit as end:
+        refused: BaseException | None = end
+        while refused is not None and not isinstance(refused, InvalidOption):
+            refused = refused.__context__
+        if refused is not None:  # tyro would frame it, under the name of the field that holds the option's group
+            raise refused from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
 def parse_run(
-    description: str | None, presets: Mapping[str, tuple[str, Config]], *, prefix: str = ""
+    command: str,
+    description: str | None,
+    arguments: list[str],
+    presets: Mapping[str, tuple[str, Config]],
+    *,
+    prefix: str = "",
 ) -> RunOptions[Config]:
     """Parse `[PRESET] [--option value ...]`; the preset may also be given as --preset NAME, the first is the default.
 
     The folder is by default runs/PRESET with a prefix, so that two kinds of training do not share one.
     Raises ValueError for an unknown preset.
     """
-    args = sys.argv[1:]
     preset = next(iter(presets))
-    if "--preset" in args[:-1]:
-        at = args.index("--preset")
-        preset = args[at + 1]
-        del args[at : at + 2]
-    elif args and not args[0].startswith("-"):
-        preset = args.pop(0)
+    if "--preset" in arguments[:-1]:
+        at = arguments.index("--preset")
+        preset = arguments[at + 1]
+        arguments = arguments[:at] + arguments[at + 2 :]
+    elif arguments and not arguments[0].startswith("-"):
+        preset, *arguments = arguments
     if preset not in presets:
         raise ValueError(f"preset {preset!r} is unknown: use one of {', '.join(presets)}")
     chosen = presets[preset][1]
@@ -65,24 +98,91 @@ def parse_run(
         config: Annotated[type(chosen), tyro.conf.arg(name="")] = chosen  # type: ignore[valid-type]
 
     lines = "\n".join(f"    {name:8} {what}" for name, (what, _) in presets.items())
-    options = tyro.cli(
-        Options,
-        prog=f"{os.path.basename(sys.argv[0])} {preset}",
-        description=f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{lines}",
-        args=args,
-    )
+    title = f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{lines}"
+    options = parse(Options, f"{command} {preset}", arguments, title)
     how = {name: getattr(options, name) for name in ("resume", "trackers", "processes")}
     return RunOptions(options.config, Path(options.run), how)
 
 
+def _flags(options: type, prefix: str = "") -> dict[str, str]:
+    """By a field's name, alone and behind its groups', the flag. What two have in common means the outer or first."""
+    hints = get_type_hints(options)
+    flags: dict[str, str] = {}
+    groups = []
+    for field in dataclasses.fields(options):
+        if dataclasses.is_dataclass(hints[field.name]):
+            groups.append(field.name)
+            continue
+        parts = [*prefix.split(".")[:-1], field.name]
+        flags |= {".".join(parts[i:]): f"--{prefix}{field.name}".replace("_", "-") for i in range(len(parts))}
+    for name in groups:
+        outer = "" if name in ("config", "experiment") else f"{prefix}{name}."  # those whose options have no prefix
+        flags = _flags(hints[name], outer) | flags
+    return flags
+
+
+def as_typed(message: str) -> str:
+    """A message with the options that it names as one types them: `--text-field x` for `text_field='x'`.
+
+    What a file holds keeps its own names.
+    """
+    if " is not a valid " in message:
+        return message
+
+    def flag(found: re.Match[str]) -> str:
+        name, equals = found.groups()
+        if name not in _typed or not (equals or "_" in name):  # a plain word
+            return found[0]
+        return _typed[name] + " " * bool(equals)
+
+    return re.sub(r"(?<![\w./'\"-])([a-z][\w.]*\w)(=?)(?![\w/'\"]*/)", flag, message)
+
+
+class _Handler(logging.Handler):
+    """Messages as they are to standard output, warnings to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        text = f"{record.levelname.lower()}: {record.getMessage()}" if warning else record.getMessage()
+        print(text, file=sys.stderr if warning else sys.stdout, flush=True)
+
+
 @contextmanager
-def report_errors() -> Iterator[None]:
-    """Turn a user's mistake into one sentence and exit code 2; SPARSE_BRIDGES_TRACEBACK=1 shows where it rose."""
+def show_messages() -> Iterator[None]:
+    """Print what the three packages log meanwhile."""
+    handler, loggers = _Handler(), [logging.getLogger(name) for name in ("sparse_model", "bridges", "interventions")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
     try:
         yield
-    except (ValueError, LookupError, OSError, TrainingDiverged, Interrupted) as error:
+    finally:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+            logger.removeHandler(handler)
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn a user's mistake into one sentence and exit code 2; SPARSE_BRIDGES_TRACEBACK=1 shows where it rose.
+
+    Meanwhile what the packages log is printed, and transformers' bars, for loading a few small files, hide no others.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # too late for the variable
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+    try:
+        with show_messages():
+            yield
+    except _mistakes() as error:
         if os.environ.get("SPARSE_BRIDGES_TRACEBACK"):
             raise
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, Interrupted) else 2)
+        print(f"error: {as_typed(str(message))}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+def _mistakes() -> tuple[type[BaseException], ...]:
+    trainer: Any = sys.modules.get("sparse_model.training.trainer")  # importing it takes seconds
+    diverged = (trainer.TrainingDiverged,) if trainer else ()
+    return ValueError, LookupError, OSError, Interrupted, *diverged

@@ -19,7 +19,7 @@ Sums are computed in float32 (or the stream's type, if that is wider) and return
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,8 +30,8 @@ from bridges.sites import Site
 from interventions.bundle.bundle import Bundle
 from interventions.editing.positions import Positions, Steps, check_reached, select
 from interventions.editing.vectors import Seen, Source
+from interventions.editing.where import Where
 
-Where = Literal["read", "stream"]
 Hook = Callable[..., Tensor | None]
 Remove = Callable[[], None]
 

@@ -20,10 +20,11 @@ from transformers import GPT2LMHeadModel
 from bridges.sites import Site
 from interventions.bundle.bundle import Bundle, check_raw, get_bundle
 from interventions.bundle.channels import Channel, resolve
-from interventions.editing.hooks import Edit, Hook, Remove, Where, attach, lens_hooks
+from interventions.editing.hooks import Edit, Hook, Remove, attach, lens_hooks
 from interventions.editing.positions import Positions, Steps, check_positions, check_reached
 from interventions.editing.saved import load_edits, save_edits
 from interventions.editing.vectors import Delta, Fixed, Seen, SetTo, Source, Toward
+from interventions.editing.where import Where
 
 Channels = str | Channel | Mapping[str, int | float] | Sequence[str | Channel]
 
@@ -151,10 +152,7 @@ def intervene(
     if sum(x is not None for x in (delta, set_to, toward)) != 1:
         raise ValueError("give exactly one of delta, set_to, toward")
     _check_places(bundle, positions, steps, where)
-    if not torch.isfinite(bundle.bridges.rms_sparse).all():
-        raise ValueError(
-            "the bridges have no scales, which training measures at its end: use bridges.scales.measure_scales"
-        )
+    bundle.bridges.check_scales()
 
     def source(channel: Channel, weight: int | float) -> Source:
         if delta is not None:

@@ -28,9 +28,7 @@ def read_channels(circuit: Circuit, d_model: int) -> dict[int, list[int]]:
 
 
 @torch.no_grad()
-def channel_from_circuit(
-    run: Run, name: str, circuit: Circuit, batch: TaskBatch, *, site: int | None = None
-) -> Channel:
+def channel_by_circuit(run: Run, name: str, circuit: Circuit, batch: TaskBatch, *, site: int | None = None) -> Channel:
     """The named channel of a circuit of the run's sparse model; `batch` holds selection prompts of its task.
 
     `site` skips the choice of one. Raises ValueError for a circuit without reads, or a site whose read has none.

@@ -186,7 +186,7 @@ def share_rules(search: ChannelSearch) -> list[Rule]:
 
 
 @torch.no_grad()
-def find_channel(
+def channel_by_patching(
     run: Run, name: str, task: str, batch: TaskBatch, *, site: int | None = None, progress: bool = False
 ) -> Channel:
     """The named channel of a task's feature; `batch` holds selection prompts. See the module's docstring.

@@ -108,7 +108,7 @@ class SteeringSite:
 
 
 @torch.no_grad()
-def find_steering_channel(
+def channel_by_steering(
     run: Run,
     name: str,
     task: str,

@@ -89,7 +89,7 @@ def _page(run: Run, dense: Any, channel: Channel, documents: HeldOut, number: in
     if not all(0 <= index < run.sparse.d_model for index in channel.indices):
         raise ValueError(
             f"{run.folder / FILE}: channel {channel.name!r} has indices {channel.indices}, but the sparse stream "
-            f"has {run.sparse.d_model} channels: find it again with scripts/find_channel.py"
+            f"has {run.sparse.d_model} channels: find it again with sparse-bridges find-channel"
         )
     batch, notes = _batch(run, channel)
     texts = heads(run, documents, _DOCUMENTS)
@@ -99,7 +99,7 @@ def _page(run: Run, dense: Any, channel: Channel, documents: HeldOut, number: in
     largest = max(float(whole.abs().max()) for whole, _ in values)
     scaled = bool(torch.isfinite(run.bridges.rms_sparse).all())
     if not scaled:
-        notes.append("The bridges have no scales yet, so nothing is steered here: run scripts/evaluate.py on the run.")
+        notes.append("The bridges have no scales (bridges.scales.measure_scales), so nothing is steered.")
     return ChannelPage(
         channel=channel,
         label=Site(channel.site, run.sparse.n_layers).label,

@@ -78,7 +78,7 @@ def _load(run: Run, path: Path) -> Circuit:
         data = json.loads(path.read_text(encoding="utf-8"))
         task, model = data["task"], data["model"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): find it again with scripts/find_circuit.py") from error
+        raise ValueError(f"{path} is damaged ({error!r}): find it again with sparse-bridges find-circuit") from error
     if model not in get_args(ModelKind) or circuit_paths(path.parent.parent, task, model)[0] != path:
         raise ValueError(f"{path} says that it is the {model} model's circuit for {task}, which has another file name")
     circuit = load_circuit(run, task, model)

@@ -12,9 +12,9 @@ import torch
 
 from interventions.charts import finite
 from interventions.circuits.circuit import Circuit
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.measures import node_effects
 from interventions.circuits.node_model import NodeModel, find_node
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import score
 from interventions.tasks.base import TaskBatch
 

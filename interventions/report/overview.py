@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
-from interventions.circuits.solved_tasks import solves
+from interventions.circuits.task_scores import solves
 from interventions.report.circuits import CircuitPage
 from interventions.report.sites import site_means
 from interventions.report.steering import at_full_strength
@@ -80,7 +80,7 @@ def _circuit_warnings(page: CircuitPage) -> list[str]:
     if not page.verdicts:
         return [
             f"The circuit for {name} is uncontrolled: pruning also finds small circuits where there is nothing. "
-            f"Add controls with scripts/find_circuit.py --task {page.circuit.task} --controls."
+            f"Add controls with sparse-bridges find-circuit --task {page.circuit.task} --controls."
         ]
     failed = [verdict.control for verdict in page.verdicts if not verdict.survived]
     return [f"The circuit for {name} fails its controls: {', '.join(failed)}."] if failed else []

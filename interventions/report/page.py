@@ -23,7 +23,7 @@ from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import load_channels
 from interventions.charts import Chart
-from interventions.circuits.solved_tasks import SOLVED
+from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits

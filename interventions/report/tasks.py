@@ -3,7 +3,7 @@
 import statistics
 from typing import Any, NamedTuple
 
-from interventions.circuits.solved_tasks import TaskScore
+from interventions.circuits.task_scores import TaskScore
 from interventions.tasks.catalogue import TASKS
 
 FAR = 0.05
@@ -29,7 +29,7 @@ class TaskRow(NamedTuple):
 
 
 def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
-    """What scripts/solved_tasks.py and scripts/circuit_size.py found, in the paper's order; none without either."""
+    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order; none without either."""
     scored, sizes = metrics.get("tasks", {}), metrics.get("circuit_size", {})
     measured, left_out = sizes.get("tasks", {}), sizes.get("left_out", {})
     rows = []

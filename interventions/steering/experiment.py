@@ -1,69 +1,18 @@
-"""What a steering experiment is: declared saved with its result, run by `interventions.steering.steer.steer`."""
+"""A declared experiment made complete: from JSON, with its channel, sets and strengths filled in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from interventions.bundle.bundle import Bundle
 from interventions.bundle.channels import Channel, resolve
-from interventions.editing.hooks import Where
+from interventions.steering.experiment_config import Experiment
 from interventions.steering.strengths import LADDER
 from interventions.tasks.catalogue import get_task
-from sparse_model.config import check_choices, from_dict, require
+from sparse_model.config import from_dict, require
 
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(11))
 """Strengths of an experiment that names none; more where larger ones were chosen."""
-
-_COUNTS = ("pairs", "draws", "maps", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """What is steered, and what it is compared with. No control can be left out."""
-
-    channel: str | None = None
-    """Named channel, as scripts/find_channel.py wrote it, or an address such as attn.1.read.7; unset: the name that the
-    task proposes, quote_type without a task."""
-    task: str | None = None
-    """Task whose prompts are steered; unset: the one that the channel was found for."""
-    sizes: tuple[int, ...] = (1, 2, 4, 8)
-    """Of the sets of channels that the search found, those of these sizes are moved."""
-    sets: tuple[tuple[int, ...], ...] = ()
-    """Sets to move instead, no two of one size. A channel that was not searched for is a set by itself."""
-    strengths: tuple[int | float, ...] = ()
-    """1 moves the channels to their counterfactual values. Unset: 0, 0.1 .. 1, and the strengths up to the largest that
-    was chosen on selection prompts, for a set when the channel was found or for the difference of means."""
-    where: Where = "read"
-    """Edit only what the next sublayer reads, or the stream."""
-    pairs: int = 64
-    """Evaluation prompt pairs, and selection pairs for the difference of means."""
-    draws: int = 100
-    """Random directions, and random sets of channels."""
-    maps: int = 20
-    """Shuffled decoders, and untrained bridges."""
-    resamples: int = 1000
-    """Bootstrap resamples of the prompts."""
-    ridge_tokens: int = 32768
-    """Training tokens of the ridge regression."""
-    text_tokens: int = 8192
-    """Held-out tokens on which the KL is measured."""
-    task_pairs: int = 32
-    """Prompt pairs of each other task."""
-    new_tokens: int = 12
-    """Tokens generated behind each prompt, as far as the context goes."""
-    seed: int | None = None
-    """Seeds prompts and random draws; unset: the run's own."""
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        for name in _COUNTS:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for channels in self.sets:
-            require(
-                0 < len(channels) == len(set(channels)), "sets", self.sets, "a set needs channels, none of them twice"
-            )
-        sizes = {len(channels) for channels in self.sets}
-        require(len(sizes) == len(self.sets), "sets", self.sets, "no two sets may be of one size")
 
 
 def read_experiment(data: dict[str, Any]) -> Experiment:

@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 
 from bridges.losses import kl
 from bridges.run_folder import Run
-from interventions.circuits.solved_tasks import solves
+from interventions.circuits.task_scores import solves
 from interventions.editing.intervene import intervene_vector
 from interventions.steering.experiment import Experiment
 from interventions.steering.steered_prompts import Prompts, Vectors, logits_at

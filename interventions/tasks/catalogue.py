@@ -10,32 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from interventions.tasks.base import DEFAULT_MAX_TOKENS, Task, TaskSpec
 from interventions.tasks.mining import MINERS
+from interventions.tasks.names import TASK_NAMES
 from interventions.tasks.natural import NaturalTask
 
-_NAMES = (
-    "single_double_quote",
-    "bracket_counting",
-    "set_or_string",
-    "set_or_string_fixedvarname",
-    "final_kwarg",
-    "class_init",
-    "with_as",
-    "bracket_brace",
-    "with_open",
-    "for_while",
-    "else_elif",
-    "fstring_brace",
-    "if_ternary",
-    "var_swap",
-    "indent_for",
-    "lambda_func",
-    "if_equals",
-    "enumerate_range",
-    "var_if",
-    "while_return_true",
-)
 TASKS: Mapping[str, TaskSpec] = MappingProxyType(
-    {name: import_module(f"interventions.tasks.twenty.{name}").TASK for name in _NAMES}
+    {name: import_module(f"interventions.tasks.twenty.{name}").TASK for name in TASK_NAMES}
 )
 
 

@@ -1,8 +1,8 @@
 """Count the edges that sparse and dense models of about equal loss need for the tasks that both solve.
 
 RUN names a finished run, whose sparse model is compared with its dense GPT-2. --sparse-runs and --dense-runs compare
-models of scripts/train_sparse.py pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it goes
-on where it stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
+models of sparse-bridges train-sparse pair by pair, the second trained with --sparsity.nonzero-fraction 1. Killed, it
+goes on where it stopped: every measurement is kept below circuits/sizes. The figures go into metrics.json.
 
 Examples:
     python scripts/studies/circuit_size.py runs/demo --seeds 0 1 2
@@ -17,7 +17,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from bridges.run_folder import update_metrics
-from interventions.circuits.gates import PruneConfig
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.size import (
     LABELS,
     Contest,
@@ -29,7 +29,7 @@ from interventions.circuits.size import (
     contest_of_run,
 )
 from interventions.circuits.size_table import contest_summary, contest_table, overview, plot
-from interventions.circuits.solved_tasks import SOLVED, score_tasks
+from interventions.circuits.task_scores import SOLVED, score_tasks
 from interventions.cli.options import report_errors
 from interventions.tasks.catalogue import get_task
 from sparse_model.config import require
@@ -42,7 +42,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders."""
     sparse_runs: tuple[str, ...] = ()
-    """Folders of scripts/train_sparse.py, in place of RUNs."""
+    """Folders of sparse-bridges train-sparse, in place of RUNs."""
     dense_runs: tuple[str, ...] = ()
     """As many with a nonzero fraction of 1, in the same order."""
     tasks: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ def channels_of(folder: Path, task: str) -> list[Channel]:
     if not found:
         raise ValueError(
             f"{folder / FILE} has no channel for {task}: find one with "
-            f"scripts/find_channel.py --run {folder} --task {task}"
+            f"sparse-bridges find-channel --run {folder} --task {task}"
         )
     return found
 

@@ -69,9 +69,9 @@ def cpu_seconds_per_step(config: RunConfig, dense: Path, steps: int = 60) -> flo
         return (time.process_time() - start) / steps
 
 
-def call(script: str, *arguments: str) -> None:
-    """Run one of the scripts; its output is shown only when it fails."""
-    command = [sys.executable, str(Path(__file__).parents[1] / script), *arguments]
+def call(*arguments: str) -> None:
+    """Run one of the commands; its output is shown only when it fails."""
+    command = [sys.executable, "-m", "interventions.cli", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
@@ -85,10 +85,10 @@ def run_one(options: Options, objective: str, steps: int, seed: int) -> None:
     dense = ["--dense", str(Path(options.out) / "dense" / "dense")]
     if not (folder / "metrics.json").exists():
         run = ["--run", str(folder), "--steps", str(steps), "--seed", str(seed), "--resume"]
-        call("train_bridge.py", "demo", *dense, *depth, *flags, *run)
+        call("train-bridge", "demo", *dense, *depth, *flags, *run)
     if not (folder / "steering.png").exists():
-        call("find_channel.py", "--run", str(folder))
-        call("steer.py", "--run", str(folder))
+        call("find-channel", "--run", str(folder))
+        call("steer", "--run", str(folder), "--anyway")
 
 
 def report(options: Options, steps: dict[str, int]) -> None:
@@ -112,9 +112,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     dense = out / "dense" / "dense"
     if not (dense / "config.json").exists():
-        call(
-            "train_dense.py", "demo", "--sparse.n-layers", str(options.layers), "--run", str(out / "dense"), "--resume"
-        )
+        call("train-dense", "demo", "--sparse.n-layers", str(options.layers), "--run", str(out / "dense"), "--resume")
     path = out / "steps.json"
     if not path.exists():
         base = PRESETS["demo"][1]

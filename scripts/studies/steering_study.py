@@ -28,7 +28,7 @@ class Options:
     """Steering over several runs (training seeds, sparsities, widths): a Markdown table and a figure."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, or folders given to scripts/steer.py as --out."""
+    """Run folders, or folders given to sparse-bridges steer as --out."""
     task: str = "single_double_quote"
     """Task that was steered."""
     strength: float | None = None

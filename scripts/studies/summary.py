@@ -30,10 +30,10 @@ def read_steering(folder: Path, task: str) -> tuple[dict[str, Any], Steering]:
     """A run's metrics and its steering of a task; what is missing is an error that says which command makes it."""
     path = folder / "metrics.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: train the run with scripts/train_bridge.py --run {folder}")
+        raise FileNotFoundError(f"{path} does not exist: train the run with sparse-bridges train-bridge --run {folder}")
     metrics = json.loads(path.read_text())
     if task not in metrics.get("steering", {}):
-        raise ValueError(f"{path} has no steering of {task}: run scripts/find_channel.py and scripts/steer.py on it")
+        raise ValueError(f"{path} has no steering of {task}: run sparse-bridges find-channel and steer on it")
     return metrics, Steering.from_metrics(metrics, task, folder)
 
 

@@ -4,6 +4,7 @@ A folder holds `config.json`, `tokenizer/`, `sparse/` (weights and their config)
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
 from sparse_model.training.losses import next_token_loss
 from sparse_model.training.trainer import SparseTrainer, check_budgets_of, projected_parameters
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def pretrain(
     model = SparseTransformer(config.sparse)
     trainer = ValidatedTrainer(config, model, blocks.train, folder, accelerator, validation=validation)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:
-        print(f"resuming at step {trainer.step} of {config.steps}")
+        logger.info("resuming at step %d of %d", trainer.step, config.steps)
     with ending(accelerator):
         trainer.train(progress=progress)
     if not accelerator.is_main_process:

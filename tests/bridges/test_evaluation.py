@@ -197,7 +197,7 @@ def test_a_run_that_is_evaluated_on_other_text_keeps_its_circuits_and_its_files(
     run = make_tiny_run(tmp_path / "run")
     found = circuit(run)
     files = digests(run.folder)
-    evaluate_run(run, torch.randint(384, (4, 20)), 80, progress=False)
+    evaluate_run(run, tokens=80, blocks=torch.randint(384, (4, 20)), progress=False)
     assert {name for name, value in digests(run.folder).items() if value != files.get(name)} == {"metrics.json"}
     again = open_run(run.folder)
     assert load_circuit(again, TASK).fingerprint == found.fingerprint == fingerprint(again) == fingerprint(run)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from support.helpers import HANG_SECONDS, digests
 
 ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "interventions.cli"]
 TINY = [sys.executable, "scripts/train_bridge.py", "tiny"]
 
 
@@ -26,8 +27,8 @@ def call(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def signalled(name: str, script: str, *, after: str, calls: int) -> list[str]:
-    """A training command whose process gets a signal right after the n-th call of one of the trainer's methods."""
+def signalled(name: str, *, after: str, calls: int) -> list[str]:
+    """The command, whose process gets a signal right after the n-th call of one of the trainer's methods."""
     code = f"""
 import os, runpy, signal, sys
 from sparse_model.training.trainer import SparseTrainer
@@ -39,8 +40,7 @@ def method(self):
         os.kill(os.getpid(), signal.{name})
     return found
 SparseTrainer.{after} = method
-sys.argv[0] = {script!r}
-runpy.run_path({script!r}, run_name="__main__")
+runpy.run_module("interventions.cli", run_name="__main__", alter_sys=True)
 """
     return [sys.executable, "-c", code]
 
@@ -62,9 +62,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
+    refused = call(cache, *COMMAND, "steer", "--run", str(tiny), "--channel", "no.such")
+    assert refused.stderr.startswith("error: unknown channel 'no.such'"), refused.stderr
     files = digests(tiny)
-    for script, *few in (("find_channel",), ("steer", "--pairs", "8"), ("report",)):
-        done = call(cache, sys.executable, f"scripts/{script}.py", "--run", str(tiny), *few)
+    for name, *few in (("find-channel",), ("steer", "--pairs", "8", "--anyway"), ("report",)):
+        done = call(cache, *COMMAND, name, "--run", str(tiny), *few)
         assert done.returncode == 0, done.stderr
     parts = {"config.json", "dense", "sparse", "bridges", "tokenizer", "channels.json", "metrics.jsonl", "metrics.json",
              "report.html", "steering.png"}  # fmt: skip
@@ -89,7 +91,7 @@ def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
 
 def test_evaluate_repeats_the_runs_own_figures(tiny: Path, cache: Path) -> None:
     before, files = json.loads((tiny / "metrics.json").read_text()), digests(tiny)
-    done = call(cache, sys.executable, "scripts/evaluate.py", "--run", str(tiny))
+    done = call(cache, *COMMAND, "evaluate", "--run", str(tiny))
     assert done.returncode == 0, done.stderr
     after = json.loads((tiny / "metrics.json").read_text())
     assert after["sites"] == before["sites"]
@@ -102,7 +104,8 @@ def test_evaluate_repeats_the_runs_own_figures(tiny: Path, cache: Path) -> None:
 
 def test_killed_and_resumed_run_ends_with_the_same_weights(tiny: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    killed = call(cache, *signalled("SIGKILL", TINY[1], after="save_checkpoint", calls=1), "tiny", "--run", str(folder))
+    killing = signalled("SIGKILL", after="save_checkpoint", calls=1)
+    killed = call(cache, *killing, "train-bridge", "tiny", "--run", str(folder))
     assert killed.returncode == -signal.SIGKILL
     assert (folder / "checkpoint").exists()
     refused = call(cache, *TINY, "--run", str(folder))
@@ -119,9 +122,9 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tiny: Path, cache: Pa
 
 
 def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
-    script, settings = "scripts/train_sparse.py", ["tiny", "--steps", "300", "--checkpoint-every", "150"]
-    command = [sys.executable, script, *settings]
-    stopping = signalled("SIGTERM", script, after="train_step", calls=7)
+    settings = ["train-sparse", "tiny", "--steps", "300", "--checkpoint-every", "150"]
+    command = [*COMMAND, *settings]
+    stopping = signalled("SIGTERM", after="train_step", calls=7)
     stopped = call(cache, *stopping, *settings, "--run", str(tmp_path / "stopped"))
     assert stopped.returncode == 130
     assert "stopped at step 7; go on with --resume" in stopped.stderr
@@ -144,8 +147,8 @@ def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(
         (["no-such-preset"], "preset 'no-such-preset' is unknown: use one of demo, tiny"),
         (["tiny", "--dense", "./nowhere", "--tokenizer", "./nowhere"], "nowhere"),
         (["tiny", "--corpus", "./no-such-folder"], "no-such-folder"),
-        (["tiny", "--sparsity.min-per-neuron", "40"], "min_per_neuron=40"),
-        (["tiny", "--sparse.topk-fraction", "3"], "topk_fraction=3"),
+        (["tiny", "--sparsity.min-per-neuron", "40"], "--sparsity.min-per-neuron 40 needs"),
+        (["tiny", "--sparse.topk-fraction", "3"], "--sparse.topk-fraction 3.0: must lie"),
         (["tiny", "--no-such-option", "3"], "no-such-option"),
     ],
 )
@@ -161,7 +164,7 @@ def test_mismatched_tokenizer_and_depth_are_refused(tiny: Path, cache: Path, tmp
     dense = str(tiny / "dense")
     done = call(cache, *TINY, "--dense", dense, "--sparse.n-layers", "3", "--run", str(tmp_path / "a"))
     assert done.returncode == 2
-    assert "sparse.n_layers=3: the dense model has 2 layers" in done.stderr
+    assert "--sparse.n-layers 3: the dense model has 2 layers" in done.stderr
     other = tmp_path / "tokenizer"
     code = (
         "import random; from sparse_model.data.tokenizer import *\n"

@@ -11,7 +11,7 @@ from support.helpers import TINY_VOCAB, digests, make_tiny_run, tiny_tokenizer
 
 from bridges.config import DenseTrainConfig, RunConfig
 from bridges.dense import load_gpt2
-from bridges.pipeline import make_dense, train_run
+from bridges.pipeline import make_dense, train_bridge
 from sparse_model.config import SparseConfig, SparsityConfig, TrainConfig
 from sparse_model.data.tokenizer import save_tokenizer, train_tokenizer
 from sparse_model.training.pretrain import PretrainConfig, pretrain
@@ -98,15 +98,15 @@ def refuse_how(start: Callable[..., object], config: TrainConfig) -> None:
 
 def test_train_bridge(places: Path) -> None:
     config = RunConfig(**SMALL, tokenizer="tokenizer", dense_train=DenseTrainConfig(d_model=16, n_heads=2, steps=1))
-    refuse(train_run, config, CORPORA + DENSE)
-    refuse_how(train_run, config)
+    refuse(train_bridge, config, CORPORA + DENSE)
+    refuse_how(train_bridge, config)
     config = dataclasses.replace(config, dense="good/dense")
-    assert train_run(config, Path("run"), progress=False)["sites"]
+    assert train_bridge(config, Path("run"), progress=False)["sites"]
     before = digests(Path("run"))
     with pytest.raises(FileExistsError, match="already holds a run"):
-        train_run(config, Path("run"), progress=False)
+        train_bridge(config, Path("run"), progress=False)
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
-        train_run(dataclasses.replace(config, seed=1), Path("run"), resume=True, progress=False)
+        train_bridge(dataclasses.replace(config, seed=1), Path("run"), resume=True, progress=False)
     assert digests(Path("run")) == before
 
 
@@ -127,11 +127,11 @@ def test_train_dense_and_the_bridges_of_another_depth_on_top_of_it(places: Path)
     assert make_dense(config, Path("run"), progress=False) > 0
     before = digests(Path("run"))
     deeper = dataclasses.replace(config, sparse=dataclasses.replace(SHAPE, n_layers=3))
-    for start in (train_run, make_dense):
+    for start in (train_bridge, make_dense):
         with pytest.raises(ValueError, match=r"sparse\.n_layers=3: the dense model has 2 layers"):
             start(deeper, Path("run"), progress=False)
         assert digests(Path("run")) == before
-    train_run(config, Path("run"), progress=False)
+    train_bridge(config, Path("run"), progress=False)
     assert {name: d for name, d in digests(Path("run")).items() if name.startswith("dense/")} == {
         name: d for name, d in before.items() if name.startswith("dense/")
     }

@@ -14,9 +14,9 @@ from interventions.bundle.channels import Channel, Rule, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.controls import validate
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.node_model import ModelKind, as_nodes, locations
-from interventions.circuits.solved_tasks import score_tasks
+from interventions.circuits.prune_config import PruneConfig
+from interventions.circuits.task_scores import score_tasks
 from interventions.steering.result import Steering
 from interventions.tasks.catalogue import get_task
 
@@ -170,7 +170,7 @@ def controlled(run: Run, found: Circuit) -> Circuit:
 
 
 def tasks_and_sizes(run: Run) -> dict[str, Any]:
-    """What solved_tasks.py writes, measured, and the part of circuit_size.py's figures that the report shows."""
+    """What solved-tasks writes, measured, and the part of circuit_size.py's figures that the report shows."""
     models = {"dense": as_nodes(run.dense), "sparse": as_nodes(run.sparse)}
     scores = score_tasks(models, run.tokenizer, max_tokens=48, pairs=4, seed=0)
     tasks = {

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.node_model import NodeModel, locations
+from interventions.circuits.prune_config import PruneConfig
 from interventions.tasks.base import TaskBatch
 from sparse_model.config import SparseConfig
 from sparse_model.model.transformer import SparseTransformer

@@ -1,4 +1,4 @@
-"""The page of scripts/serve.py, served by a process of its own, in a real browser (see test_browser.py)."""
+"""The page of sparse-bridges serve, served by a process of its own, in a real browser (see test_browser.py)."""
 
 import importlib.util
 import os
@@ -23,13 +23,14 @@ if not importlib.util.find_spec("gradio"):
 
 ROOT = Path(__file__).parents[3]
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>${alert(2)}{{alert(3)}}'
+UNSTEERED = "document.querySelector('#continuations .textfield').textContent.trim()"
 Page = Any
 """playwright.sync_api.Page"""
 
 
 def serve(*options: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "scripts/serve.py", *options],
+        [sys.executable, "-m", "interventions.cli", "serve", *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment,
         stdout=subprocess.PIPE,
@@ -92,7 +93,7 @@ def probabilities(page: Page) -> list[tuple[str, str]]:
 
 
 def continuations(page: Page) -> list[str]:
-    return [one.text_content() for one in page.locator("#result pre").all()]
+    return [one.text_content().strip() for one in page.locator("#continuations .textfield").all()]
 
 
 def answered(page: Page, *, channel: str | None = None, delta: float | None = None) -> None:
@@ -176,7 +177,7 @@ def test_mistakes_are_one_sentence_each_and_the_page_goes_on(page: Page) -> None
 
 def test_markup_in_a_prompt_stays_text(page: Page) -> None:
     page.locator("#prompt textarea").fill(EVIL[:60])
-    page.wait_for_function("document.querySelector('#result pre')?.textContent.includes('</script>')")
+    page.wait_for_function("document.querySelector('#continuations .textfield')?.textContent.includes('</script>')")
     assert continuations(page)[0].startswith(EVIL[:60])
     assert page.locator("#result script, #result img").count() == 0
 
@@ -184,12 +185,12 @@ def test_markup_in_a_prompt_stays_text(page: Page) -> None:
 def test_an_example_and_sampling(page: Page) -> None:
     before, first = page.locator("#prompt textarea").input_value(), continuations(page)[0]
     page.locator("#examples button").nth(1).click()
-    page.wait_for_function("first => document.querySelector('#result pre').textContent != first", arg=first)
+    page.wait_for_function(f"first => {UNSTEERED} != first", arg=first)
     assert page.locator("#prompt textarea").input_value() != before
     greedy = continuations(page)
     page.get_by_text("Sampling").click()
     page.get_by_label("Draw tokens").check()
-    page.wait_for_function("before => document.querySelector('#result pre').textContent != before", arg=greedy[0])
+    page.wait_for_function(f"before => {UNSTEERED} != before", arg=greedy[0])
     plain, steered = continuations(page)
     assert plain == steered != greedy[0]
 

@@ -1,4 +1,4 @@
-"""interventions/live.py: both sides of a comparison are the model's own, and what scripts/serve.py shows is escaped."""
+"""The local page without a browser: both sides of a comparison are the model's own, what is shown is escaped."""
 
 import socket
 import sys
@@ -6,14 +6,15 @@ import threading
 from dataclasses import replace
 
 import pytest
-import serve
 import torch
 from support.helpers import CHANNEL
 
 from interventions import intervene, load_dense
+from interventions.app import html, server
 from interventions.app.live import (
     Comparison,
     DeltaRange,
+    Generation,
     Sampling,
     channel_named,
     compare,
@@ -141,7 +142,8 @@ def test_mistakes_name_what_is_wrong(dense) -> None:
     ):
         with pytest.raises(kind, match=sentence):
             compare(dense, prompt, channel, delta)
-        shown = serve.answer(dense, prompt, channel, delta, "read", 4, False, 1.0, 0)
+        shown, *continued = html.answer(dense, prompt, channel, delta, "read", 4, False, 1.0, 0)
+        assert continued == [html.NOTHING, html.NOTHING]
         assert 'class="error"' in shown
     with pytest.raises(ValueError, match="new_tokens=-1"):
         compare(dense, "cat", "pair", 1, new_tokens=-1)
@@ -215,39 +217,54 @@ def test_examples_are_those_of_the_channels_task(demo) -> None:
 
 
 def test_what_the_page_shows_is_escaped(dense, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compare(dense, EVIL, "pair", 1)
-    continuation = found.steered_generation._replace(text=EVIL)
+    monkeypatch.setattr("interventions.app.live.inline", lambda *_: EVIL)
     pages = [
-        serve.shown(replace(found, steered_generation=continuation, unsteered_generation=continuation)),
-        serve.heading(EVIL),
-        serve.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0),
+        html.answer(dense, "cat", "pair", 1, "read", 4, False, 1.0, 0).html,
+        html.heading(EVIL),
+        html.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0).html,
     ]
-    monkeypatch.setattr(serve, "channel_named", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
-    pages.append(serve.about(dense, EVIL))
+    monkeypatch.setattr(html, "channel_named", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
+    pages.append(html.about(dense, EVIL))
     for page in pages:
         assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;/pre&gt;" in page
         assert "<script" not in page
-    assert "a number is missing" in serve.answer(dense, "cat", "pair", None, "read", 4, False, 1.0, 0)
+    assert "a number is missing" in html.answer(dense, "cat", "pair", None, "read", 4, False, 1.0, 0).html
 
 
-def test_only_a_loopback_address_is_served_on_without_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    with serve.listen("127.0.0.1", 0) as listener:
+def test_the_continuation_is_marked_where_it_departs(dense) -> None:
+    found = compare(dense, "cat", "pair", 1)
+    sides = {
+        f"{side}_generation": Generation((), text, "length")
+        for side, text in (("unsteered", "for dog"), ("steered", "for cup"))
+    }
+    plain, moved = html.continuations(replace(found, **sides))
+    assert plain == ("Unsteered", [("cat", None), ("for dog", html.NEW)])
+    assert moved == ("Steered", [("cat", None), ("for ", html.NEW), ("cup", html.OTHER)])
+    ended = {"steered_generation": Generation((), "", "context")}
+    assert html.continuations(replace(found, **ended))[1] == (
+        "Steered: stopped at the context's end",
+        [("cat", None)],
+    )
+
+
+def test_only_a_loopback_address_is_served_on_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with server.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        assert serve.address("127.0.0.1", listener) == f"http://127.0.0.1:{port}/"
-        assert not capsys.readouterr().err
-        with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1 is in use: choose another with --port"):
-            serve.listen("127.0.0.1", port)
-    with serve.listen("0.0.0.0", 0) as listener:
-        assert not serve.is_loopback(listener)
-    assert "warning: 0.0.0.0 is no loopback address" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--port 70000: use 0 to 65535"):
-        serve.listen("127.0.0.1", 70000)
-    with pytest.raises(OSError, match=r"cannot serve on --host 203.0.113.9 --port 0: "):
-        serve.listen("203.0.113.9", 0)
+        assert server.address("127.0.0.1", listener) == f"http://127.0.0.1:{port}/"
+        assert not caplog.messages
+        with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1 is in use: choose another, or 0"):
+            server.listen("127.0.0.1", port)
+    with server.listen("0.0.0.0", 0) as listener:
+        assert not server.is_loopback(listener)
+    assert "0.0.0.0 is no loopback address" in caplog.text
+    with pytest.raises(ValueError, match="port=70000: use 0 to 65535"):
+        server.listen("127.0.0.1", 70000)
+    with pytest.raises(OSError, match=r"cannot serve on port 0 of 203.0.113.9: "):
+        server.listen("203.0.113.9", 0)
     assert isinstance(listener, socket.socket)
 
 
 def test_without_gradio_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install 'sparse-bridges\[serve\]'"):
-        serve.main(serve.Options())
+        server.serve("demo")

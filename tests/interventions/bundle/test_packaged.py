@@ -107,7 +107,7 @@ def test_packaging_refuses_what_would_not_work(folder: Path, tmp_path: Path, mon
     nameless = tmp_path / "nameless"
     shutil.copytree(folder, nameless)
     (nameless / "channels.json").unlink()
-    with pytest.raises(ValueError, match="names no channel: run scripts/find_channel"):
+    with pytest.raises(ValueError, match="names no channel: run sparse-bridges find-channel"):
         package_run(nameless, tmp_path / "out")
     monkeypatch.setattr("interventions.packaging.LARGEST_BUNDLE", 1000)
     with pytest.raises(ValueError, match="a bundle at most"):
@@ -116,7 +116,7 @@ def test_packaging_refuses_what_would_not_work(folder: Path, tmp_path: Path, mon
 
 
 def test_a_bundle_s_name_cannot_lead_out_of_the_package(folder: Path) -> None:
-    import package_bundle
+    from interventions.cli import package_bundle
 
     before = sorted(FOLDER.parent.iterdir())
     with pytest.raises(ValueError, match=r"name='\.\./demo': use letters, digits and _"):

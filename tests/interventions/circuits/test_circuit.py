@@ -8,7 +8,6 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from find_circuit import Options, main
 from support.helpers import make_tiny_run
 from support.solver import gates_of
 from torch import Tensor
@@ -23,8 +22,9 @@ from interventions.circuits.circuit import (
     make_circuit,
     save_circuit,
 )
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.node_model import NodeModel, as_nodes, count_edges, edges_between, find_node, locations
+from interventions.circuits.prune_config import PruneConfig
+from interventions.cli.find_circuit import Options, main
 from sparse_model.model.checkpoint import save_sparse
 from sparse_model.model.transformer import SparseTransformer
 
@@ -256,7 +256,7 @@ def test_the_circuit_of_another_run_is_refused(run: Run, tmp_path: Path) -> None
     save_circuit(other.folder, some_circuit(run, as_nodes(run.sparse)))
     with pytest.raises(ValueError, match="is the circuit of another run"):
         load_circuit(other, "single_double_quote")
-    with pytest.raises(FileNotFoundError, match=r"for_while\.json does not exist: find it with scripts/find_circuit"):
+    with pytest.raises(FileNotFoundError, match=r"for_while\.json does not exist: find it with sparse-bridges find-c"):
         load_circuit(other, "for_while")
 
 
@@ -328,14 +328,15 @@ def test_the_script_writes_a_circuit_and_says_whether_it_is_controlled(
 
 
 def test_the_script_starts_from_an_earlier_circuit(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setenv("SPARSE_BRIDGES_CACHE", str(tmp_path))
     config = PruneConfig(steps=1, pairs=4, pool=8, selection_pairs=4, target_loss=0.75, reference_tokens=128)
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps({"nodes": ["0.mlp.post_act.3", "1.attn.q.head0.ch1"]}))
     main(Options(run=str(folder), start_from=str(earlier), config=config))
-    assert "gates at the end of pruning: 2 nodes" in capsys.readouterr().out
+    assert "gates at the end of pruning: 2 nodes" in caplog.text
     earlier.write_text(json.dumps({"nodes": ["0.mlp.post_act.100000"]}))
     for path, message in ((earlier, "earlier.json is no circuit for this model: .*100000"), ("gone.json", "gone.json")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -343,13 +344,15 @@ def test_the_script_starts_from_an_earlier_circuit(
 
 
 def test_the_script_searches_settings(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setenv("SPARSE_BRIDGES_CACHE", str(tmp_path))
     config = PruneConfig(steps=2, pairs=4, pool=8, selection_pairs=4, target_loss=0.75, reference_tokens=128)
     for trials in (2, 1):  # the second time they are all there
         main(Options(run=str(folder), model="dense", search=trials, config=config))
-        assert "fewest edges in 2 trials: 0" in capsys.readouterr().out
+        assert "fewest edges in 2 trials: 0" in caplog.text
+        caplog.clear()
     circuit = load_circuit(open_run(folder), "single_double_quote", "dense")
     assert circuit.config["target_loss"] == 0.75
     assert (folder / "circuits" / "search.db").exists()

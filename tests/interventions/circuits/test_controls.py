@@ -19,10 +19,10 @@ from interventions.bundle.channels import Channel
 from interventions.circuits.ablation import measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit
 from interventions.circuits.controls import Validation, format_validation, validate, verdicts
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.interchange import channel_nodes, interchange
 from interventions.circuits.measures import Repruned
 from interventions.circuits.node_model import Kept, NodeModel, as_nodes, locations
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import prune
 from interventions.circuits.rivals import FrozenNorms, by_word, random_nodes, redrawn, scrambled
 from interventions.tasks.base import TaskBatch, log_odds

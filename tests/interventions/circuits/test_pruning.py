@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bridges.run_folder import Run
 from interventions.circuits.ablation import fit_calibration, measure_ablation
-from interventions.circuits.gates import GateLayout, PruneConfig, answer_logits, at_answer, fit_gates, heaviside, rate
+from interventions.circuits.gates import GateLayout, answer_logits, at_answer, fit_gates, heaviside, rate
 from interventions.circuits.node_model import DenseNodes, NodeModel, as_nodes, edges_between, locations
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import prune, score, smallest_k
 from interventions.tasks.base import TaskBatch, pair_accuracy, task_loss
 from interventions.tasks.catalogue import get_task

@@ -10,8 +10,8 @@ import pytest
 from support.solver import CONFIG, solver, solver_batch
 
 from interventions.circuits.ablation import measure_ablation
-from interventions.circuits.gates import PruneConfig
 from interventions.circuits.node_model import as_nodes, count_edges
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import prune
 from interventions.circuits.settings_search import RANGES, search_config
 

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import circuit_size as script
 import pytest
-import solved_tasks
 import torch
 from support.helpers import make_tiny_run, tiny_tokenizer
 
 from bridges.run_folder import Run, open_run, update_metrics
 from interventions.circuits import size as circuit_size
-from interventions.circuits import solved_tasks as solved
-from interventions.circuits.gates import PruneConfig
+from interventions.circuits import task_scores as solved
 from interventions.circuits.measures import Necessity, Repruned
 from interventions.circuits.node_model import as_nodes
+from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.size import (
     Contest,
     Measured,
@@ -28,7 +27,8 @@ from interventions.circuits.size import (
     contest_of_run,
 )
 from interventions.circuits.size_table import contest_summary, contest_table, curve, geometric_mean, overview
-from interventions.circuits.solved_tasks import score_task, score_tasks
+from interventions.circuits.task_scores import score_task, score_tasks
+from interventions.cli import solved_tasks
 from interventions.tasks.base import answer_probabilities, pair_accuracy
 from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.config import SparsityConfig, to_json
@@ -162,7 +162,7 @@ def test_a_target_below_the_whole_model_s_loss_is_noted(contest: Contest) -> Non
 
 
 def pretrained(folder: Path, seed: int, nonzero: float) -> Path:
-    """A folder as scripts/train_sparse.py leaves it, with random weights."""
+    """A folder as sparse-bridges train-sparse leaves it, with random weights."""
     torch.manual_seed(seed)
     config = PretrainConfig(corpus_tokens=20_000, sparsity=SparsityConfig(nonzero_fraction=nonzero))
     config = replace(config, sparse=replace(config.sparse, d_model=32, d_mlp=64, n_heads=2, d_vocab=384))
@@ -182,7 +182,7 @@ def test_two_models_trained_alone_can_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dense_run='.*a' keeps 0.25 of its weights"):
         contest_of_pretrained(b, a)
     (b / "metrics.json").unlink()
-    with pytest.raises(ValueError, match=rf"no held-out loss: run scripts/train_sparse.py --run {b}"):
+    with pytest.raises(ValueError, match=rf"no held-out loss: run sparse-bridges train-sparse --run {b}"):
         contest_of_pretrained(a, b)
     save_tokenizer(train_tokenizer([generate_document(random.Random(5))] * 9, 300), b / "tokenizer")
     with pytest.raises(ValueError, match="token ids would mean different text"):

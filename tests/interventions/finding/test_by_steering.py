@@ -9,8 +9,8 @@ from support.helpers import make_tiny_run
 
 from bridges.run_folder import Run
 from interventions.finding import by_steering as find_steering
-from interventions.finding.by_patching import find_channel
-from interventions.finding.by_steering import Dosed, SteeringSite, best_of, find_steering_channel, read_matters
+from interventions.finding.by_patching import channel_by_patching
+from interventions.finding.by_steering import Dosed, SteeringSite, best_of, channel_by_steering, read_matters
 from interventions.finding.patching import ReadPatch
 from interventions.steering import strengths as doses
 from interventions.steering.edits import activation_changes
@@ -94,7 +94,7 @@ def test_a_planted_channel_is_found(run: Run, batch: TaskBatch) -> None:
         weight.mul_(1e-3)
         at = dosing.changes[..., planted] * run.bridges.rms_sparse[site]
         weight[:, planted] = (at[..., None] * wanted).sum((0, 1)) / at.square().sum()
-    channel = find_steering_channel(run, "quote_type", TASK, batch, site=site, candidates=32, largest=2)
+    channel = channel_by_steering(run, "quote_type", TASK, batch, site=site, candidates=32, largest=2)
     chosen = channel.selection
     assert chosen["sets"]["1"] == [planted]
     assert channel.indices[0] == planted
@@ -126,13 +126,13 @@ def test_the_site_is_one_that_the_sparse_model_hangs_on(
     wholes = {i: ReadPatch(run, batch, i).whole for i in (1, 2, 3)}
     largest = max(wholes, key=wholes.__getitem__)
     monkeypatch.setattr(find_steering, "LEAST_READ_EFFECT", wholes[largest])
-    channel = find_steering_channel(run, "quote_type", TASK, batch, largest=1, candidates=3)
+    channel = channel_by_steering(run, "quote_type", TASK, batch, largest=1, candidates=3)
     assert channel.site == largest
     assert list(channel.selection["site_single_p"]) == [str(largest)]
     assert channel.selection["site_whole_effect_nats"] == {str(i): round(w, 4) for i, w in wholes.items()}
     # Where there is none, all are searched.
     monkeypatch.setattr(find_steering, "LEAST_READ_EFFECT", math.inf)
-    channel = find_steering_channel(run, "quote_type", TASK, batch, largest=1, candidates=3)
+    channel = channel_by_steering(run, "quote_type", TASK, batch, largest=1, candidates=3)
     assert list(channel.selection["site_single_p"]) == ["1", "2", "3"]
 
 
@@ -145,7 +145,7 @@ def test_the_channel_is_the_smallest_set_that_does_nearly_as_much_as_any(
         return [Dose(1.0, effects[len(one)], 0.0) for one in sets]
 
     monkeypatch.setattr(Dosing, "doses", doses)
-    channel = find_steering_channel(run, "quote_type", TASK, batch, site=2, largest=5, candidates=6)
+    channel = channel_by_steering(run, "quote_type", TASK, batch, site=2, largest=5, candidates=6)
     assert len(channel.indices) == 2
 
 
@@ -153,11 +153,11 @@ def test_a_site_where_nothing_differs_is_an_error(run: Run, batch: TaskBatch) ->
     with torch.no_grad():
         run.sparse.blocks[1].ln1.weight.zero_()
     with pytest.raises(ValueError, match="site 2: no channel of the sparse read differs"):
-        find_steering_channel(run, "quote_type", TASK, batch, site=2)
+        channel_by_steering(run, "quote_type", TASK, batch, site=2)
 
 
 def test_channels_found_otherwise_get_doses_too(run: Run, batch: TaskBatch) -> None:
-    channel = find_channel(run, "quote_type", TASK, batch, site=2)
+    channel = channel_by_patching(run, "quote_type", TASK, batch, site=2)
     found = with_doses(run, channel, batch).selection
     assert found["doses"].keys() == found["sets"].keys()
     assert found["doses"]["2"] == Dosing(run, batch, 2).doses([found["sets"]["2"]])[0]._asdict()
@@ -189,7 +189,7 @@ def test_the_channel_carries_the_rules_that_chose_it(
     monkeypatch.setattr(
         Dosing, "doses", lambda self, sets, draws=100: [Dose(1.0, effects[len(one)], 0.0) for one in sets]
     )
-    channel = find_steering_channel(run, "quote_type", TASK, batch, site=2, largest=5, candidates=6)
+    channel = channel_by_steering(run, "quote_type", TASK, batch, site=2, largest=5, candidates=6)
     whole = ReadPatch(run, batch, 2).whole
     assert [(rule.bound, rule.threshold, rule.reached, rule.passed) for rule in channel.rules] == [
         ("at least", 0.5, whole, whole >= 0.5),
@@ -198,7 +198,7 @@ def test_the_channel_carries_the_rules_that_chose_it(
     ]
     assert read_matters(0.5)
     assert not read_matters(0.499)
-    chosen = find_steering_channel(run, "quote_type", TASK, batch, largest=2, candidates=3)
+    chosen = channel_by_steering(run, "quote_type", TASK, batch, largest=2, candidates=3)
     decides = chosen.selection["site_effects"][chosen.site]
     assert (chosen.rules[0].bound, chosen.rules[0].threshold) == ("more than", 0.5)
     assert chosen.rules[0].reached in (decides["p_read"], decides["p_stream"])

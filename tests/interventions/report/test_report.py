@@ -82,14 +82,14 @@ def test_untrusted_text_stays_text(bare: Run) -> None:
 
 def test_missing_parts_name_their_command(bare: Run) -> None:
     page = page_of(bare)
-    for script in ("train_bridge.py", "find_channel.py", "steer.py", "find_circuit.py"):
-        assert re.search(rf"scripts/{script} --run \S+", page.text)
-    assert re.search(r"scripts/solved_tasks.py \S+", page.text)
+    for command in ("train-bridge", "find-channel", "steer", "find-circuit"):
+        assert re.search(rf"sparse-bridges {command} --run \S+", page.text)
+    assert re.search(r"sparse-bridges solved-tasks \S+", page.text)
     assert page.data["charts"] == {}
     write_training_records(bare)
     save_channel(bare.folder, channel())
     page = page_of(bare)
-    assert "find_channel.py" not in page.text
+    assert "find-channel" not in page.text
     assert len(page.data["charts"]) == 5 + 1
 
 

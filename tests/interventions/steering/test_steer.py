@@ -124,12 +124,13 @@ def test_a_result_goes_to_json_and_back_and_its_experiment_gives_it_again(dense,
 
 
 def test_the_script_steers_sets_from_the_command_line(dense, tmp_path: Path, capsys) -> None:
-    import steer as script
     import tyro
+
+    from interventions.cli import steer as script
 
     run = get_bundle(dense).folder
     counts = [f"--{n}=1" for n in ("pairs", "draws", "maps", "ridge-tokens", "text-tokens", "task-pairs", "new-tokens")]
-    sets = ["--sets", "3", "--sets", "3", "7", "--strengths", "0", "1", "--out", str(tmp_path)]
+    sets = ["--sets", "3", "--sets", "3", "7", "--strengths", "0", "1", "--out", str(tmp_path), "--anyway"]
     script.main(tyro.cli(script.Options, args=["--run", str(run), "--channel", "pair", *sets, *counts]))
     found = json.loads((tmp_path / "metrics.json").read_text())
     steering = Steering(**found["steering"][TASK])

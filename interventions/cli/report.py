@@ -1,16 +1,13 @@
 """Write a run's report: one HTML file, RUN/report.html, that opens in any browser and needs nothing else.
 
 Example:
-    python scripts/report.py --run runs/demo
+    sparse-bridges report --run runs/demo
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from interventions.cli.options import report_errors
-from interventions.report.page import write_report
+from interventions.cli.options import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +18,11 @@ class Options:
     """Run folder."""
 
 
+def command(arguments: list[str]) -> None:
+    main(parse(Options, "report", arguments))
+
+
 def main(options: Options) -> None:
+    from interventions.report.page import write_report
+
     print(f"report: {write_report(Path(options.run))}")
-
-
-if __name__ == "__main__":
-    with report_errors():
-        main(tyro.cli(Options))

@@ -1,48 +1,53 @@
 """Which of the twenty tasks the dense and the sparse model of each run solve: a Markdown table, and RUN/metrics.json.
 
-A folder of scripts/train_dense.py or scripts/train_sparse.py holds only one of them, which will do.
+A folder of sparse-bridges train-dense or train-sparse holds only one of them, which will do.
 
 Example:
-    python scripts/solved_tasks.py runs/demo
+    sparse-bridges solved-tasks runs/demo
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from tqdm.auto import tqdm
 
-from bridges.dense import load_gpt2
-from bridges.run_folder import update_metrics
-from interventions.circuits.node_model import NodeModel, as_nodes
-from interventions.circuits.solved_tasks import SOLVED, TaskScore, score_tasks
-from interventions.cli.options import report_errors
+from interventions.cli.options import parse
 from sparse_model.config import require
-from sparse_model.data.tokenizer import load_tokenizer
-from sparse_model.model.checkpoint import load_sparse
+
+if TYPE_CHECKING:
+    from interventions.circuits.task_scores import TaskScore
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Which of the twenty tasks the dense and the sparse model of each run solve."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders."""
     pairs: int = 128
     """Evaluation pairs of each task."""
     seed: int = 0
     """Seeds the pairs."""
 
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "runs", self.runs, "name at least one run folder")
+        require(self.pairs >= 1, "pairs", self.pairs, "must be at least 1")
+
+
+def command(arguments: list[str]) -> None:
+    main(parse(Options, "solved-tasks", arguments, __doc__))
+
 
 def main(options: Options) -> None:
-    require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
+    from tqdm.auto import tqdm
+
+    from bridges.run_folder import update_metrics
+    from interventions.circuits.task_scores import solved_tasks
+
     scores = {}
-    for folder in tqdm(options.runs, unit="run", leave=False):
-        models = models_in(Path(folder))
-        n_ctx = min(model.shape.n_ctx for model in models.values())
-        tokenizer = load_tokenizer(Path(folder) / "tokenizer")
-        found = score_tasks(models, tokenizer, max_tokens=n_ctx, pairs=options.pairs, seed=options.seed)
-        scores[folder] = found
+    for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
+        found = scores[folder] = solved_tasks(folder, pairs=options.pairs, seed=options.seed)
         update_metrics(
             Path(folder),
             tasks={
@@ -53,20 +58,10 @@ def main(options: Options) -> None:
     print(table(scores))
 
 
-def models_in(folder: Path) -> dict[str, NodeModel]:
-    """The dense and the sparse model of a folder, or the one that it has. Raises FileNotFoundError for neither."""
-    models: dict[str, NodeModel] = {}
-    if (folder / "dense").is_dir():
-        models["dense"] = as_nodes(load_gpt2(folder / "dense"))
-    if (folder / "sparse").is_dir():
-        models["sparse"] = as_nodes(load_sparse(folder / "sparse").eval())
-    if not models:
-        raise FileNotFoundError(f"{folder} has neither dense/ nor sparse/: name the folder of a finished training")
-    return models
-
-
-def table(scores: dict[str, dict[str, dict[str, TaskScore] | str]]) -> str:
+def table(scores: "dict[str, dict[str, dict[str, TaskScore] | str]]") -> str:
     """Pair accuracy and P(right) of the models of each run, by task; solved ones are bold."""
+    from interventions.circuits.task_scores import SOLVED
+
     columns = [
         (folder, label)
         for folder, found in scores.items()
@@ -86,12 +81,7 @@ def table(scores: dict[str, dict[str, dict[str, TaskScore] | str]]) -> str:
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [f"\nunsupported, {reason}" for reason in reasons])
 
 
-def cell(score: TaskScore) -> str:
+def cell(score: "TaskScore") -> str:
     """Pair accuracy and P(right) of a model."""
     accuracy = f"{score.pair_accuracy:.2f}"
     return f"{f'**{accuracy}**' if score.solved else accuracy}, {score.p_right:.2f}"
-
-
-if __name__ == "__main__":
-    with report_errors():
-        main(tyro.cli(Options))

@@ -1,34 +1,35 @@
 """Steer the dense model through sparse channels: strength curves, controls, side effects, and a figure.
 
 Examples:
-    python scripts/steer.py --run runs/demo
-    python scripts/steer.py --run runs/demo --task while_return_true --where stream --out runs/demo/stream
+    sparse-bridges steer --run runs/demo
+    sparse-bridges steer --run runs/demo --task while_return_true --where stream --out runs/demo/stream
 """
 
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
 
-from bridges.run_folder import Run, update_metrics
-from interventions import load_dense
-from interventions.bundle.bundle import get_bundle
-from interventions.cli.options import report_errors
-from interventions.steering.experiment import Experiment, read_experiment
-from interventions.steering.plot import plot_steering
-from interventions.steering.result import DRAWN, Steering, named_curves, quiet_strength, set_name
-from interventions.steering.steer import steer
-from interventions.tasks.base import answer_probabilities, pair_accuracy
-from interventions.tasks.catalogue import get_task
+from interventions.cli.options import TASK_LIST, parse
+from interventions.steering.experiment_config import Experiment
+
+if TYPE_CHECKING:
+    from interventions.steering.result import Steering
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Experiment):
     """An experiment whose sets can be given on the command line."""
 
+    task: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Task whose prompts are steered, one of {TASK_LIST}; unset: the one that the channel was found for."
+        ),
+    ] = None
     sets: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction] = ()
     """Set of channels to move instead, such as --sets 3 --sets 3 7; no two of one size. A channel that was not searched
     for is a set by itself."""
@@ -39,77 +40,37 @@ class Options:
     """Steer the dense model through sparse channels: strength curves, controls, side effects, and a figure."""
 
     run: str = "runs/demo"
-    """Run folder."""
+    """Run folder, or the name of a packaged bundle, which needs --out."""
     out: str | None = None
     """Folder for metrics.json and the figure; unset: the run's own, which keeps one result per task."""
     device: str = "cpu"
     """Where the models run."""
+    anyway: bool = False
+    """Steer also where the dense model does not solve the task."""
     experiment: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     """What is steered, and what it is compared with."""
 
 
-@torch.no_grad()
-def dense_accuracy(run: Run, experiment: Experiment) -> dict[str, float]:
-    """How well the unsteered dense model solves the task, on the evaluation prompts."""
-    task = get_task(str(experiment.task), run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-    batch = task.sample(experiment.pairs, split="evaluation", seed=experiment.seed or 0).to(run.dense.hf.device)
-    logits = run.dense(batch.tokens.flatten(0, 1)).unflatten(0, batch.tokens.shape[:2])
-    right, wrong = answer_probabilities(logits, batch)
-    return {
-        "pair_accuracy": float(pair_accuracy(logits, batch)),
-        "p_right": float(right.mean()),
-        "p_wrong": float(wrong.mean()),
-    }
-
-
-def print_curves(result: Steering) -> None:
-    """Every curve at up to six strengths; for the sets the bootstrap interval at the last."""
-    step = -(-(len(result.strength) - 1) // 5) or 1
-    shown = [*range(0, len(result.strength) - 1, step), len(result.strength) - 1]
-    print(f"\n{'mean P(counterfactual answer) at strength':42}" + "".join(f"{result.strength[i]:8g}" for i in shown))
-    intervals = {set_name(n): (low[-1], result.channels_high[n][-1]) for n, low in result.channels_low.items()}
-    for name, curve in named_curves(result).items():
-        interval = "   95 %: {:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
-        print(f"{name:42}" + "".join(f"{curve[i]:8.4f}" for i in shown) + interval)
-
-
-def print_quiet(result: Steering) -> None:
-    """Each set at its quiet strength, and what the search for one channel finds through other decoders."""
-    print(f"\n{'at the largest quiet strength':42}strength   P(cf.)  random p95   chosen")
-    for n, curve in {**result.channels, "difference_of_means": result.difference_of_means}.items():
-        strength = quiet_strength(result, n)
-        at = result.strength.index(strength)
-        chosen = f"{result.chosen[n]:9g}" if n in result.chosen else ""
-        print(f"{set_name(n):42}{strength:8g}{curve[at]:9.4f}{result.random_own_p95[n][at]:12.4f}{chosen}")
-    for name, found in result.searched.items():
-        values = f"median {statistics.median(found):.4f}, largest {max(found):.4f} of {len(found)}"
-        print(f"{f'1 channel searched for, {DRAWN[name]}':42}  {values}")
-
-
-def print_side_effects(effects: dict[str, dict[str, Any]]) -> None:
-    """What the fixed vectors do to everything else."""
-    heads = "  norm    P(cf.)  KL, nats   perplexity (cf.)   other tasks"
-    print(f"\n{'side effects of the mean edit everywhere':40}{heads}")
-    for name, one in effects.items():
-        accuracies = one["pair_accuracy"]
-        worst = min(accuracies, key=accuracies.__getitem__, default=None)
-        tasks = (
-            "none solved"
-            if worst is None
-            else (f"{sum(accuracies.values()) / len(accuracies):.3f}, worst {worst} {accuracies[worst]:.2f}")
-        )
-        perplexity = f"{one['perplexity']:.2f} ({one['perplexity_counterfactual']:.2f})"
-        figures = f"{one['norm']:6.2f}{one['p_target']:10.4f}{one['kl']:10.4f}"
-        print(f"{set_name(name):40}{figures}   {perplexity:16}   {tasks}")
+def command(arguments: list[str]) -> None:
+    main(parse(Options, "steer", arguments, __doc__))
 
 
 def main(options: Options) -> None:
+    from bridges.run_folder import update_metrics
+    from interventions.bundle.bundle import get_bundle, load_dense
+    from interventions.bundle.packaged import FOLDER
+    from interventions.steering.baseline import dense_accuracy
+    from interventions.steering.plot import plot_steering
+    from interventions.steering.steer import steer
+
     dense = load_dense(options.run, options.device)
-    run = get_bundle(dense).run
+    folder = Path(options.out) if options.out else get_bundle(dense).folder
+    if folder.is_relative_to(FOLDER):
+        raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
+    get_bundle(dense).bridges.check_scales()
+    baseline = dense_accuracy(dense, options.experiment)
+    check_solved(baseline["pair_accuracy"], anyway=options.anyway)
     result = steer(dense, options.experiment)
-    plan = read_experiment(result.experiment)
-    baseline = dense_accuracy(run, plan)
-    folder = Path(options.out) if options.out else run.folder
     name = "steering.png" if result.task == "single_double_quote" else f"steering-{result.task}.png"
     plot = plot_steering(result, folder / name)
     update_metrics(folder, merge=True, dense_task={result.task: baseline}, steering={result.task: result._asdict()})
@@ -124,6 +85,65 @@ def main(options: Options) -> None:
     print(f"plot: {plot}")
 
 
-if __name__ == "__main__":
-    with report_errors():
-        main(tyro.cli(Options))
+def check_solved(accuracy: float, *, anyway: bool) -> None:
+    """Raise ValueError for a task that the dense model does not solve, or say so."""
+    from interventions.circuits.task_scores import SOLVED, solves
+
+    if solves(accuracy):
+        return
+    said = (
+        f"the dense model gets {accuracy:.0%} of the task's pairs right, a task counts as solved from {SOLVED:.0%}: "
+        "a steered answer means little where the unsteered one is wrong"
+    )
+    if not anyway:
+        raise ValueError(
+            f"{said}; train the dense model longer, take a task of sparse-bridges solved-tasks, or add --anyway"
+        )
+    print(f"warning: {said}", file=sys.stderr)
+
+
+def print_curves(result: "Steering") -> None:
+    """Every curve at up to six strengths; for the sets the bootstrap interval at the last."""
+    from interventions.steering.result import named_curves, set_name
+
+    step = -(-(len(result.strength) - 1) // 5) or 1
+    shown = [*range(0, len(result.strength) - 1, step), len(result.strength) - 1]
+    print(f"\n{'mean P(counterfactual answer) at strength':42}" + "".join(f"{result.strength[i]:8g}" for i in shown))
+    intervals = {set_name(n): (low[-1], result.channels_high[n][-1]) for n, low in result.channels_low.items()}
+    for name, curve in named_curves(result).items():
+        interval = "   95 %: {:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
+        print(f"{name:42}" + "".join(f"{curve[i]:8.4f}" for i in shown) + interval)
+
+
+def print_quiet(result: "Steering") -> None:
+    """Each set at its quiet strength, and what the search for one channel finds through other decoders."""
+    from interventions.steering.result import DRAWN, quiet_strength, set_name
+
+    print(f"\n{'at the largest quiet strength':42}strength   P(cf.)  random p95   chosen")
+    for n, curve in {**result.channels, "difference_of_means": result.difference_of_means}.items():
+        strength = quiet_strength(result, n)
+        at = result.strength.index(strength)
+        chosen = f"{result.chosen[n]:9g}" if n in result.chosen else ""
+        print(f"{set_name(n):42}{strength:8g}{curve[at]:9.4f}{result.random_own_p95[n][at]:12.4f}{chosen}")
+    for name, found in result.searched.items():
+        values = f"median {statistics.median(found):.4f}, largest {max(found):.4f} of {len(found)}"
+        print(f"{f'1 channel searched for, {DRAWN[name]}':42}  {values}")
+
+
+def print_side_effects(effects: dict[str, dict[str, Any]]) -> None:
+    """What the fixed vectors do to everything else."""
+    from interventions.steering.result import set_name
+
+    heads = "  norm    P(cf.)  KL, nats   perplexity (cf.)   other tasks"
+    print(f"\n{'side effects of the mean edit everywhere':40}{heads}")
+    for name, one in effects.items():
+        accuracies = one["pair_accuracy"]
+        worst = min(accuracies, key=accuracies.__getitem__, default=None)
+        tasks = (
+            "none solved"
+            if worst is None
+            else (f"{sum(accuracies.values()) / len(accuracies):.3f}, worst {worst} {accuracies[worst]:.2f}")
+        )
+        perplexity = f"{one['perplexity']:.2f} ({one['perplexity_counterfactual']:.2f})"
+        figures = f"{one['norm']:6.2f}{one['p_target']:10.4f}{one['kl']:10.4f}"
+        print(f"{set_name(name):40}{figures}   {perplexity:16}   {tasks}")

@@ -1,15 +1,19 @@
 """Which tasks a model solves, on templates that neither pruning nor selection uses."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bridges.dense import load_gpt2
 from interventions.circuits.gates import at_answer
-from interventions.circuits.node_model import NodeModel, device_of
+from interventions.circuits.node_model import NodeModel, as_nodes, device_of
 from interventions.tasks.base import CannotPresent, TaskBatch, answer_probabilities, pair_accuracy, task_loss
 from interventions.tasks.catalogue import get_task, list_tasks
+from sparse_model.data.tokenizer import load_tokenizer
+from sparse_model.model.checkpoint import load_sparse
 
 SOLVED = 0.9
 """Pair accuracy from which a task counts as solved."""
@@ -68,3 +72,26 @@ def score_tasks(
             continue
         found[name] = {label: score_task(model, batch) for label, model in models.items()}
     return found
+
+
+def solved_tasks(folder: str | Path, *, pairs: int = 128, seed: int = 0) -> dict[str, dict[str, TaskScore] | str]:
+    """Every task's score by model, of the dense and the sparse model in a run folder or the one that it has.
+
+    The reason where the tokenizer cannot present the task. Nothing is saved. Raises FileNotFoundError for a folder
+    with neither model.
+    """
+    folder = Path(folder)
+    models = _models_in(folder)
+    n_ctx = min(model.shape.n_ctx for model in models.values())
+    return score_tasks(models, load_tokenizer(folder / "tokenizer"), max_tokens=n_ctx, pairs=pairs, seed=seed)
+
+
+def _models_in(folder: Path) -> dict[str, NodeModel]:
+    models: dict[str, NodeModel] = {}
+    if (folder / "dense").is_dir():
+        models["dense"] = as_nodes(load_gpt2(folder / "dense"))
+    if (folder / "sparse").is_dir():
+        models["sparse"] = as_nodes(load_sparse(folder / "sparse").eval())
+    if not models:
+        raise FileNotFoundError(f"{folder} has neither dense/ nor sparse/: name the folder of a finished training")
+    return models

@@ -1,16 +1,12 @@
 """Copy what interventions need of a finished run into the package, where load_dense finds it by name.
 
 Example:
-    python scripts/package_bundle.py --run runs/bundle --name demo
+    sparse-bridges package-bundle --run runs/bundle --name demo
 """
 
 from dataclasses import dataclass
 
-import tyro
-
-from interventions.bundle.packaged import FOLDER
-from interventions.cli.options import report_errors
-from interventions.packaging import package_run
+from interventions.cli.options import parse
 from sparse_model.config import require
 
 
@@ -24,13 +20,15 @@ class Options:
     """Name of the bundle: load_dense(NAME)."""
 
 
+def command(arguments: list[str]) -> None:
+    main(parse(Options, "package-bundle", arguments))
+
+
 def main(options: Options) -> None:
     require(options.name.isidentifier(), "name", options.name, "use letters, digits and _")
+    from interventions.bundle.packaged import FOLDER
+    from interventions.packaging import package_run
+
     out = package_run(options.run, FOLDER / options.name)
     size = sum(path.stat().st_size for path in out.rglob("*"))
     print(f"bundle {options.name}: {size / 2**20:.2f} MB of at most 8; load_dense({options.name!r})")
-
-
-if __name__ == "__main__":
-    with report_errors():
-        main(tyro.cli(Options, description=__doc__))

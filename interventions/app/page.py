@@ -1,0 +1,138 @@
+"""The page: a prompt, a channel and its delta beside what the dense model makes of them, in gradio."""
+
+from typing import Any
+
+from markupsafe import Markup
+
+from interventions.app.html import NEW, OTHER, TITLE, about, answer, heading
+from interventions.app.live import channel_named, delta_range, example_prompts
+from interventions.bundle.bundle import get_bundle
+from interventions.report.generations import NEW_TOKENS
+
+LARGEST_NEW_TOKENS = 128
+CSS = """
+.gradio-container {max-width: 1240px !important; margin: 0 auto}
+.sb {color: var(--body-text-color); line-height: 1.45}
+.sb h1 {font-size: 1.5rem; font-weight: 650; margin: 0}
+.sb h2 {font-size: .95rem; font-weight: 650; margin: 1.4rem 0 .5rem}
+.sb p {margin: .2rem 0}
+.sb .quiet {color: var(--body-text-color-subdued); font-size: .85rem}
+.sb code {font-family: var(--font-mono); font-size: .85rem}
+.sb code {background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
+  border-radius: 4px; padding: .05rem .3rem; white-space: pre-wrap; overflow-wrap: anywhere}
+.sb .verdict {font-size: 1.05rem}
+.sb .error {border-left: 4px solid var(--error-icon-color, #dc2626); background: var(--background-fill-secondary);
+  border-radius: 4px; padding: .7rem .9rem; overflow-wrap: anywhere}
+.sb table {border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums}
+.sb th, .sb td {padding: .28rem .5rem; border: none; border-bottom: 1px solid var(--border-color-primary);
+  text-align: left; font-weight: 400; vertical-align: middle}
+.sb thead th {font-size: .8rem; color: var(--body-text-color-subdued)}
+.sb .number {text-align: right; width: 6.2rem}
+.sb .bars {width: 48%}
+.sb .bar {display: block; height: .5rem; margin: .1rem 0; border-radius: 2px; min-width: 1px;
+  width: calc(100% * var(--p))}
+.sb .plain {background: var(--neutral-400)}
+.sb .moved {background: var(--primary-500)}
+.sb .key {display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .35rem}
+#examples button {font-family: var(--font-mono); font-size: .8rem; max-width: 100%; overflow: hidden;
+  text-overflow: ellipsis; white-space: pre}
+@media (max-width: 640px) {
+  .sb .number {width: auto}
+  .sb .bars {width: 25%}
+}
+#prompt textarea, #continuations .textfield {font-family: var(--font-mono); font-size: .85rem}
+"""
+
+
+def make_page(gr: Any, dense: Any, run: str) -> Any:
+    """The page itself, as `gradio.Blocks`. Every text that is not ours is escaped (see `shown`)."""
+    bundle = get_bundle(dense)
+    n_ctx = bundle.hf.config.n_positions
+    names = list(bundle.channels)
+    first = names[0] if names else "attn.0.read.0"
+    channel = channel_named(dense, first)
+    span, examples = delta_range(channel), example_prompts(dense, channel)
+    most = min(LARGEST_NEW_TOKENS, n_ctx - 1)
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+
+    def choose(name: str) -> list[Any]:
+        try:
+            channel = channel_named(dense, name or "")
+        except (ValueError, LookupError):
+            return [gr.skip(), "", gr.skip()]  # `show` says why
+        span = delta_range(channel)
+        return [
+            gr.Slider(minimum=-span.largest, maximum=span.largest, step=span.largest / 100, value=span.suggested),
+            about(dense, name),
+            gr.Dataset(**samples_of(example_prompts(dense, channel))),
+        ]
+
+    with gr.Blocks(title=f"{run} – {TITLE}", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(heading(run), apply_default_css=False)
+        with gr.Row():
+            with gr.Column(scale=5, min_width=340):
+                prompt = gr.Textbox(examples[0] if examples else "", label="Prompt", lines=4, elem_id="prompt")
+                samples = gr.Dataset(
+                    components=[gr.Textbox(visible=False)],
+                    **samples_of(examples),
+                    label="Prompts to try",
+                    type="values",
+                    elem_id="examples",
+                )
+                name = gr.Dropdown(
+                    names,
+                    value=first,
+                    allow_custom_value=True,
+                    label="Channel",
+                    info="A name, or an address such as mlp.1.read.107",
+                    elem_id="channel",
+                )
+                facts = gr.HTML(about(dense, first), apply_default_css=False)
+                delta = gr.Slider(
+                    -span.largest,
+                    span.largest,
+                    span.suggested,
+                    step=span.largest / 100,
+                    label="delta",
+                    info="Added to the channel at every token, in units of its activation",
+                    elem_id="delta",
+                )
+                where = gr.Radio(
+                    [("read: only the next sublayer's input", "read"), ("stream: everything downstream", "stream")],
+                    value="read",
+                    label="where",
+                )
+                tokens = gr.Slider(0, most, min(NEW_TOKENS, most), step=1, precision=0, label="New tokens")
+                with gr.Accordion("Sampling", open=False):
+                    sample = gr.Checkbox(False, label="Draw tokens instead of taking the most likely")
+                    temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
+                    seed = gr.Number(0, precision=0, minimum=0, label="Seed, of both continuations")
+            with gr.Column(scale=7, min_width=340):
+                result = gr.HTML(elem_id="result", apply_default_css=False)
+                with gr.Row(elem_id="continuations"):
+                    colours = {NEW: "gray", OTHER: "orange"}
+                    sides = [
+                        gr.HighlightedText(color_map=colours, show_inline_category=False, visible=False)
+                        for _ in ("unsteered", "steered")
+                    ]
+
+        def show(*values: Any) -> list[Any]:
+            # What was asked goes with its answer: whoever drives the page by program can tell it from the one before.
+            _, channel, delta, *_ = values
+            html, *both = answer(dense, *values)
+            asked = Markup('<div data-channel="{}" data-delta="{}">{}</div>').format(channel, delta, Markup(html))
+            return [asked, *(gr.HighlightedText(one.parts, label=one.label, visible=bool(one.parts)) for one in both)]
+
+        values = [prompt, name, delta, where, tokens, sample, temperature, seed]
+        # The last change counts: while an answer is being made, the slider moves on.
+        now = {"fn": show, "inputs": values, "outputs": [result, *sides], "trigger_mode": "always_last", **quiet}
+        gr.on([page.load, *(value.change for value in values if value is not name)], **now)
+        name.change(choose, name, [delta, facts, samples], **quiet).then(**now)
+        samples.click(lambda chosen: chosen[0], samples, prompt, **quiet)
+    return page
+
+
+def samples_of(prompts: list[str]) -> dict[str, Any]:
+    """Prompts for `gradio.Dataset`, shown by their last lines: there they differ."""
+    labels = [prompt.strip().split("\n")[-1].strip() for prompt in prompts]
+    return {"samples": [[prompt] for prompt in prompts], "sample_labels": labels}

@@ -1,0 +1,139 @@
+"""A task's circuit in a run, in one call: prompts, ablated values, pruning, and on request the controls."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from bridges.run_folder import Run, fingerprint
+from interventions.bundle.channels import load_channels
+from interventions.circuits.ablation import Ablation
+from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes
+from interventions.circuits.controls import validate
+from interventions.circuits.interchange import channel_nodes
+from interventions.circuits.node_model import Kept, ModelKind, NodeModel, as_nodes, count_edges
+from interventions.circuits.prune_config import PruneConfig
+from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
+from interventions.circuits.settings_search import RANGES, search_config
+from interventions.tasks.base import TaskBatch
+from interventions.tasks.catalogue import get_task
+from sparse_model.data.prepare import prepare_corpus
+
+logger = logging.getLogger(__name__)
+
+
+def find_circuit(
+    run: Run,
+    task: str,
+    config: PruneConfig | None = None,
+    *,
+    model: ModelKind = "sparse",
+    controls: bool = False,
+    search: int = 0,
+    start_from: str | Path | None = None,
+    progress: bool = False,
+) -> Circuit:
+    """The circuit of a task in a run's sparse (or dense) model; nothing is saved (see `save_circuit`).
+
+    config: settings of the pruning; None: their defaults.
+    controls: also run the controls, as `with_controls` does; without them the claim is uncontrolled.
+    search: trials of a search over the settings for the fewest edges. They are kept in RUN/circuits/search.db.
+    start_from: a warm start, the .json file of a circuit whose nodes begin kept, all others deleted.
+
+    Raises KeyError for an unknown task, ValueError for one that the model does not solve (see `prune`), and what
+    `read_kept_nodes`, `search_config` and `prepare_corpus` raise.
+    """
+    config, nodes = config or PruneConfig(), _model(run, model)
+    pairs = splits(get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx), config)
+    start = read_kept_nodes(start_from, nodes.shape) if start_from else None
+    ablation = reference_ablation(nodes, _held_out(run, progress), config)
+    if search:
+        key = f"{task} {model} {fingerprint(run)}"
+        config = _searched(nodes, pairs, ablation, config, search, run.folder / FOLDER / "search.db", key, progress)
+    pruned = prune(nodes, *pairs, ablation, config, start=start, progress=progress)
+    _report_gates(pruned, config)
+    circuit = make_circuit(
+        nodes,
+        pruned.kept,
+        tied_qk=config.tied_qk,
+        task=task,
+        fingerprint=fingerprint(run),
+        loss=pruned.loss,
+        unpruned_loss=pruned.unpruned_loss,
+        calibration=pruned.calibration,
+        ablation=ablation,
+        config=dataclasses.asdict(config),
+    )
+    return with_controls(run, circuit, progress=progress) if controls else circuit
+
+
+def with_controls(
+    run: Run, circuit: Circuit, *, draws: int = 20, evaluation_pairs: int = 128, progress: bool = False
+) -> Circuit:
+    """A circuit that `find_circuit` found in the run, with its controls: `Circuit.controls`.
+
+    draws: random sets of nodes that necessity and interchange are compared with.
+    evaluation_pairs: of templates that neither pruning nor selection saw.
+    """
+    config = PruneConfig(**circuit.config)
+    task = get_task(circuit.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
+    evaluation = task.sample(evaluation_pairs, split="evaluation", seed=config.seed)
+    result = validate(
+        _model(run, circuit.model),
+        circuit,
+        *splits(task, config),
+        evaluation,
+        _held_out(run, progress),
+        config,
+        channels=_named_nodes(run, circuit.task) if circuit.model == "sparse" else {},
+        draws=draws,
+        progress=progress,
+    )
+    return dataclasses.replace(circuit, controls=result.to_dict())
+
+
+def _model(run: Run, kind: ModelKind) -> NodeModel:
+    return as_nodes(run.sparse if kind == "sparse" else run.dense)
+
+
+def _held_out(run: Run, progress: bool) -> Int[Tensor, "block pos"]:
+    return prepare_corpus(run.config, run.tokenizer, progress=progress).val
+
+
+def _searched(
+    model: NodeModel,
+    pairs: tuple[TaskBatch, TaskBatch],
+    ablation: Ablation,
+    base: PruneConfig,
+    trials: int,
+    database: Path,
+    key: str,
+    progress: bool,
+) -> PruneConfig:
+    """The settings with the fewest edges."""
+
+    def edges(config: PruneConfig) -> int:
+        return count_edges(model, prune(model, *pairs, ablation, config).kept)
+
+    config, fewest, finished = search_config(edges, base, trials, database, key, progress=progress)
+    settings = {name: f"{getattr(config, name):.3g}" for name in RANGES}
+    logger.info("fewest edges in %d trials: %d, with %s", finished, fewest, settings)
+    return config
+
+
+def _named_nodes(run: Run, task: str) -> dict[str, Kept]:
+    """The nodes of the run's channels for a task, by name; what the unembedding reads is no node."""
+    return {
+        name: channel_nodes(channel, run.sparse.cfg)
+        for name, channel in load_channels(run.folder).items()
+        if channel.selection.get("task") == task and channel.site < 2 * run.sparse.n_layers
+    }
+
+
+def _report_gates(pruned: Pruned, config: PruneConfig) -> None:
+    loss, nodes = pruned.history[-1]
+    logger.info("gates at the end of pruning: %d nodes, training loss %.4f (uncalibrated)", nodes, loss)
+    if loss > config.target_loss:
+        logger.warning("the gates miss the target, so the circuit is larger than need be: lower k_coef or raise steps")

@@ -1,0 +1,101 @@
+"""Find the circuit of a task in a run's sparse (or dense) model and write it to RUN/circuits.
+
+Without --controls the claim is uncontrolled, and the output says so.
+
+Examples:
+    sparse-bridges find-circuit --run runs/demo
+    sparse-bridges find-circuit --run runs/demo --task bracket_counting --controls
+    sparse-bridges find-circuit --run runs/demo --search 20
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from interventions.circuits.prune_config import PruneConfig
+from interventions.cli.options import TASK_LIST, parse
+from sparse_model.config import require
+
+if TYPE_CHECKING:
+    from interventions.circuits.circuit import Circuit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Find the circuit of a task in a run's sparse (or dense) model and write it to RUN/circuits."""
+
+    run: str = "runs/demo"
+    """Run folder."""
+    task: Annotated[str, tyro.conf.arg(help=f"Task whose circuit is wanted, one of {TASK_LIST}.")] = (
+        "single_double_quote"
+    )
+    model: Literal["sparse", "dense"] = "sparse"
+    """Which of the run's models to prune; the dense one is the baseline."""
+    controls: bool = False
+    """Also run the controls: sufficiency, necessity, minimality, interchange, and the same pruning five times more."""
+    draws: int = 20
+    """Random sets of nodes that necessity and interchange are compared with."""
+    evaluation_pairs: int = 128
+    """Pairs of the evaluation templates for the controls."""
+    search: int = 0
+    """Trials of a search over the settings for the fewest edges (needs optuna); resumes, and Ctrl-C ends it early."""
+    start_from: str | None = None
+    """Warm start: .json file of a circuit whose nodes begin kept, all others deleted (of a model of the same shape)."""
+    graphml: str | None = None
+    """Also write the circuit as GraphML to this file."""
+    config: Annotated[PruneConfig, tyro.conf.arg(name="")] = field(default_factory=PruneConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "evaluation_pairs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.search >= 0, "search", self.search, "must not be negative")
+
+
+def command(arguments: list[str]) -> None:
+    main(parse(Options, "find-circuit", arguments, __doc__))
+
+
+def main(options: Options) -> None:
+    from bridges.run_folder import open_run
+    from interventions.circuits.circuit import save_circuit
+    from interventions.circuits.circuit_search import find_circuit, with_controls
+    from interventions.circuits.controls import Validation, format_validation
+
+    start, run = time.perf_counter(), open_run(options.run)
+    circuit = find_circuit(
+        run,
+        options.task,
+        options.config,
+        model=options.model,
+        search=options.search,
+        start_from=options.start_from,
+        progress=True,
+    )
+    path = save_circuit(run.folder, circuit)
+    describe(circuit)
+    print(f"{time.perf_counter() - start:.0f} s; saved in {path}")
+    if options.graphml:
+        circuit.save_graphml(options.graphml)
+    if not options.controls:
+        print("this claim is UNCONTROLLED: pruning also finds small circuits where there is nothing; add --controls")
+        return
+    pairs = options.evaluation_pairs
+    controlled = with_controls(run, circuit, draws=options.draws, evaluation_pairs=pairs, progress=True)
+    save_circuit(run.folder, controlled)
+    assert controlled.controls is not None
+    print(format_validation(Validation.from_dict(controlled.controls)))
+    print(f"{time.perf_counter() - start:.0f} s with controls, kept in {path}")
+
+
+def describe(circuit: "Circuit") -> None:
+    """Print where the circuit's nodes are, and its losses."""
+    places = Counter(name.split(".head")[0] if ".head" in name else name.rpartition(".")[0] for name in circuit.names)
+    print(f"{circuit.task} in the {circuit.model} model: {circuit.n_nodes} nodes, {circuit.n_edges} edges")
+    print("  " + ", ".join(f"{count} {place}" for place, count in places.items()))
+    print(
+        f"task loss on selection prompts (calibrated): whole model {circuit.unpruned_loss:.4f}, "
+        f"circuit {circuit.loss:.4f} (target {circuit.config['target_loss']:g})"
+    )

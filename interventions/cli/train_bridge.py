@@ -1,0 +1,19 @@
+"""Train a sparse model and bridges beside a frozen dense GPT-2, and evaluate them.
+
+Examples:
+    sparse-bridges train-bridge                    # preset demo: minutes on a laptop
+    sparse-bridges train-bridge stdlib --run runs/stdlib
+    sparse-bridges train-bridge gpt2 --dense gpt2 --corpus codeparrot/codeparrot-clean
+    sparse-bridges train-bridge demo --resume      # after a kill
+    accelerate launch scripts/train_bridge.py demo # the same in several processes
+"""
+
+from bridges.config import PRESETS
+from interventions.cli.options import parse_run
+
+
+def command(arguments: list[str]) -> None:
+    options = parse_run("train-bridge", __doc__, arguments, PRESETS)
+    from bridges.pipeline import train_bridge
+
+    train_bridge(options.config, options.folder, **options.how)

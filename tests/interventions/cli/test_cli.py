@@ -1,0 +1,196 @@
+"""The command line: every command explains itself at once, and a mistake is one sentence that names what was typed."""
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from bridges.config import RunConfig
+from interventions.bundle.packaged import FOLDER
+from interventions.cli import options
+from interventions.cli.main import COMMANDS, main, module_of, summary
+from interventions.cli.options import as_typed
+from interventions.tasks.names import TASK_NAMES
+
+HEAVY = ("torch", "transformers", "transformer_lens", "gradio")
+SOME = {
+    "train-bridge": ("--dense", "--bridge.sites", "--sparse.d-model", "--resume", "stdlib"),
+    "train-sparse": ("--sparsity.nonzero-fraction", "--text-field", "--trackers", "gpt2"),
+    "train-dense": ("--dense-train.steps", "--run"),
+    "evaluate": ("--run", "--tokens"),
+    "find-channel": ("--from", "--name", "--site", *TASK_NAMES),
+    "find-circuit": ("--controls", "--target-loss", "--start-from", *TASK_NAMES),
+    "steer": ("--anyway", "--channel", "--sets", "--where", *TASK_NAMES),
+    "solved-tasks": ("RUN", "--pairs"),
+    "report": ("--run",),
+    "serve": ("--host", "--port"),
+    "package-bundle": ("--name",),
+}
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command line."""
+    code: object = 0
+    try:
+        main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert isinstance(code, int)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = said(capsys, command, "--help")
+    assert code == 0
+    assert f"usage: sparse-bridges {command}" in out
+    words = re.findall(r"[\w.-]*\w", out)
+    assert [option for option in SOME[command] if option not in words] == []
+
+
+def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(options.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__", "main", "options"}
+    assert modules == set(map(module_of, COMMANDS)) == set(map(module_of, SOME))
+    for arguments in ((), ("--help",), ("-h",)):
+        code, out, _ = said(capsys, *arguments)
+        assert code == 0
+        for command in COMMANDS:
+            assert f"  {command:15} {summary(command)}\n" in out
+    assert said(capsys, "--version")[1].startswith("sparse-bridges 0.")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_loads_no_model_library(command: str) -> None:
+    code = (
+        "import sys\nfrom interventions.cli.main import main\n"
+        f"try:\n    main({[*command.split(), '--help']})\nexcept SystemExit:\n    pass\n"
+        f"print(sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_module_and_the_wrappers_are_the_command() -> None:
+    root = Path(__file__).parents[3]
+    for program in (["-m", "interventions.cli", "train-bridge"], ["scripts/train_bridge.py"]):
+        done = subprocess.run([sys.executable, *program, "x"], cwd=root, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: preset 'x' is unknown: use one of demo, tiny, stdlib, gpt2\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("evalu", "unknown command 'evalu': use one of train-bridge"),
+        ("train-bridge tiny --corpus-tokens 0", "--corpus-tokens 0: must be at least 1"),
+        ("train-bridge tiny --sparse.d-model 0", "--sparse.d-model 0: must be at least 1"),
+        ("train-bridge tiny --bridge.weights.ce -1", "--bridge.weights.ce -1.0: must not be negative"),
+        ("train-bridge tiny --sparsity.nonzero-fraction 2", "--sparsity.nonzero-fraction 2.0: must lie in (0, 1]"),
+        ("train-sparse tiny --batch-size 0", "--batch-size 0: must be at least 1"),
+        ("find-circuit --target-loss 0", "--target-loss 0.0: must be positive"),
+        ("find-circuit --evaluation-pairs 0", "--evaluation-pairs 0: must be at least 1"),
+        ("steer --task-pairs 0", "--task-pairs 0: must be at least 1"),
+        ("steer --sets 3 3", "--sets ((3, 3),): a set needs channels, none of them twice"),
+        ("solved-tasks runs/x --pairs 0", "--pairs 0: must be at least 1"),
+        ("serve --port 70000", "--port 70000: use 0 to 65535"),
+        ("evaluate --run no/such", "no run at no/such: train one with sparse-bridges train-bridge --run no/such"),
+        ("solved-tasks no/such", "no/such has neither dense/ nor sparse/"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, errors = said(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert errors.startswith(f"error: {sentence}")
+    assert len(errors.splitlines()) == 1
+
+
+def test_options_are_named_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "train-bridge", "--help")
+    for message, typed in (
+        ("row 3: no text; set text_field to a or b", "row 3: no text; set --text-field to a or b"),
+        ("sparse.d_vocab=8: too few", "--sparse.d-vocab 8: too few"),
+        ("d_vocab=8: too few", "--sparse.d-vocab 8: too few"),
+        ("dense_train.d_model=8: no", "--dense-train.d-model 8: no"),
+        ("spec='a:b' lacks", "--corpus 'a:b' lacks"),
+        ("lr=0: must", "--optim.lr 0: must"),
+        ("steps are steps, lr is lr", "steps are steps, lr is lr"),
+        ("runs/text_field/x: no", "runs/text_field/x: no"),
+        ("config.json is not a valid RunConfig: d_model=0: x", "config.json is not a valid RunConfig: d_model=0: x"),
+    ):
+        assert as_typed(message).startswith(typed)
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    assert as_typed(f"{names[1]}=1") == "--corpus 1"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """The packaged bundle as a run of one's own."""
+    shutil.copytree(FOLDER / "demo", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_what_cannot_be_steered_is_said_first(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the experiment was begun")
+
+    monkeypatch.setattr("interventions.steering.steer.steer", never)
+    monkeypatch.setattr("interventions.finding.channel_search.channel_by_steering", never)
+    run = ("--run", str(bundle))
+    assert "unknown channel 'no.such'" in said(capsys, "steer", *run, "--channel", "no.such")[2]
+    with pytest.raises(AssertionError, match="was begun"):
+        main(["steer", *run])
+    monkeypatch.setattr("interventions.circuits.task_scores.SOLVED", 1.01)  # the bundle solves them all
+    code, _, errors = said(capsys, "steer", *run)
+    assert code == 2
+    assert "of the task's pairs right, a task counts as solved from 101%" in errors
+    assert errors.rstrip().endswith("or add --anyway")
+    with pytest.raises(AssertionError, match="was begun"):
+        main(["steer", *run, "--anyway"])
+    assert "part of the package" in said(capsys, "steer", "--run", "demo")[2]
+    shutil.rmtree(bundle / "bridges")
+    for command in ("steer", "find-channel", "find-circuit", "evaluate", "report"):
+        assert f"error: {bundle} has no bridges" in said(capsys, command, *run)[2], command
+
+
+def test_what_the_library_logs_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with options.report_errors():
+        logging.getLogger("bridges.pipeline").info("resuming at step %d", 3)
+        logging.getLogger("interventions.anything").warning("little")
+        logging.getLogger("torch").info("not ours")
+    assert capsys.readouterr() == ("resuming at step 3\n", "warning: little\n")
+
+
+def test_library_code_does_not_print() -> None:
+    root = Path(options.__file__).parents[2]
+    found = [
+        str(file)
+        for package in ("sparse_model", "bridges", "interventions")
+        for file in (root / package).rglob("*.py")
+        if "print(" in file.read_text().replace("fingerprint(", "") and file.parent != Path(options.__file__).parent
+    ]
+    assert found == []
+
+
+def test_solved_tasks_prints_and_keeps_what_the_call_gives(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from interventions import solved_tasks
+
+    assert said(capsys, "solved-tasks", str(bundle), "--pairs", "4")[0] == 0
+    kept = json.loads((bundle / "metrics.json").read_text())["tasks"]
+    called = solved_tasks(bundle, pairs=4)
+    assert list(kept) == list(called) == list(TASK_NAMES)
+    for name, scores in called.items():
+        plain = {"unsupported": scores} if isinstance(scores, str) else {k: s._asdict() for k, s in scores.items()}
+        assert kept[name] == plain
+
+
+def test_each_module_holds_one_command() -> None:
+    for command in COMMANDS:
+        assert callable(import_module(f"interventions.cli.{module_of(command)}").command)
