@@ -60,6 +60,7 @@ TESTS = {
 }
 
 _ROWS = "only how many rows are taken at once: the same sums"
+_FLAT, _LAYOUT = "x.reshape(-1, x.shape[-1])", "the kernels read every layout, only slower"
 EQUIVALENT: dict[str, str] = {
     "bridges/evaluation.py Moments.add: self.error + error.sum(0) -> self.error - error.sum(0)": (
         "the sum of all errors is only ever squared"
@@ -68,13 +69,9 @@ EQUIVALENT: dict[str, str] = {
         "the same device where there is no GPU"
     ),
     "sparse_model/sparsity/topk.py top_mask_forced: x.detach() -> x": "a view as integers has no gradient anyway",
-    "sparse_model/sparsity/topk.py top_mask_forced: x.detach().contiguous() -> x.detach()": (
-        "the kernels read every layout, only slower"
-    ),
+    "sparse_model/sparsity/topk.py top_mask_forced: x.detach().contiguous() -> x.detach()": _LAYOUT,
     "sparse_model/sparsity/topk.py keep_masked: 1 -> 2 #1": "numpy takes every negative length for -1",
-    "sparse_model/sparsity/abs_topk.py _compiled: x.reshape(-1, x.shape[-1]).contiguous() -> x.reshape(-1, x.shape[-1])": (
-        "the kernels read every layout, only slower"
-    ),
+    f"sparse_model/sparsity/abs_topk.py _compiled: {_FLAT}.contiguous() -> {_FLAT}": _LAYOUT,
     "sparse_model/sparsity/topk_torch.py count_digits: 4 -> 5": "a type has 2, 4 or 8 bytes; asked on a GPU only",
     "sparse_model/sparsity/sparse_linear.py multiply: len(matrix.values) // 8 -> len(matrix.values) * 8": (
         "only on how many threads the same rows are multiplied"
