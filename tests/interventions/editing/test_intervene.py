@@ -317,3 +317,11 @@ def test_no_positions_are_no_tokens(dense, tokens: torch.Tensor) -> None:
     for steps in ("all", "prompt"):
         with intervene(dense, channel="pair", delta=3.0, positions=[], steps=steps):
             assert torch.equal(dense(tokens), plain)
+
+
+def test_positions_reach_to_both_ends_of_the_context(dense) -> None:
+    for position in (-64, 63):
+        intervene(dense, channel="pair", delta=1.0, positions=position)
+    for position in (-65, 64):
+        with pytest.raises(IndexError, match=f"positions={position} is out of range: the model's context holds 64"):
+            intervene(dense, channel="pair", delta=1.0, positions=position)
