@@ -68,6 +68,7 @@ EQUIVALENT: dict[str, str] = {
     "bridges/scales.py measure_scales: batch.long().to(bridges.rms_dense.device) -> batch.long()": (
         "the same device where there is no GPU"
     ),
+    "interventions/editing/positions.py _in_mask: 0 -> 1 #3": "one more column of padding, which the slice cuts off",
     "sparse_model/sparsity/topk.py top_mask_forced: x.detach() -> x": "a view as integers has no gradient anyway",
     "sparse_model/sparsity/topk.py top_mask_forced: x.detach().contiguous() -> x.detach()": _LAYOUT,
     "sparse_model/sparsity/topk.py keep_masked: 1 -> 2 #1": "numpy takes every negative length for -1",
