@@ -15,6 +15,9 @@ from sparse_model.sparsity.abs_topk import abs_topk
 DenseResid = Float[Tensor, "batch pos d_dense"]
 SparseResid = Float[Tensor, "batch pos d_sparse"]
 
+SCALES = ("rms_dense", "std_dense", "rms_sparse")
+"""What is measured on text, not trained (`bridges.scales`)."""
+
 
 class BridgeSet(nn.Module):
     """Encoders f_i = AbsTopK(linear), dense to sparse, and decoders g_i = linear, sparse to dense, at sites 0 .. 2L.
@@ -33,7 +36,7 @@ class BridgeSet(nn.Module):
         self.n_sites, self.d_dense, self.d_sparse, self.encoder_k = n_sites, d_dense, d_sparse, encoder_k
         self.encoders = nn.ModuleList(nn.Linear(d_dense, d_sparse) for _ in range(n_sites))
         self.decoders = nn.ModuleList(nn.Linear(d_sparse, d_dense) for _ in range(n_sites))
-        for name in ("rms_dense", "std_dense", "rms_sparse"):
+        for name in SCALES:
             self.register_buffer(name, torch.full((n_sites,), torch.nan))
         for bias in (m.bias for m in (*self.encoders, *self.decoders)):
             nn.init.zeros_(bias)
@@ -53,13 +56,15 @@ class BridgeSet(nn.Module):
         rms_sparse: Float[Tensor, " site"],
     ) -> None:
         """Set the streams' scales, averaged over a reference set; interventions convert units with them (A.4)."""
-        for name, value in (("rms_dense", rms_dense), ("std_dense", std_dense), ("rms_sparse", rms_sparse)):
+        for name, value in zip(SCALES, (rms_dense, std_dense, rms_sparse), strict=True):
             getattr(self, name).copy_(value)
 
     def check_scales(self) -> None:
-        """Raise ValueError for bridges that have never been evaluated: there is no unit to steer in."""
+        """Raise ValueError for bridges whose streams were never measured: there is no unit to steer in."""
         if not torch.isfinite(self.rms_sparse).all():
-            raise ValueError("the bridges have no scales yet: run sparse-bridges evaluate on the run first")
+            raise ValueError(
+                "the bridges have no scales: training measures them, bridges.scales.measure_scales sets them"
+            )
 
     def directions(self, site: int) -> Float[Tensor, "d_sparse d_dense"]:
         """What one unit of each sparse stream channel adds to the dense stream: the decoder's columns, without bias."""

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
+from sparse_model.config import SparseConfig, require
 from sparse_model.io.local import local_path
 from sparse_model.model.transformer import check_length
 
@@ -102,3 +103,25 @@ def load_gpt2(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) ->
     if model.config.model_type != "gpt2":
         raise ValueError(f"{name!r} is a {model.config.model_type!r} model; only GPT-2 can be the dense model")
     return model
+
+
+def check_fit(dense: DenseModel, sparse: SparseConfig) -> None:
+    """Raise ValueError unless a dense and a sparse model have the same depth and vocabulary and a context that fits."""
+    require(
+        dense.n_layers == sparse.n_layers,
+        "sparse.n_layers",
+        sparse.n_layers,
+        f"the dense model has {dense.n_layers} layers and each sublayer needs its partner: use {dense.n_layers}",
+    )
+    require(
+        dense.d_vocab == sparse.d_vocab,
+        "sparse.d_vocab",
+        sparse.d_vocab,
+        f"the dense model's vocabulary has {dense.d_vocab} tokens: use {dense.d_vocab}",
+    )
+    require(
+        dense.n_ctx >= sparse.n_ctx,
+        "sparse.n_ctx",
+        sparse.n_ctx,
+        f"the dense model's context holds {dense.n_ctx} tokens: use at most that",
+    )

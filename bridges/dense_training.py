@@ -13,6 +13,8 @@ from sparse_model.data.batch_order import BatchOrder
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.atomic import replace_folder
 from sparse_model.training.losses import next_token_loss
+from sparse_model.training.optim import set_lr
+from sparse_model.training.trainer import TrainingDiverged
 
 
 def train_dense(
@@ -27,6 +29,7 @@ def train_dense(
 
     AdamW 3e-3 by default, gradient norm clipped to 1, 2 % warm-up, cosine decay to a tenth. No dropout: with well
     under one pass over enough text there is nothing to regularise, and the bridged model is used in eval mode.
+    Raises TrainingDiverged where the loss is no longer finite.
     """
     options = config.dense_train
     torch.manual_seed(options.seed)
@@ -53,24 +56,27 @@ def train_dense(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     order = BatchOrder(len(blocks), options.batch_size, options.seed)
-    warmup = max(1, round(0.02 * options.steps))
     bar = tqdm(range(options.steps), desc="dense", unit="step", disable=not progress)
     for step in bar:
-        rate = min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / options.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * rate
+        set_lr(optimizer, options.lr * dense_rate(step, options.steps))
         tokens = blocks[order(step)].long().to(device)
         loss = next_token_loss(model(tokens).logits, tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % config.log_every == 0:
+        if step % config.log_every == 0 or step == options.steps - 1:
             value = loss.item()
             if not math.isfinite(value):
-                raise FloatingPointError(f"dense loss is {value} at step {step}: lower dense_train.lr={options.lr:g}")
+                raise TrainingDiverged(f"dense loss is {value} at step {step}: lower dense_train.lr={options.lr:g}")
             bar.set_postfix_str(f"ce {value:.3f}")
     return model.eval()
+
+
+def dense_rate(step: int, steps: int) -> float:
+    """Factor on the dense model's learning rate: linear rise over 2 % of the steps, times a cosine from 1 to 0.1."""
+    warmup = max(1, round(0.02 * steps))
+    return min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def save_dense(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -105,10 +105,7 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = True,
 ) -> dict:
-    """The `dense`, `sparse` and `sites` parts of metrics.json, from held-out blocks of tokens.
-
-    Also sets the bridges' scales (`BridgeSet.set_scales`), which interventions need.
-    """
+    """The `dense`, `sparse` and `sites` parts of metrics.json, from held-out blocks of tokens. Changes no model."""
     models = Bridged(dense, sparse, bridges)
     batches = [b.long().to(next(sparse.parameters()).device) for b in blocks.split(batch_size)]
     encode, decode = _measure_bridges(models, tqdm(batches, "evaluate: bridges", leave=False, disable=not progress))
@@ -146,20 +143,15 @@ def evaluate(
 
 
 def _measure_bridges(models: Bridged, batches: Iterable[Tensor]) -> tuple[list[Moments], list[Moments]]:
-    """Errors of every encoder and decoder; sets the bridges' scales."""
+    """Errors of every encoder and decoder."""
     dense, sparse, bridges = models
     n_sites = bridges.n_sites
     encode, decode = [Moments() for _ in range(n_sites)], [Moments() for _ in range(n_sites)]
-    scales, count = torch.zeros(3, n_sites, dtype=torch.float64), 0
     for tokens in batches:
-        count += len(tokens)
         h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
         for site in range(n_sites):
             encode[site].add(bridges.encode(site, h_dense[site]), h_sparse[site])
             decode[site].add(bridges.decode(site, h_sparse[site]), h_dense[site])
-            for row, value in enumerate(stream_scales(h_dense[site], h_sparse[site])):
-                scales[row, site] += float(value) * len(tokens)
-    bridges.set_scales(*(scales / count).float())
     return encode, decode
 
 
@@ -204,15 +196,6 @@ def random_paths_kl(models: Bridged, batches: list[Tensor], n: int = RANDOM_PATH
         target = suffix(models.dense, 0, models.dense.embed(tokens), tokens)
         found.append(float(kl(target, mixed_path(*models, tokens, path))))
     return sum(found) / n
-
-
-def stream_scales(
-    h_dense: Float[Tensor, "batch pos d_dense"], h_sparse: Float[Tensor, "batch pos d_sparse"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means over tokens of the dense RMS, the dense standard deviation about its own mean, and the sparse RMS."""
-    rms_dense = h_dense.square().mean(-1).sqrt().mean()
-    std_dense = h_dense.std(-1, correction=0).mean()
-    return rms_dense, std_dense, h_sparse.square().mean(-1).sqrt().mean()
 
 
 def _ablated_loss(

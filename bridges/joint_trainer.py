@@ -8,9 +8,8 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.config import RunConfig
-from bridges.dense import DenseModel
+from bridges.dense import DenseModel, check_fit
 from bridges.joint_step import JointLosses, draw, joint_backward
-from sparse_model.config import require
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.trainer import FreeRule, SparseTrainer
 
@@ -33,7 +32,7 @@ class JointTrainer(SparseTrainer):
         folder: Path,
         accelerator: Accelerator | None = None,
     ) -> None:
-        check_fit(dense, sparse)
+        check_fit(dense, sparse.cfg)
         rule = FreeRule(config.bridge.lr, config.bridge.eps, config.bridge.clip)
         super().__init__(config, sparse, blocks, folder, accelerator, free_rule=rule, beside={"bridges": bridges})
         self.bridge_config, self.bridges = config.bridge, bridges
@@ -52,25 +51,3 @@ class JointTrainer(SparseTrainer):
         nmse = "/".join(f"{sum(record[n]) / len(record[n]):.2f}" for n in ("nmse_encode", "nmse_decode"))
         kl = "/".join(f"{value:.2f}" for name, value in record.items() if name.startswith("kl_"))
         return f"ce {record['ce']:.2f} nmse {nmse} kl {kl}"
-
-
-def check_fit(dense: DenseModel, sparse: SparseTransformer) -> None:
-    """Raise ValueError unless the two models have the same depth and vocabulary and a context that fits."""
-    require(
-        dense.n_layers == sparse.n_layers,
-        "sparse.n_layers",
-        sparse.n_layers,
-        f"the dense model has {dense.n_layers} layers and each sublayer needs its partner: use {dense.n_layers}",
-    )
-    require(
-        dense.d_vocab == sparse.d_vocab,
-        "sparse.d_vocab",
-        sparse.d_vocab,
-        f"the dense model's vocabulary has {dense.d_vocab} tokens: use {dense.d_vocab}",
-    )
-    require(
-        dense.n_ctx >= sparse.n_ctx,
-        "sparse.n_ctx",
-        sparse.n_ctx,
-        f"the dense model's context holds {dense.n_ctx} tokens: use at most that",
-    )

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from bridges import run_folder as run_folder
@@ -17,8 +18,10 @@ from bridges.config import RunConfig
 from bridges.dense import DenseModel
 from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
-from sparse_model.config import claim_folder
-from sparse_model.data.prepare import check_corpus, prepare_corpus
+from bridges.scales import measure_scales
+from sparse_model.config import check_folder, claim_folder
+from sparse_model.data.prepare import prepare_corpus
+from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
@@ -41,21 +44,24 @@ def train_bridge(
     """Train a sparse model and bridges beside a frozen dense GPT-2 in `folder`; returns what metrics.json holds.
 
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
-    of another configuration, and what training raises.
+    of another configuration, and what training raises. A start that is refused writes nothing there.
     """
     folder = Path(folder)
-    check_corpus(config)
     accelerator = make_accelerator(folder, trackers, processes)
-    if accelerator.is_main_process:
-        claim_folder(config, folder, resume)
-    start_trackers(accelerator, folder)
     progress = progress and accelerator.is_main_process
     with accelerator.main_process_first():
-        tokenizer = run_folder.prepare_tokenizer(config, folder)
-        blocks = prepare_corpus(config, tokenizer, progress=progress)
+        if accelerator.is_main_process:
+            check_folder(config, folder, resume)
+        parts = run_folder.check_parts(config, folder, progress=progress)
+        if accelerator.is_main_process:
+            claim_folder(config, folder, resume)
+            save_tokenizer(parts.tokenizer, folder / "tokenizer")
+    start_trackers(accelerator, folder)
+    with accelerator.main_process_first():
         started = time.monotonic()
-        hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, accelerator.device, progress=progress)
+        hf = run_folder.prepare_dense(config, folder, parts, accelerator.device, progress=progress)
         dense_seconds = time.monotonic() - started
+    tokenizer, blocks = parts.tokenizer, parts.blocks
     if (folder / "bridges").exists() and not (folder / CHECKPOINT).exists():
         return _finish(run_folder.open_run(folder), blocks.val, progress)
     torch.manual_seed(config.seed)
@@ -71,6 +77,8 @@ def train_bridge(
     if not accelerator.is_main_process:
         return {}
     prove_sparsity(trainer.projected, config.sparsity)
+    run = run_folder.Run(folder, config, tokenizer, dense.float(), sparse.eval(), bridges)
+    measure_scales(run.dense, sparse, bridges, held_out_blocks(config, blocks.val))
     run_folder.save_trained(folder, sparse, bridges)
     trainer.remove_checkpoint()
     training = {
@@ -83,27 +91,32 @@ def train_bridge(
         "corpus": blocks.report,
     }
     run_folder.update_metrics(folder, training=training)
-    return _finish(
-        run_folder.Run(folder, config, tokenizer, dense.float(), sparse.eval(), bridges), blocks.val, progress
-    )
+    return _finish(run, blocks.val, progress)
 
 
 @torch.no_grad()
 def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> float:
     """Make the run's tokenizer and dense model only; returns its cross-entropy on held-out text, nats."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = run_folder.prepare_tokenizer(config, folder)
-    blocks = prepare_corpus(config, tokenizer, progress=progress)
+    parts = run_folder.check_parts(config, folder, progress=progress)
+    save_tokenizer(parts.tokenizer, folder / "tokenizer")
     with torch.enable_grad():
-        hf = run_folder.prepare_dense(config, folder, tokenizer, blocks, device, progress=progress)
+        hf = run_folder.prepare_dense(config, folder, parts, device, progress=progress)
     dense = DenseModel(hf).to(device)
-    batches = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)].long().split(32)
+    batches = held_out_blocks(config, parts.blocks.val).long().split(32)
     losses = [next_token_loss(dense(tokens.to(device)), tokens.to(device)) * len(tokens) for tokens in batches]
     return float(torch.stack(losses).sum() / sum(len(tokens) for tokens in batches))
 
 
-def _finish(run: run_folder.Run, val: Tensor, progress: bool) -> dict:
+def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Tensor, "held_out pos"]:
+    """The held-out blocks on which a run is measured when its training ends."""
+    return val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
+
+
+def _finish(run: run_folder.Run, val: Int[Tensor, "block pos"], progress: bool) -> dict:
     metrics = evaluate_run(run, blocks=val, progress=progress)
+    run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
+    write_measured(run.sparse.measured, run.folder / "sparse")
     logger.info("%s", evaluation_table(metrics))
     return metrics
 
@@ -111,7 +124,7 @@ def _finish(run: run_folder.Run, val: Tensor, progress: bool) -> dict:
 def evaluate_run(
     run: run_folder.Run, *, tokens: int | None = None, blocks: Tensor | None = None, progress: bool = True
 ) -> dict:
-    """Evaluate a run on held-out text, save its bridges' scales and metrics.json, and return the metrics.
+    """Evaluate a run on held-out text and set metrics.json, nothing else; returns the metrics.
 
     tokens: how many; None: as many as the run's config says. blocks: of them [block, pos]; None: the run's own corpus.
     """
@@ -119,9 +132,6 @@ def evaluate_run(
         blocks = prepare_corpus(run.config, run.tokenizer, progress=progress).val
     n_blocks = max(1, (tokens or run.config.eval_tokens) // blocks.shape[1])
     metrics = evaluate(run.dense, run.sparse, run.bridges, blocks[:n_blocks], progress=progress)
-    run_folder.save_bridges(run.bridges, run.folder / "bridges")
-    run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
-    write_measured(run.sparse.measured, run.folder / "sparse")
     run_folder.update_metrics(run.folder, **metrics)
     return metrics
 

@@ -10,19 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bridges.bridge import BridgeSet, load_bridges, save_bridges
+from bridges.bridge import SCALES, BridgeSet, load_bridges, save_bridges
 from bridges.config import RunConfig
-from bridges.dense import DenseModel, load_gpt2
+from bridges.dense import DenseModel, check_fit, load_gpt2
 from bridges.dense_training import save_dense, train_dense
 from sparse_model.config import from_json
 from sparse_model.data.corpus import CorpusBlocks
-from sparse_model.data.prepare import tokenizer_documents
-from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
+from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
+from sparse_model.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, write_text
 from sparse_model.io.local import local_path
 from sparse_model.io.tensors import digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.training.trainer import check_budgets_of
 
 
 class Run(NamedTuple):
@@ -36,13 +37,35 @@ class Run(NamedTuple):
     bridges: BridgeSet
 
 
-def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
-    """The run's tokenizer: the run folder's, the one named, the dense model's, or a BPE trained on the corpus.
+class Parts(NamedTuple):
+    """What a run starts from, in memory."""
 
-    Raises ValueError when a named tokenizer differs from the dense model's own, or its size from sparse.d_vocab.
+    tokenizer: PreTrainedTokenizerFast
+    dense: GPT2LMHeadModel | None
+    """None where a small one is to be trained."""
+    blocks: CorpusBlocks
+
+
+def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Parts:
+    """Make or read all that a run starts from, so that a start is refused before it writes into its folder.
+
+    Raises ValueError for a budget that cannot hold the minimum per neuron, for tokenizers that differ and for a dense
+    model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
     """
+    check_corpus(config)
+    check_budgets_of(config)
+    for part in ("tokenizer", "dense"):
+        recover_folder(folder / part)
+    tokenizer = _tokenizer(config, folder)
+    dense = _dense(config, folder, tokenizer)
+    if dense is not None:
+        check_fit(DenseModel(dense), config.sparse)
+    return Parts(tokenizer, dense, prepare_corpus(config, tokenizer, progress=progress))
+
+
+def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """The run folder's tokenizer, the one named, the dense model's, or a BPE trained on the corpus."""
     tokenizer_folder = folder / "tokenizer"
-    recover_folder(tokenizer_folder)
     dense_folder = local_path(config.dense) if config.dense else None
     bare = dense_folder is not None and dense_folder.is_dir() and not (dense_folder / "tokenizer.json").exists()
     with_dense = None if bare else config.dense
@@ -54,14 +77,20 @@ def prepare_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFas
         raise ValueError(f"{config.dense} has no tokenizer.json: name its tokenizer with --tokenizer")
     else:
         tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
-    if config.tokenizer and with_dense:
-        check_same_tokenizer(tokenizer, load_tokenizer(with_dense), config.tokenizer, with_dense)
-    if len(tokenizer) > config.sparse.d_vocab:
-        raise ValueError(
-            f"sparse.d_vocab={config.sparse.d_vocab}: the tokenizer has {len(tokenizer)} tokens, use at least that"
-        )
-    save_tokenizer(tokenizer, tokenizer_folder)
+    if with_dense and not (folder / "dense").exists():
+        name = str(tokenizer_folder) if tokenizer_folder.exists() else config.tokenizer or with_dense
+        check_same_tokenizer(tokenizer, load_tokenizer(with_dense), name, with_dense)
+    check_vocabulary(tokenizer, config.sparse)
     return tokenizer
+
+
+def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel | None:
+    """The run folder's dense model or the one named; None where a small one is to be trained."""
+    dense_folder = folder / "dense"
+    if dense_folder.exists():
+        check_same_tokenizer(tokenizer, load_tokenizer(dense_folder), str(folder / "tokenizer"), str(dense_folder))
+        return load_gpt2(dense_folder)
+    return load_gpt2(config.dense) if config.dense else None
 
 
 def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, name_a: str, name_b: str) -> None:
@@ -74,25 +103,14 @@ def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast,
 
 
 def prepare_dense(
-    config: RunConfig,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    blocks: CorpusBlocks,
-    device: torch.device,
-    *,
-    progress: bool = True,
+    config: RunConfig, folder: Path, parts: Parts, device: torch.device, *, progress: bool = True
 ) -> GPT2LMHeadModel:
-    """The run's dense model: its dense/ folder, the model named (copied there), or a small one trained now."""
-    dense_folder = folder / "dense"
-    recover_folder(dense_folder)
-    if dense_folder.exists():
-        check_same_tokenizer(tokenizer, load_tokenizer(dense_folder), str(folder / "tokenizer"), str(dense_folder))
-        return load_gpt2(dense_folder)
-    if config.dense:
-        model = load_gpt2(config.dense)
-    else:
-        model = train_dense(config, blocks.train, tokenizer, device, progress=progress)
-    save_dense(model, tokenizer, dense_folder)
+    """The run's dense model, trained now where there is none yet, in the run's dense/ folder."""
+    model, dense_folder = parts.dense, folder / "dense"
+    if model is None:
+        model = train_dense(config, parts.blocks.train, parts.tokenizer, device, progress=progress)
+    if not dense_folder.exists():
+        save_dense(model, parts.tokenizer, dense_folder)
     return model
 
 
@@ -135,9 +153,13 @@ def open_run(folder: str | Path) -> Run:
 
 
 def fingerprint(run: Run) -> str:
-    """Hex digest of the weights of a run's dense and sparse models and bridges: what an intervention belongs to."""
+    """Hex digest of the weights of a run's dense and sparse models and bridges: what a circuit belongs to.
+
+    Without the streams' scales, which are measured and not trained.
+    """
     parts = {"dense": run.dense, "sparse": run.sparse, "bridges": run.bridges}
-    return digest({f"{part}.{name}": t for part, model in parts.items() for name, t in model.state_dict().items()})
+    tensors = {(part, name): t for part, model in parts.items() for name, t in model.state_dict().items()}
+    return digest({f"{part}.{name}": t for (part, name), t in tensors.items() if name not in SCALES})
 
 
 def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:

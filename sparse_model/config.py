@@ -254,11 +254,13 @@ def _convert(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def claim_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
-    """Write config.json into a run folder, unless it holds a run that this one must not overwrite.
+def check_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Raise where a folder holds a run that one of this configuration must not overwrite.
 
-    Raises FileExistsError for a folder in use without `resume`, ValueError for one of other settings.
+    FileExistsError for a folder in use without `resume` or for a file of that name, ValueError for other settings.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name another folder with --run")
     path = folder / "config.json"
     if path.exists():
         if not resume:
@@ -268,4 +270,9 @@ def claim_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
         different = differing(from_json(type(config), path), config)
         if different:
             raise ValueError(f"{path} has other settings ({', '.join(different)}): resume with the same ones")
-    to_json(config, path)
+
+
+def claim_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Write config.json into a run folder, once everything that can be checked has been. Raises as `check_folder`."""
+    check_folder(config, folder, resume)
+    to_json(config, folder / "config.json")

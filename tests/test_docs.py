@@ -20,6 +20,7 @@ import nbclient
 import nbformat
 import pytest
 import tyro
+from support.helpers import HANG_SECONDS
 
 import bridges
 import interventions
@@ -302,7 +303,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     tutorial = notebook()
-    nbclient.NotebookClient(tutorial, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(tutorial, timeout=HANG_SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in tutorial.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     # A reader sees no warnings, and nothing of the machine.
@@ -317,7 +318,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = tmp_path_factory.mktemp("site")
     environment = os.environ | {"DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     return site
 

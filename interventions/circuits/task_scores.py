@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from bridges.dense import load_gpt2
 from interventions.circuits.gates import at_answer
 from interventions.circuits.node_model import NodeModel, as_nodes, device_of
-from interventions.tasks.base import TaskBatch, answer_probabilities, pair_accuracy, task_loss
+from interventions.tasks.base import CannotPresent, TaskBatch, answer_probabilities, pair_accuracy, task_loss
 from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.model.checkpoint import load_sparse
@@ -61,13 +61,13 @@ def score_tasks(
 ) -> dict[str, dict[str, TaskScore] | str]:
     """Every task's score by model (or of `only` these); the reason where the tokenizer cannot present the task.
 
-    Raises KeyError for an unknown task.
+    Raises KeyError for an unknown task, ValueError for fewer than one pair.
     """
     found: dict[str, dict[str, TaskScore] | str] = {}
     for name in only or list_tasks():
         try:
             batch = get_task(name, tokenizer, max_tokens=max_tokens).sample(pairs, split="evaluation", seed=seed)
-        except ValueError as error:
+        except CannotPresent as error:
             found[name] = str(error)
             continue
         found[name] = {label: score_task(model, batch) for label, model in models.items()}

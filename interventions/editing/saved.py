@@ -48,11 +48,12 @@ def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
             raise FileNotFoundError(
                 f"{path / name} does not exist: save an intervention with handle.save({str(path)!r})"
             )
+    here = bundle.identity()
     try:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         tensors = load_file(path / TENSORS)
         models, run = settings["models"], settings["run"]
-        differences = _differences(models, bundle.identity())
+        differences = _differences(models, here)
         if not differences:
             return tuple(_unpack(entry, f"{i}.", tensors, bundle) for i, entry in enumerate(settings["edits"]))
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:

@@ -99,7 +99,7 @@ def _page(run: Run, dense: Any, channel: Channel, documents: HeldOut, number: in
     largest = max(float(whole.abs().max()) for whole, _ in values)
     scaled = bool(torch.isfinite(run.bridges.rms_sparse).all())
     if not scaled:
-        notes.append("The bridges have no scales yet, so nothing is steered: run sparse-bridges evaluate on the run.")
+        notes.append("The bridges have no scales (bridges.scales.measure_scales), so nothing is steered.")
     return ChannelPage(
         channel=channel,
         label=Site(channel.site, run.sparse.n_layers).label,

@@ -21,7 +21,7 @@ from interventions.circuits.task_scores import solves
 from interventions.editing.intervene import intervene_vector
 from interventions.steering.experiment import Experiment
 from interventions.steering.steered_prompts import Prompts, Vectors, logits_at
-from interventions.tasks.base import TaskBatch, pair_accuracy
+from interventions.tasks.base import CannotPresent, TaskBatch, pair_accuracy
 from interventions.tasks.catalogue import get_task, list_tasks
 
 Vector = Float[Tensor, " d_dense"]
@@ -153,6 +153,6 @@ def _task_batches(run: Run, pairs: int, seed: int) -> dict[str, TaskBatch]:
         try:
             task = get_task(name, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
             batches[name] = task.sample(pairs, split="evaluation", seed=seed)
-        except ValueError:
+        except CannotPresent:
             continue
     return batches

@@ -38,6 +38,10 @@ LEADS: Mapping[PromptSplit, tuple[str, ...]] = {
 }
 
 
+class CannotPresent(ValueError):
+    """A tokenizer or a context cannot present a task: no filling gives aligned prompts with single-token answers."""
+
+
 class PromptPair(NamedTuple):
     """Two prompts that differ only in the feature."""
 
@@ -156,8 +160,8 @@ class Task:
         Fillings that are too long, unaligned, or whose answers are not single tokens are drawn again.
 
         Raises:
-            ValueError: n_pairs < 1; an unknown split; or a template without a usable filling (the message
-                names the task, the reason and the remedy).
+            ValueError: n_pairs < 1; an unknown split.
+            CannotPresent: a template without a usable filling (the message names the task, the reason, the remedy).
         """
         if n_pairs < 1:
             raise ValueError(f"n_pairs={n_pairs}: must be at least 1")
@@ -185,7 +189,7 @@ class Task:
             if isinstance(encoded, _Encoded):
                 return pair, encoded
             reason = encoded
-        raise ValueError(
+        raise CannotPresent(
             f"task {self.name!r}: {_ATTEMPTS} fillings of one template failed with tokenizer"
             f" {self._tokenizer_name()}; the last one because {reason}"
         )

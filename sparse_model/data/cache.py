@@ -64,6 +64,8 @@ def read_cache(folder: Path) -> tuple[Blocks, dict[str, Any]] | None:
             if _digest(array) != facts["digests"][split]:
                 raise ValueError(f"{split} is not what was written")
         return blocks, facts["report"]
+    except (MemoryError, PermissionError):  # the files may be whole
+        raise
     except Exception as error:  # whatever a damaged file makes of the JSON and Arrow readers
         warnings.warn(f"corpus cache {folder} is damaged ({error}); building it again", stacklevel=3)
         shutil.rmtree(folder, ignore_errors=True)

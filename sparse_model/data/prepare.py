@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
-from sparse_model.config import TrainConfig
+from sparse_model.config import SparseConfig, TrainConfig
 from sparse_model.data.corpus import CorpusBlocks, CorpusConfig, iter_documents, load_blocks, open_sources
 
 
@@ -31,6 +31,14 @@ def tokenizer_documents(config: TrainConfig, characters: int = 4_000_000) -> Ite
         seen += len(document)
         if seen >= characters:
             return
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, shape: SparseConfig) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model has."""
+    if len(tokenizer) > shape.d_vocab:
+        raise ValueError(
+            f"sparse.d_vocab={shape.d_vocab}: the tokenizer has {len(tokenizer)} tokens, use at least that"
+        )
 
 
 def prepare_corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> CorpusBlocks:

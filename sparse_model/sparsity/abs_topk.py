@@ -14,8 +14,8 @@ def abs_topk(x: Float[Tensor, "*batch width"], k: int) -> Float[Tensor, "*batch 
     Exactly k survive, also among ties (the lower index wins) and zeros; the gradient passes through the survivors
     and nowhere else. Any leading shape, memory layout, and floating dtype. k = width returns x unchanged.
 
-    Raises ValueError when k is outside 0 .. width, or for NaN on the CPU (see `sparse_model.sparsity.topk` for other
-    devices).
+    Raises ValueError when k is outside 0 .. width, NotFiniteError for NaN on the CPU (see `sparse_model.sparsity.topk`
+    for other devices).
     """
     if torch.compiler.is_compiling():
         return _compiled(x, k)[0]

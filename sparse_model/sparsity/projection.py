@@ -48,8 +48,8 @@ def projection_mask(
 ) -> Bool[Tensor, "*shape"]:
     """Mask of the k entries to keep; exactly k are true, and at least min_per_neuron in every row or column.
 
-    Raises ValueError for NaN (CPU), for k outside 0 .. numel, and for a k that cannot hold the minimum, naming the
-    smallest one that can.
+    Raises NotFiniteError for NaN (CPU), ValueError for k outside 0 .. numel and for a k that cannot hold the minimum,
+    naming the smallest one that can.
     """
     j = check_minimum(weight.shape, k, min_per_neuron, neuron_axis)
     if j == 0 or neuron_axis is None:

@@ -38,11 +38,15 @@ _MIN_PER_THREAD = 1 << 19
 _pool: ThreadPoolExecutor | None = None
 
 
+class NotFiniteError(ValueError):
+    """A value is NaN or infinite where numbers are needed."""
+
+
 def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "row width"], Bool[Tensor, "row width"]]:
     """Keep the k largest magnitudes of each row of a contiguous matrix.
 
     Returns (kept, mask): `kept` equals x where `mask` is true and is zero elsewhere; every row of `mask` has exactly
-    k true entries. Raises ValueError for NaN (CPU only) or for k outside 0 .. width.
+    k true entries. Raises NotFiniteError for NaN (CPU only), ValueError for k outside 0 .. width.
     """
     width = x.shape[-1]
     check_k(k, width)
@@ -66,7 +70,7 @@ def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "r
         lambda rows: kernels.select_rows(bits[rows], k, out[rows], mask_np[rows], sign, infinity), *x.shape
     )
     if bad:
-        raise ValueError(f"NaN among the values given to top-k (shape {tuple(x.shape)}, k={k})")
+        raise NotFiniteError(f"NaN among the values given to top-k (shape {tuple(x.shape)}, k={k})")
     return kept, mask
 
 
@@ -92,7 +96,7 @@ def top_mask_flat(x: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
     mask = torch.zeros(n, dtype=torch.bool)
     sign, infinity = _bit_constants(x.dtype)
     if not kernels.top_mask(x.detach().view(_INT_TYPE[x.dtype]).numpy(), k, mask.numpy(), sign, infinity):
-        raise ValueError(f"NaN among the {n} values given to top-k (k={k})")
+        raise NotFiniteError(f"NaN among the {n} values given to top-k (k={k})")
     return mask
 
 
@@ -101,8 +105,8 @@ def top_mask_forced(
 ) -> Bool[Tensor, "row column"]:
     """Mask of k entries: the j largest magnitudes of every row (or column), then the largest of all others.
 
-    Ties go to the lower index. Needs 1 <= j <= the neurons' inputs and j * neurons <= k <= entries. Raises ValueError
-    for NaN (CPU only).
+    Ties go to the lower index. Needs 1 <= j <= the neurons' inputs and j * neurons <= k <= entries. Raises
+    NotFiniteError for NaN (CPU only).
     """
     if x.device.type != "cpu":
         return counting.forced_mask(magnitude_bits(x), k, j, axis)
@@ -112,7 +116,7 @@ def top_mask_forced(
     rest = np.empty(bits.shape, sign.dtype)
     force = kernels.force_rows if axis == "row" else kernels.force_columns
     if not force(bits, j, mask.numpy(), rest, sign, infinity):
-        raise ValueError(f"NaN among the {x.numel()} values given to top-k (k={k})")
+        raise NotFiniteError(f"NaN among the {x.numel()} values given to top-k (k={k})")
     others = k - j * x.shape[0 if axis == "row" else 1]
     if others:
         kernels.top_mask(rest.reshape(-1), others, mask.numpy().reshape(-1), sign.dtype.type(-1), infinity)
@@ -140,7 +144,7 @@ def _bit_constants(dtype: torch.dtype) -> tuple[Any, Any]:
 
 def _refuse_nan(x: Tensor) -> None:
     if x.device.type == "cpu" and torch.isnan(x).any():
-        raise ValueError(f"NaN among the values given to top-k (shape {tuple(x.shape)})")
+        raise NotFiniteError(f"NaN among the values given to top-k (shape {tuple(x.shape)})")
 
 
 def in_row_chunks(work, n_rows: int, width: int) -> bool:

@@ -83,7 +83,9 @@ def triton_kernels() -> ModuleType | None:
     """`sparse_model.sparsity.topk_cuda`, imported when a CUDA tensor first asks; None where Triton cannot be."""
     try:
         from sparse_model.sparsity import topk_cuda as triton_kernels
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
         return None
     return triton_kernels
 

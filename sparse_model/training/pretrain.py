@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparse_model.config import TrainConfig, claim_folder
-from sparse_model.data.prepare import check_corpus, prepare_corpus, tokenizer_documents
+from sparse_model.config import TrainConfig, check_folder, claim_folder
+from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
 from sparse_model.model.checkpoint import save_sparse
@@ -21,7 +21,7 @@ from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
 from sparse_model.training.losses import next_token_loss
-from sparse_model.training.trainer import SparseTrainer, projected_parameters
+from sparse_model.training.trainer import SparseTrainer, check_budgets_of, projected_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +67,25 @@ def pretrain(
     """Train a sparse model in `folder`; returns what metrics.json holds.
 
     Raises FileExistsError where the folder holds a model and `resume` is not set, ValueError where it holds one of
-    other settings or a tokenizer does not fit, and what training raises.
+    other settings or a tokenizer does not fit, and what training raises. A start that is refused writes nothing there.
     """
-    check_corpus(config)
     accelerator = make_accelerator(folder, trackers, processes)
-    if accelerator.is_main_process:
-        claim_folder(config, folder, resume)
-    start_trackers(accelerator, folder)
     with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            check_folder(config, folder, resume)
+        check_corpus(config)
+        check_budgets_of(config)
         tokenizer_folder = folder / "tokenizer"
         if tokenizer_folder.exists() or config.tokenizer:
             tokenizer = load_tokenizer(tokenizer_folder if tokenizer_folder.exists() else config.tokenizer or "")
         else:
             tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
-        if len(tokenizer) > config.sparse.d_vocab:
-            raise ValueError(f"sparse.d_vocab={config.sparse.d_vocab}: the tokenizer has {len(tokenizer)} tokens")
-        save_tokenizer(tokenizer, tokenizer_folder)
+        check_vocabulary(tokenizer, config.sparse)
         blocks = prepare_corpus(config, tokenizer, progress=progress and accelerator.is_main_process)
+        if accelerator.is_main_process:
+            claim_folder(config, folder, resume)
+            save_tokenizer(tokenizer, tokenizer_folder)
+    start_trackers(accelerator, folder)
     validation = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
     torch.manual_seed(config.seed)
     model = SparseTransformer(config.sparse)

@@ -14,7 +14,8 @@ place of `backward` and adds the bridges to what is trained. One step:
 import json
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from sparse_model.io.tensors import load_checked, read_tensors
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import SparseParameter, annealed_fraction, check_budgets, project_
 from sparse_model.sparsity.sparse_linear import sparse_products
+from sparse_model.sparsity.topk import NotFiniteError
 from sparse_model.training.interrupts import Interrupted, stop_signals
 from sparse_model.training.losses import next_token_loss
 from sparse_model.training.metrics_log import MetricsLog, flat
@@ -182,8 +184,9 @@ class SparseTrainer:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
+        with self._nan_is_divergence("a weight"):
+            project_(self.projected, config.sparsity, (self.step + 1) / config.steps)
         self.step += 1
-        project_(self.projected, config.sparsity, self.step / config.steps)
         return losses
 
     def _accumulate(self) -> Any:
@@ -192,11 +195,9 @@ class SparseTrainer:
         scale = self.scaler.scale(torch.full((), 1 / config.accumulate, device=accelerator.device))
         for batch in range(self.step * config.accumulate, (self.step + 1) * config.accumulate):
             tokens = self.blocks[self.order(batch)].long().to(accelerator.device)
-            try:
-                with accelerator.autocast(), sparse_products(self.sparse) if self.skips_zeros else nullcontext():
-                    found.append(self.backward(tokens, batch, scale))
-            except ValueError as error:  # on the CPU, AbsTopK refuses NaN at once
-                raise TrainingDiverged(self._diverged(f"an activation became NaN ({error})")) from error
+            products = sparse_products(self.sparse) if self.skips_zeros else nullcontext()
+            with self._nan_is_divergence("an activation"), accelerator.autocast(), products:
+                found.append(self.backward(tokens, batch, scale))
             if accelerator.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
                 self._check_finite(found[-1])
         return found[0] if len(found) == 1 else mean_losses(found)
@@ -240,6 +241,14 @@ class SparseTrainer:
             config.sparsity.nonzero_fraction, config.sparsity, self.step / config.steps
         )
         return record
+
+    @contextmanager
+    def _nan_is_divergence(self, what: str) -> Iterator[None]:
+        """On the CPU, top-k refuses NaN at once. Every other error keeps its meaning."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise TrainingDiverged(self._diverged(f"{what} became NaN ({error})")) from error
 
     def _check_finite(self, losses: Any) -> None:
         for name, value in losses._asdict().items():
@@ -320,6 +329,12 @@ def projected_parameters(sparse: SparseTransformer, config: TrainConfig) -> list
     found = sparse.sparse_parameters(sparsity.nonzero_fraction, sparsity.embed_fraction, sparsity.bias_fraction)
     check_budgets(found, sparsity)
     return found
+
+
+def check_budgets_of(config: TrainConfig) -> None:
+    """Raise what `projected_parameters` raises, before any model is made."""
+    with torch.device("meta"):
+        projected_parameters(SparseTransformer(config.sparse), config)
 
 
 def _shared(state: dict[str, Tensor]) -> dict[str, str]:

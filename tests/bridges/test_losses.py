@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bridges.losses import kl, nmse
-from sparse_model.training.losses import next_token_loss
+from sparse_model.training.losses import next_token_loss, token_loss
 
 
 def test_nmse_by_hand() -> None:
@@ -83,3 +83,22 @@ def test_next_token_loss_by_hand() -> None:
     logits[0, 0, 2] = math.log(5.0)  # predicts token 2 with 5/8
     tokens = torch.tensor([[1, 2, 0]])
     assert next_token_loss(logits, tokens).item() == pytest.approx(-(math.log(5 / 8) + math.log(1 / 4)) / 2)
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_losses_of_narrow_logits_are_computed_in_float32(dtype: torch.dtype, wide: torch.dtype) -> None:
+    logits, target = (20 * torch.randn(6, 50, dtype=dtype) for _ in range(2))
+    following = torch.randint(50, (6,))
+    for found, exact in (
+        (token_loss(logits, following), token_loss(logits.double(), following)),
+        (kl(target, logits), kl(target.double(), logits.double())),
+    ):
+        assert found.dtype == wide
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_the_kl_by_hand() -> None:
+    """(q - p) / tokens, times what comes from above; nothing else, and not twice."""
+    target, logits = torch.randn(5, 7), torch.randn(5, 7, requires_grad=True)
+    (3 * kl(target, logits)).backward()
+    torch.testing.assert_close(logits.grad, 3 * (logits.detach().softmax(-1) - target.softmax(-1)) / 5)

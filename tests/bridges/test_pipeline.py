@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.helpers import HANG_SECONDS, digests
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "interventions.cli"]
@@ -22,7 +22,27 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def call(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=HANG_SECONDS
+    )
+
+
+def signalled(name: str, *, after: str, calls: int) -> list[str]:
+    """The command, whose process gets a signal right after the n-th call of one of the trainer's methods."""
+    code = f"""
+import os, runpy, signal, sys
+from sparse_model.training.trainer import SparseTrainer
+whole, calls = SparseTrainer.{after}, []
+def method(self):
+    found = whole(self)
+    calls.append(1)
+    if len(calls) == {calls}:
+        os.kill(os.getpid(), signal.{name})
+    return found
+SparseTrainer.{after} = method
+runpy.run_module("interventions.cli", run_name="__main__", alter_sys=True)
+"""
+    return [sys.executable, "-c", code]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +64,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
     refused = call(cache, *COMMAND, "steer", "--run", str(tiny), "--channel", "no.such")
     assert refused.stderr.startswith("error: unknown channel 'no.such'"), refused.stderr
+    files = digests(tiny)
     for name, *few in (("find-channel",), ("steer", "--pairs", "8", "--anyway"), ("report",)):
         done = call(cache, *COMMAND, name, "--run", str(tiny), *few)
         assert done.returncode == 0, done.stderr
     parts = {"config.json", "dense", "sparse", "bridges", "tokenizer", "channels.json", "metrics.jsonl", "metrics.json",
              "report.html", "steering.png"}  # fmt: skip
     assert {p.name for p in tiny.iterdir()} == parts
+    written = {name for name, found in digests(tiny).items() if found != files.get(name)}
+    assert written == {"channels.json", "metrics.json", "report.html", "steering.png"}
     metrics = json.loads((tiny / "metrics.json").read_text())
     assert metrics["sparse"]["nonzero_fraction"] == pytest.approx(1 / 16, rel=0.01)
     assert metrics["sparse"]["ce"] < 5.5
@@ -67,28 +90,23 @@ def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
 
 
 def test_evaluate_repeats_the_runs_own_figures(tiny: Path, cache: Path) -> None:
-    before = json.loads((tiny / "metrics.json").read_text())
+    before, files = json.loads((tiny / "metrics.json").read_text()), digests(tiny)
     done = call(cache, *COMMAND, "evaluate", "--run", str(tiny))
     assert done.returncode == 0, done.stderr
     after = json.loads((tiny / "metrics.json").read_text())
     assert after["sites"] == before["sites"]
     assert after["dense"] == before["dense"]
+    done = call(cache, sys.executable, "scripts/evaluate.py", "--run", str(tiny), "--tokens", "500")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tiny / "metrics.json").read_text())["sites"] != before["sites"]
+    assert {name for name, found in digests(tiny).items() if found != files.get(name)} == {"metrics.json"}
 
 
 def test_killed_and_resumed_run_ends_with_the_same_weights(tiny: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        [*TINY, "--run", str(folder)],
-        cwd=ROOT,
-        env=environment(cache),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killing = signalled("SIGKILL", after="save_checkpoint", calls=1)
+    killed = call(cache, *killing, "train-bridge", "tiny", "--run", str(folder))
+    assert killed.returncode == -signal.SIGKILL
     assert (folder / "checkpoint").exists()
     refused = call(cache, *TINY, "--run", str(folder))
     assert refused.returncode == 2
@@ -104,23 +122,13 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tiny: Path, cache: Pa
 
 
 def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, "train-sparse", "tiny", "--steps", "300", "--checkpoint-every", "150"]
-    process = subprocess.Popen(
-        [*command, "--run", str(tmp_path / "stopped")],
-        cwd=ROOT,
-        env=environment(cache),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
+    settings = ["train-sparse", "tiny", "--steps", "300", "--checkpoint-every", "150"]
+    command = [*COMMAND, *settings]
+    stopping = signalled("SIGTERM", after="train_step", calls=7)
+    stopped = call(cache, *stopping, *settings, "--run", str(tmp_path / "stopped"))
+    assert stopped.returncode == 130
+    assert "stopped at step 7; go on with --resume" in stopped.stderr
     log = tmp_path / "stopped" / "metrics.jsonl"
-    while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.terminate()
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "go on with --resume" in errors
     resumed = call(cache, *command, "--run", str(tmp_path / "stopped"), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step" in resumed.stdout
@@ -141,6 +149,7 @@ def test_sigterm_writes_a_checkpoint_and_the_sparse_trainer_resumes_bit_for_bit(
         (["tiny", "--corpus", "./no-such-folder"], "no-such-folder"),
         (["tiny", "--sparsity.min-per-neuron", "40"], "--sparsity.min-per-neuron 40 needs"),
         (["tiny", "--sparse.topk-fraction", "3"], "--sparse.topk-fraction 3.0: must lie"),
+        (["tiny", "--no-such-option", "3"], "no-such-option"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(cache: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -148,6 +157,7 @@ def test_a_users_mistake_is_one_sentence(cache: Path, tmp_path: Path, arguments:
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_mismatched_tokenizer_and_depth_are_refused(tiny: Path, cache: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What several test files build on: run folders with random weights, made without any training."""
 
+import hashlib
 import random
 from functools import cache
 from pathlib import Path
@@ -10,14 +11,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from bridges.config import DenseTrainConfig, RunConfig
 from bridges.dense import DenseModel
 from bridges.dense_training import save_dense
-from bridges.evaluation import stream_scales
-from bridges.hybrid import residuals
 from bridges.run_folder import Run, new_bridges, open_run, save_trained
+from bridges.scales import measure_scales
 from interventions import Channel
 from sparse_model.config import SparseConfig, to_json
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.tokenizer import save_tokenizer, train_tokenizer
 from sparse_model.model.transformer import SparseTransformer
+
+HANG_SECONDS = 1800
+"""After this a command hangs. Far longer than any takes on a busy machine: no test is timed."""
 
 TINY_VOCAB = 384
 
@@ -45,10 +48,7 @@ def make_tiny_run(folder: Path, *, n_layers: int = 2, d_dense: int = 16, d_spars
     dense = DenseModel(_random_gpt2(shape, d_dense, tokenizer.eos_token_id))
     sparse, bridges = SparseTransformer(shape), new_bridges(config, d_dense)
     tokens = torch.randint(TINY_VOCAB, (4, shape.n_ctx))
-    with torch.no_grad():
-        streams = zip(residuals(dense, tokens), residuals(sparse, tokens), strict=True)
-        scales = torch.tensor([stream_scales(h_dense, h_sparse) for h_dense, h_sparse in streams])
-    bridges.set_scales(*scales.T)
+    measure_scales(dense, sparse, bridges, tokens)
     to_json(config, folder / "config.json")
     save_tokenizer(tokenizer, folder / "tokenizer")
     save_dense(dense.hf, tokenizer, folder / "dense")
@@ -69,3 +69,9 @@ def _random_gpt2(shape: SparseConfig, d_dense: int, end_of_text: int) -> GPT2LMH
         eos_token_id=end_of_text,
     )
     return GPT2LMHeadModel(options)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A digest of every file below a folder, to see what a command has changed."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

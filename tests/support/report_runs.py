@@ -9,7 +9,7 @@ import torch
 from support.helpers import make_tiny_run
 
 from bridges.evaluation import evaluate
-from bridges.run_folder import Run, fingerprint, open_run, update_metrics
+from bridges.run_folder import Run, fingerprint, update_metrics
 from interventions.bundle.channels import Channel, Rule, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
@@ -205,9 +205,6 @@ def full_run(folder: Path, name: str = "quote_type") -> Run:
     )
     write_training_records(run)
     save_channel(run.folder, channel(name))
-    run = open_run(
-        folder
-    )  # evaluation changed the bridges' scales in memory, and circuits keep the digest of the files
     controlled(run, circuit(run))
     circuit(run, model="dense", tied_qk=True)
     return run

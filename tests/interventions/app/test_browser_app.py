@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from support.browser import FLAGS, chromium, sync_api
-from support.helpers import CHANNEL, make_tiny_run
+from support.helpers import CHANNEL, HANG_SECONDS, make_tiny_run
 
 from interventions.bundle.channels import Channel, save_channel
 
@@ -58,13 +58,13 @@ def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     save_channel(folder, Channel(name=EVIL, site=1, indices=(4,), weights=(1.0,), description=EVIL, statistics=means))
     server = serve("--run", str(folder), "--port", "0")
     assert server.stdout is not None
-    assert select.select([server.stdout], [], [], 120)[0], "the server does not start"
+    assert select.select([server.stdout], [], [], HANG_SECONDS)[0], "the server does not start"
     said = server.stdout.readline()
     if "served at http://127.0.0.1:" not in said:
         pytest.fail(f"the server did not start: {said}{server.communicate()[1]}")
     yield said.split("served at ")[1].split(";")[0]
     server.send_signal(signal.SIGINT)
-    out, errors = server.communicate(timeout=20)
+    out, errors = server.communicate(timeout=HANG_SECONDS)
     assert (server.returncode, out.strip(), errors.strip()) == (0, "", "")
 
 
@@ -72,6 +72,7 @@ def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 def page(browser: Any, url: str) -> Iterator[Page]:
     """The page, opened. When the test is over, nothing may have complained or been asked elsewhere."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(1000 * HANG_SECONDS)
     said: list[str] = []
     asked: set[str] = set()
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
@@ -156,9 +157,7 @@ def test_mistakes_are_one_sentence_each_and_the_page_goes_on(page: Page) -> None
     prompt, error = page.locator("#prompt textarea"), page.locator("#result .error")
 
     def says(text: str) -> None:
-        page.wait_for_function(
-            "text => document.querySelector('#result .error')?.textContent.includes(text)", arg=text, timeout=10_000
-        )
+        page.wait_for_function("text => document.querySelector('#result .error')?.textContent.includes(text)", arg=text)
 
     prompt.fill("")
     says("the prompt is empty")
@@ -211,6 +210,7 @@ def test_light_and_dark_and_nothing_hangs_over_the_side(page: Page, width: int) 
 
 def test_the_policy_forbids_other_hosts_and_a_foreign_name_is_refused(browser: Any, url: str) -> None:
     page = browser.new_page()
+    page.set_default_timeout(1000 * HANG_SECONDS)
     page.goto(url)
     refused = page.evaluate(
         """async () => {

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.helpers import HANG_SECONDS
 
+from bridges.run_folder import fingerprint
 from interventions import intervene, load_dense, load_hf
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.packaged import FOLDER, find_run, packaged_bundles
+from interventions.circuits.circuit import load_circuit
 from interventions.packaging import LARGEST_BUNDLE, package_run
 from interventions.tasks.base import pair_accuracy
 from interventions.tasks.catalogue import get_task
@@ -33,7 +36,9 @@ def test_every_packaged_bundle_is_small_and_names_no_folder_of_the_machine_that_
 
 def test_load_dense_finds_the_bundle_from_any_folder(tmp_path: Path) -> None:
     code = "from interventions import load_dense; print(load_dense('demo').bundle.channels['quote_type'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("quote_type: ")
 
@@ -72,6 +77,11 @@ def test_its_dense_model_solves_the_task_and_its_channel_flips_the_answer(demo) 
     with intervene(demo, channel="quote_type", toward=other):
         assert wrong_answer() > 0.5
     assert wrong_answer() < 0.01
+
+
+def test_its_circuit_belongs_to_it(demo) -> None:
+    run = get_bundle(demo).run
+    assert load_circuit(run, "single_double_quote").fingerprint == fingerprint(run)
 
 
 def test_load_hf_takes_it_too(demo) -> None:

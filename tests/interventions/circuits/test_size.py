@@ -232,6 +232,8 @@ def test_tasks_that_the_tokenizer_cannot_present_are_listed(
     folder: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = {"sparse": as_nodes(run.sparse)}
+    with pytest.raises(ValueError, match="n_pairs=0"):  # no task is to blame for it
+        score_tasks(models, run.tokenizer, max_tokens=5, pairs=0, seed=0)
     found = score_tasks(models, run.tokenizer, max_tokens=5, pairs=2, seed=0)
     assert list(found) == list_tasks()
     assert all(isinstance(of, str) and f"task '{name}': 64 fillings" in of for name, of in found.items())

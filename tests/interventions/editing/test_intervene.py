@@ -1,5 +1,6 @@
 """intervene(): a predicted effect must equal the measured one, on small random models."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bridges.run_folder import Run
 from interventions import intervene, intervene_vector, load_dense
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import load_channels, read_nodes
+from interventions.editing.vectors import channel_direction
 
 
 def run_from_read(run: Run, site: int, resid: torch.Tensor, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -275,3 +277,26 @@ def test_bad_requests_are_named(dense, tokens: torch.Tensor, tmp_path: Path) -> 
     (tmp_path / "other" / "channels.json").write_text('{"x": {"name"')
     with pytest.raises(ValueError, match=r"channels\.json is damaged"):
         load_channels(tmp_path / "other")
+
+
+def test_a_channels_direction_is_in_the_precision_of_the_bridges(run) -> None:
+    bridges = copy.deepcopy(run.bridges).double()
+    direction = channel_direction(bridges, CHANNEL)
+    weight = bridges.decoders[2].weight.detach()
+    assert direction.dtype == torch.float64
+    torch.testing.assert_close(direction, bridges.rms_sparse[2] * (weight[:, 3] - 0.5 * weight[:, 11]))
+
+
+@pytest.mark.parametrize("where", ["read", "stream"])
+def test_other_hooks_come_and_go_and_leave_the_edit_alone(dense, tokens: torch.Tensor, where: str) -> None:
+    plain = dense(tokens)
+    with intervene(dense, channel="pair", delta=3.0, where=where):
+        edited = dense(tokens)
+        assert not torch.equal(edited, plain)
+        points = ("blocks.1.ln1.hook_in", "blocks.1.ln1.hook_out", "blocks.1.hook_resid_pre")
+        hooks = [(name, lambda value, hook: None) for name in points]
+        assert torch.equal(dense.run_with_hooks(tokens, fwd_hooks=hooks), edited)
+        assert torch.equal(dense(tokens), edited)
+        dense.reset_hooks()
+        assert torch.equal(dense(tokens), edited)
+    assert torch.equal(dense(tokens), plain)

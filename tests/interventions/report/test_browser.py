@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.browser import FLAGS, chromium, sync_api
+from support.helpers import HANG_SECONDS
 from support.report_runs import EVIL, TASK, full_run
 
 from bridges.run_folder import Run
@@ -40,6 +41,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             viewport={"width": 1280, "height": 800},
             reduced_motion="reduce",
         )
+        context.set_default_timeout(1000 * HANG_SECONDS)
         yield context
         context.close()
 
@@ -314,7 +316,7 @@ def test_nothing_moves_where_motion_is_unwanted(page: Page) -> None:
 def test_nothing_hangs_over_the_side(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
     # The charts follow the window a little later.
-    page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width, timeout=10_000)
+    page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
 @pytest.mark.slow

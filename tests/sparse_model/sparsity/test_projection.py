@@ -18,12 +18,14 @@ from sparse_model.sparsity.projection import (
     annealed_fraction,
     budget,
     check_budgets,
+    check_minimum,
     count_nonzeros,
     project_,
     projection_mask,
     prove_sparsity,
+    smallest_budget,
 )
-from sparse_model.sparsity.topk import magnitude_bits
+from sparse_model.sparsity.topk import magnitude_bits, top_mask_forced
 from sparse_model.sparsity.topk_torch import forced_mask
 
 AXES = ["row", "column"]
@@ -345,3 +347,24 @@ def test_prove_sparsity_passes_a_projected_model_and_names_what_breaks_it() -> N
         weight[weight == 0] = 1
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.out\.weight has 1536 nonzeros, its budget is 384"):
         prove_sparsity(parameters, config)
+
+
+def test_the_minimum_per_neuron() -> None:
+    """At most a neuron's inputs; none where there are no neurons."""
+    assert check_minimum((3, 4), 12, 2, None) == 0
+    assert check_minimum((3, 4), 12, 2, "row") == 2
+    assert check_minimum((3, 4), 12, 9, "row") == 4
+    assert check_minimum((3, 4), 12, 9, "column") == 3
+    assert smallest_budget(SparseParameter("p", nn.Parameter(torch.zeros(3, 4)), 1.0, None), SparsityConfig()) == 1
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_parameter_that_wants_a_gradient_and_lies_across_memory(axis: str) -> None:
+    whole = torch.randn(6, 5)
+    across = nn.Parameter(whole.T.contiguous()).T
+    assert not across.is_contiguous()
+    assert torch.equal(top_mask_forced(across, 14, 2, axis), top_mask_forced(whole, 14, 2, axis))
+    assert torch.equal(
+        top_mask_forced(nn.Parameter(whole), 14, 2, axis),
+        projection_mask(whole, 14, min_per_neuron=2, neuron_axis=axis),
+    )

@@ -8,7 +8,8 @@ from torch import nn
 
 from sparse_model.config import SparseConfig
 from sparse_model.model.transformer import SparseTransformer
-from sparse_model.sparsity.sparse_linear import SparseLinear, multiply, pack_matrix, sparse_products
+from sparse_model.sparsity import sparse_linear
+from sparse_model.sparsity.sparse_linear import PackedMatrix, SparseLinear, multiply, pack_matrix, sparse_products
 
 
 def sparse_matrix(rows: int, columns: int, share: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -121,3 +122,22 @@ def test_other_types_autocast_and_small_matrices_keep_dense_products() -> None:
     half.weight.data.zero_()
     with sparse_products(half, least=0):
         assert half.packed is None
+
+
+def test_the_nonzeros_are_what_is_multiplied_inside_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = SparseLinear(8, 6), torch.randn(2, 8)
+    layer.weight.data = sparse_matrix(6, 8, 0.2, torch.float32)
+    skipped: list[int] = []
+
+    def counted(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+        skipped.append(len(matrix.values))
+        return multiply(x, matrix)
+
+    monkeypatch.setattr(sparse_linear, "multiply", counted)
+    with sparse_products(layer, most=1.0, least=1):
+        layer(x)
+        assert skipped == [int(layer.weight.count_nonzero())]
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+    layer(x)
+    assert len(skipped) == 1

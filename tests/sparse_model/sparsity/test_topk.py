@@ -235,3 +235,18 @@ def test_nan_in_any_threads_rows_is_an_error() -> None:
         x[row, 699] = NAN
         with torch_threads(4), pytest.raises(ValueError, match="NaN"):
             select_rows(x, 10)
+
+
+@pytest.mark.parametrize("k", [0, 3, 7])
+def test_the_operator_for_compiled_models_does_the_same(k: int) -> None:
+    x = torch.randn(7, 3, 2).permute(2, 1, 0).requires_grad_()  # not contiguous
+    again = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    kept, mask = torch.ops.sparse_model.abs_topk(again, k)
+    assert torch.equal(kept, abs_topk(x, k))
+    assert mask.shape == x.shape
+    assert torch.equal(mask.sum(-1), torch.full((2, 3), k))
+    above = torch.randn(2, 3, 7)
+    abs_topk(x, k).backward(above)
+    kept.backward(above)
+    assert torch.equal(again.grad, x.grad)
+    torch.library.opcheck(torch.ops.sparse_model.abs_topk.default, (again, k))

@@ -14,12 +14,13 @@ from support.helpers import make_tiny_run
 
 from bridges.bridge import load_bridges
 from bridges.config import RunConfig
-from bridges.dense import DenseModel, load_gpt2
-from bridges.joint_trainer import JointTrainer, check_fit
+from bridges.dense import DenseModel, check_fit, load_gpt2
+from bridges.joint_trainer import JointTrainer
 from bridges.run_folder import Run, new_bridges, open_run
-from sparse_model.config import SparsityConfig
+from sparse_model.config import OptimConfig, SparsityConfig
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import budget, prove_sparsity
+from sparse_model.sparsity.topk import NotFiniteError
 from sparse_model.training.metrics_log import read_metrics
 from sparse_model.training.trainer import CHECKPOINT, TrainingDiverged
 
@@ -123,6 +124,45 @@ def test_nan_stops_the_run_and_names_term_site_and_step(tmp_path: Path) -> None:
     assert make_trainer(run, tmp_path / "out").load_checkpoint()
 
 
+def test_the_values_of_rates_and_densities_over_a_training(tmp_path: Path) -> None:
+    """Warm-up over a quarter of 12 steps, then a fall to zero; annealing from step 3 to step 6, linear."""
+    run = make_tiny_run(tmp_path / "run")
+    optim = OptimConfig(lr=0.01, warmup=0.25)
+    trainer = make_trainer(run, tmp_path / "out", optim=optim)
+    sparsity = SparsityConfig(nonzero_fraction=1 / 4, anneal="linear", anneal_start=0.25, anneal_stop=0.5)
+    trainer.config = dataclasses.replace(trainer.config, sparsity=sparsity)
+    trainer.projected = [p._replace(fraction=1 / 4) for p in trainer.projected]
+    factors = [1 / 6, 3 / 6, 5 / 6] + [(12 - step - 0.5) / 9 for step in range(3, 12)]
+    kept = [1.0] * 4 + [0.75, 0.5] + [0.25] * 6  # when a step begins
+    matrix = next(p for p in trainer.projected if p.neuron_axis).tensor
+    for step in range(12):
+        trainer.train_step()
+        rate = trainer.optimizers["main"].param_groups[0]["lr"]
+        assert rate == pytest.approx(0.01 * factors[step] / kept[step] ** 0.5), step
+        free = trainer.optimizers["free"].param_groups[0]["lr"]
+        assert free == pytest.approx(run.config.bridge.lr * factors[step]), step
+        after = [*kept, 0.25][step + 1]
+        assert int(matrix.count_nonzero()) == (matrix.numel() if after == 1 else budget(matrix.numel(), after)), step
+
+
+def test_a_weight_that_is_no_number_is_a_divergence_and_a_users_error_is_not(tmp_path: Path) -> None:
+    run = make_tiny_run(tmp_path / "run")
+    trainer = make_trainer(run, tmp_path / "out")
+    trainer.blocks = torch.randint(384, (30, 65))
+    with pytest.raises(ValueError, match="65 tokens") as error:
+        trainer.train_step()
+    assert not isinstance(error.value, NotFiniteError)
+    trainer = make_trainer(run, tmp_path / "out")
+    with torch.no_grad():
+        trainer.sparse.blocks[0].mlp.fc.weight[0, 0] = torch.nan
+    with pytest.raises(TrainingDiverged, match=r"an activation became NaN .* in step 1"):
+        trainer.train_step()
+    trainer = make_trainer(run, tmp_path / "out")
+    trainer.main[0].register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(TrainingDiverged, match=r"a weight became NaN .* in step 1;"):
+        trainer.train_step()
+
+
 def test_checkpoint_of_other_settings_or_damaged_is_refused(tmp_path: Path) -> None:
     run = make_tiny_run(tmp_path / "run")
     trainer = make_trainer(run, tmp_path / "out")
@@ -146,9 +186,8 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"d_vocab": 400}, "sparse.d_vocab=400: the dense model's vocabulary has 384"),
         ({"n_ctx": 128}, "sparse.n_ctx=128: the dense model's context holds 64"),
     ):
-        sparse = SparseTransformer(dataclasses.replace(run.config.sparse, **change))
         with pytest.raises(ValueError, match=message):
-            check_fit(run.dense, sparse)
+            check_fit(run.dense, dataclasses.replace(run.config.sparse, **change))
     with pytest.raises(ValueError, match="min_per_neuron=9"):
         make_trainer_with_j(run, tmp_path, 9)
 
