@@ -72,9 +72,8 @@ EQUIVALENT: dict[str, str] = {
         "the kernels read every layout, only slower"
     ),
     "sparse_model/sparsity/topk.py keep_masked: 1 -> 2 #1": "numpy takes every negative length for -1",
-    "sparse_model/sparsity/abs_topk.py _compiled: x.reshape(-1, x.shape[-1]).contiguous() -> x.reshape(-1, x.shape[-1])": (
-        "the kernels read every layout, only slower"
-    ),
+    "sparse_model/sparsity/abs_topk.py _compiled: x.reshape(-1, x.shape[-1]).contiguous() -> "
+    "x.reshape(-1, x.shape[-1])": ("the kernels read every layout, only slower"),
     "sparse_model/sparsity/topk_torch.py count_digits: 4 -> 5": "a type has 2, 4 or 8 bytes; asked on a GPU only",
     "sparse_model/sparsity/sparse_linear.py multiply: len(matrix.values) // 8 -> len(matrix.values) * 8": (
         "only on how many threads the same rows are multiplied"
