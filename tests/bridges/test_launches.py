@@ -114,6 +114,11 @@ def test_a_step_never_waits_and_launches_little(tmp_path: Path, on_meta) -> None
     assert four.total() <= 1700, four.total()
 
 
+def test_without_triton_it_does_not_wait_either(tmp_path: Path, on_meta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "triton_for", lambda bits: None)
+    assert launches(make_trainer(tmp_path, 2)).total() > 1150
+
+
 def test_the_projection_takes_the_same_launches_at_any_depth(tmp_path: Path, on_meta) -> None:
     counts = []
     for n in (2, 4):
