@@ -17,7 +17,7 @@ from bridges.dense import DenseModel
 from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from sparse_model.config import claim_folder
-from sparse_model.data.prepare import prepare_corpus
+from sparse_model.data.prepare import check_corpus, prepare_corpus
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
@@ -40,6 +40,7 @@ def train_run(
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises.
     """
+    check_corpus(config)
     accelerator = make_accelerator(folder, trackers, processes)
     if accelerator.is_main_process:
         claim_folder(config, folder, resume)

@@ -21,7 +21,7 @@ from interventions.circuits.circuit import load_circuit
 from interventions.cli.options import report_errors
 from interventions.finding.by_circuit import channel_from_circuit
 from interventions.finding.by_patching import find_channel
-from interventions.finding.by_steering import WEAK, find_steering_channel
+from interventions.finding.by_steering import find_steering_channel, read_matters
 from interventions.steering.strengths import with_doses
 from interventions.tasks.catalogue import get_task
 
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
     print(
         f"the whole read of site {channel.site}: {whole:+.3f} nats of log P(counterfactual answer) in the sparse model"
     )
-    if whole < WEAK:
+    if not read_matters(whole):
         print("warning: the sparse model's answer does not hang on this read; the channel means little")
     print(f"{channel}\nsaved in {Path(options.run) / FILE}")
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,30 @@ class SparseShape(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A condition that a channel was chosen by, and what it reached. The threshold belongs to this rule alone."""
+
+    quantity: str
+    """What is compared, in words."""
+    bound: Literal["at least", "more than", "at most"]
+    threshold: int | float
+    reached: int | float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the channel meets the condition; where no channel does, the search may take one that does not."""
+        if self.bound == "at most":
+            return self.reached <= self.threshold
+        return self.reached > self.threshold if self.bound == "more than" else self.reached >= self.threshold
+
+    @property
+    def words(self) -> str:
+        """The rule as a sentence without its full stop."""
+        quantity = self.quantity[0].upper() + self.quantity[1:]
+        return f"{quantity}: {self.reached:.3g} reached, {self.bound} {self.threshold:.3g} asked for"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Channel:
     """A named direction of the sparse model's read at one site."""
 
@@ -50,6 +74,8 @@ class Channel:
     """Mean activations on the selection prompts, per class."""
     selection: dict[str, Any] = field(default_factory=dict)
     """How the channel was chosen, with the figures."""
+    rules: tuple[Rule, ...] = ()
+    """The conditions that it was chosen by; none for a channel that was not searched for."""
 
     def __post_init__(self) -> None:
         if not self.indices or len(self.indices) != len(self.weights):
@@ -57,6 +83,12 @@ class Channel:
                 f"channel {self.name!r}: {len(self.indices)} indices and {len(self.weights)} weights; need as many, "
                 "and at least one"
             )
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> "Channel":
+        """From JSON, as `dataclasses.asdict` gives it."""
+        lists = {name: tuple(entry[name]) for name in ("indices", "weights")}
+        return cls(**entry | lists | {"rules": tuple(Rule(**rule) for rule in entry.get("rules", ()))})
 
     def value(self, reads: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch"]:
         """The channel's activation, sum_c w_c x_c / sum_c w_c^2, in the unit in which `delta` moves it."""
@@ -82,10 +114,7 @@ def load_channels(folder: Path) -> dict[str, Channel]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: Channel(**entry | {"indices": tuple(entry["indices"]), "weights": tuple(entry["weights"])})
-            for name, entry in data.items()
-        }
+        return {name: Channel.from_dict(entry) for name, entry in data.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): run scripts/find_channel.py again") from error
 

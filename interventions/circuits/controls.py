@@ -48,6 +48,11 @@ IDLE = 0.01
 """A node whose deletion raises the loss by less than this, in nats, does nothing."""
 
 
+def is_idle(effect: float) -> bool:
+    """Whether a node with this effect, in nats, does nothing."""
+    return effect < IDLE
+
+
 class Validation(NamedTuple):
     """The controls of one circuit on evaluation prompts; losses in nats."""
 
@@ -161,7 +166,7 @@ class Verdict(NamedTuple):
 
 def verdicts(v: Validation) -> list[Verdict]:
     """Which controls the claim survives, with the figure and the limit of each."""
-    idle = [name for name, effect in v.node_effects.items() if effect < IDLE]
+    idle = [name for name, effect in v.node_effects.items() if is_idle(effect)]
     enough, alone, removed = 2 * v.target_loss, v.sufficiency, v.necessity
     reprunings = {
         "nonsense: a coin": v.nonsense,

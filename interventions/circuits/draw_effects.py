@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from interventions.circuits.controls import IDLE
+from interventions.circuits.controls import IDLE, is_idle
 from interventions.circuits.draw import MINUS
 from interventions.figures import GREY
 
@@ -21,7 +21,7 @@ def plot_effects(effects: Mapping[str, int | float], *, most: int = 40) -> Figur
     figure = Figure(figsize=(6.4, 0.8 + 0.2 * len(ranked)), layout="constrained")
     axes = figure.subplots()
     names, values = zip(*ranked, strict=True)
-    axes.barh(range(len(ranked)), values, color=[MINUS if value >= IDLE else GREY for value in values], height=0.7)
+    axes.barh(range(len(ranked)), values, color=[GREY if is_idle(value) else MINUS for value in values], height=0.7)
     axes.axvline(IDLE, color=GREY, ls="--", lw=1)
     axes.set_yticks(range(len(ranked)), names, fontsize=7, family="monospace")
     axes.invert_yaxis()

@@ -15,6 +15,11 @@ SOLVED = 0.9
 """Pair accuracy from which a task counts as solved."""
 
 
+def solves(accuracy: float) -> bool:
+    """Whether a task with this pair accuracy counts as solved."""
+    return accuracy >= SOLVED
+
+
 class TaskScore(NamedTuple):
     """A model on a task's evaluation pairs, as it is: uncalibrated."""
 
@@ -27,8 +32,8 @@ class TaskScore(NamedTuple):
 
     @property
     def solved(self) -> bool:
-        """Whether the pair accuracy is at least `SOLVED`."""
-        return self.pair_accuracy >= SOLVED
+        """Whether the task counts as solved."""
+        return solves(self.pair_accuracy)
 
 
 @torch.no_grad()

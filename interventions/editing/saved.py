@@ -136,7 +136,7 @@ def _unpack(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor], bund
         source = Fixed(given, strength)
     else:
         fields = entry["channel"]
-        channel = Channel(**fields | {"indices": tuple(fields["indices"]), "weights": tuple(fields["weights"])})
+        channel = Channel.from_dict(fields)
         makers: dict[str, Any] = {"delta": Delta, "set_to": SetTo, "toward": Toward}
         source = makers[kind](bundle if kind == "toward" else bundle.bridges, channel, given, strength)
     site = Site(entry["site"], bundle.shape.n_layers)

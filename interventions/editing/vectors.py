@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -94,15 +93,27 @@ class Source(Protocol):
         """The stream change, where it is the same at every token."""
 
 
-def unit_directions(bridges: BridgeSet, channel: Channel) -> Float[Tensor, "channel d_dense"]:
-    """rms_s * W_g[:, c] for each index of a channel: the stream change per unit of its activation."""
-    return bridges.rms_sparse[channel.site] * bridges.directions(channel.site)[list(channel.indices)]
+def stream_change(
+    rms: Float[Tensor, ""], deltas: Float[Tensor, "*batch_pos channel"], columns: Float[Tensor, "channel d_dense"]
+) -> Float[Tensor, "*batch_pos d_dense"]:
+    """The dense stream's change where sparse channels move by `deltas`: rms_s * sum_c delta_c * W[:, c] (paper A.4).
+
+    `columns` are the decoder's, or those of a map that stands in for it.
+    """
+    return rms * deltas @ columns
 
 
 def channel_direction(bridges: BridgeSet, channel: Channel) -> Float[Tensor, " d_dense"]:
-    """The stream change per unit of a channel: its indices' directions, weighted."""
-    directions = unit_directions(bridges, channel)
-    return torch.tensor(channel.weights).to(directions) @ directions
+    """The stream change per unit of a channel: its indices' columns, weighted."""
+    return _channel_change(bridges, channel, torch.tensor(channel.weights).to(bridges.rms_sparse))
+
+
+def _channel_change(
+    bridges: BridgeSet, channel: Channel, deltas: Float[Tensor, "*batch_pos channel"]
+) -> Float[Tensor, "*batch_pos d_dense"]:
+    """The stream change where a channel's indices move by `deltas`."""
+    columns = bridges.directions(channel.site)[list(channel.indices)]
+    return stream_change(bridges.rms_sparse[channel.site], deltas, columns)
 
 
 @dataclass(frozen=True)
@@ -188,11 +199,11 @@ class Toward:
                 f"the place where they differ, or choose a counterfactual of equal length; {REPEATED}"
             )
         real = None if call.real is None else call.real[:, :columns]
-        change = self.strength * self._difference(presented, real).to(stream)
+        change = self.strength * self._difference(presented, real)
         change = change[:, call.start : call.start + call.length]
         if change.shape[1] < stream.shape[1]:  # generated tokens have no counterfactual
             change = torch.nn.functional.pad(change, (0, 0, 0, stream.shape[1] - change.shape[1]))
-        return einsum(change, unit_directions(self.models.bridges, self.channel).to(stream), "b p c, c d -> b p d")
+        return _channel_change(self.models.bridges, self.channel, change).to(stream)
 
     def _difference(
         self, presented: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None

@@ -11,28 +11,20 @@ import torch
 
 from bridges.run_folder import Run
 from bridges.sites import all_sites
-from interventions.bundle.channels import Channel, read_nodes
+from interventions.bundle.channels import Channel, Rule, read_nodes
 from interventions.circuits.circuit import Circuit
-from interventions.finding.by_patching import (
-    MOST,
-    ChannelSearch,
-    ReadPatch,
-    flipped,
-    log_p,
-    mean_difference,
-    named_channel,
-    site_effects,
-)
+from interventions.finding.by_patching import MOST_INDICES, ChannelSearch, named_channel, share_rules
+from interventions.finding.patching import ReadPatch, flipped, log_p, mean_difference, site_effects
 from interventions.tasks.base import TaskBatch
 
 
 def read_channels(circuit: Circuit, d_model: int) -> dict[int, list[int]]:
     """By residual site, the channels of its read that are nodes of the circuit (positions are no channels)."""
-    found = {
+    reads = {
         site.index: [c for c in circuit.nodes[site.read_hook] if c < d_model]
         for site in all_sites(circuit.shape.n_layers)[:-1]
     }
-    return {site: channels for site, channels in found.items() if channels}
+    return {site: channels for site, channels in reads.items() if channels}
 
 
 @torch.no_grad()
@@ -50,7 +42,14 @@ def channel_from_circuit(
         raise ValueError(f"site={site}: the circuit for {circuit.task} reads at sites {', '.join(map(str, reads))}")
     patches = {i: ReadPatch(run, batch, i) for i in (reads if site is None else [site])}
     effects = {i: patch.effect(reads[i]) for i, patch in patches.items()}
-    chosen = site if site is not None else _deciding(run, batch, effects, next(iter(patches.values())).base)
+    rules: list[Rule] = []
+    if site is None:
+        least = _deciding_effect(run, batch, next(iter(patches.values())).base)
+        chosen = _deciding_site(effects, least)
+        words = "effect of patching the circuit's nodes of the read, nats, half of the whole prompt's being asked for"
+        rules.append(Rule(quantity=words, bound="at least", threshold=least, reached=effects[chosen]))
+    else:
+        chosen = site
     search = _ranked(run, batch, chosen, patches[chosen], reads[chosen])
     return named_channel(
         run,
@@ -59,6 +58,7 @@ def channel_from_circuit(
         batch,
         chosen,
         search,
+        rules=[*rules, *share_rules(search)],
         site_effects=[e._asdict() for e in site_effects(run.dense, batch)],
         criterion="patching effect of the circuit's nodes at the last read that decides the answer",
         circuit={
@@ -71,11 +71,16 @@ def channel_from_circuit(
     )
 
 
-def _deciding(run: Run, batch: TaskBatch, effects: dict[int, float], base: float) -> int:
+def _deciding_effect(run: Run, batch: TaskBatch, base: float) -> float:
+    """Half of what exchanging the whole prompt does to log P(counterfactual answer)."""
     _, other, answers, last = flipped(batch)
-    exchanged = float(log_p(run.sparse(other), answers, last).mean()) - base
-    enough = [site for site, effect in effects.items() if effect >= exchanged / 2]
-    return enough[-1] if enough else max(effects, key=lambda site: effects[site])
+    return (float(log_p(run.sparse(other), answers, last).mean()) - base) / 2
+
+
+def _deciding_site(effects: dict[int, float], least: float) -> int:
+    """The last site with enough effect; where there is none, the one with most."""
+    deciding = [site for site, effect in effects.items() if effect >= least]
+    return deciding[-1] if deciding else max(effects, key=lambda site: effects[site])
 
 
 def _ranked(run: Run, batch: TaskBatch, site: int, patch: ReadPatch, channels: list[int]) -> ChannelSearch:
@@ -83,7 +88,7 @@ def _ranked(run: Run, batch: TaskBatch, site: int, patch: ReadPatch, channels: l
     for c in channels:
         single[c] = patch.effect([c])
     ranked = sorted(channels, key=lambda c: -float(single[c]))
-    sets = {n: ranked[:n] for n in range(1, min(2 * MOST, len(ranked)) + 1)}
+    sets = {n: ranked[:n] for n in range(1, min(2 * MOST_INDICES, len(ranked)) + 1)}
     share = {n: patch.effect(chosen) / patch.whole for n, chosen in sets.items()}
     nodes = [read_nodes(run.sparse, batch.tokens[:, member], site) for member in (0, 1)]
     return ChannelSearch(sets, share, single, patch.whole, mean_difference(*nodes))

@@ -18,37 +18,35 @@ Only *selection* prompts are looked at, and steering not at all:
    positive for member 0 of the task's pairs.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bridges.dense import Sublayered
-from bridges.hybrid import advance, residuals, suffix
 from bridges.run_folder import Run
-from bridges.sites import Site, all_sites
-from interventions.bundle.channels import Channel, read_nodes
+from bridges.sites import Site
+from interventions.bundle.channels import Channel, Rule, read_nodes
+from interventions.finding.patching import (
+    ReadPatch,
+    SiteEffect,
+    eligibility_rule,
+    eligible_sites,
+    mean_difference,
+    site_effects,
+)
 from interventions.tasks.base import TaskBatch
 
-ENOUGH = 0.9
-"""Share that a named channel must carry of the whole read's effect, and a site must reach of the surest one's P."""
-HANGS = 0.5
+SET_SHARE = 0.9
+"""Share of the whole read's effect that a named channel must carry."""
+SUREST_SHARE = 0.9
+"""Share of the surest site's P(counterfactual answer), its read patched, that a site's must reach."""
+READ_SHARE = 0.5
 """Share of the largest effect of a whole read in the sparse model that a site's must reach."""
-MOST = 4
+MOST_INDICES = 4
 """Most indices of a named channel."""
-
-
-class SiteEffect(NamedTuple):
-    """Mean P(the counterfactual's answer) in the dense model after patching it at one site."""
-
-    site: int
-    label: str
-    p_stream: float
-    """The stream patched at all tokens but the last."""
-    p_read: float
-    """Only what the next sublayer reads patched, at all tokens."""
 
 
 class ChannelSearch(NamedTuple):
@@ -64,88 +62,6 @@ class ChannelSearch(NamedTuple):
     """Effect of patching the whole read, nats of log P."""
     difference: Float[Tensor, " d_sparse"]
     """Mean activation difference, member 0 minus member 1, over tokens where the two differ."""
-
-
-def flipped(batch: TaskBatch) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"], Tensor, Tensor]:
-    """(tokens, counterfactual tokens, counterfactual answers, last positions), both directions of every pair."""
-    tokens = torch.cat([batch.tokens[:, 0], batch.tokens[:, 1]])
-    other = torch.cat([batch.tokens[:, 1], batch.tokens[:, 0]])
-    answers = torch.cat([batch.answers[:, 1], batch.answers[:, 0]])
-    return tokens, other, answers, batch.last.repeat(2)
-
-
-def log_p(
-    logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, " prompt"], last: Int[Tensor, " prompt"]
-) -> Float[Tensor, " prompt"]:
-    """log P(answer) over the full vocabulary at each prompt's last token, nats."""
-    at_last = logits[torch.arange(len(last)), last].log_softmax(-1)
-    return at_last[torch.arange(len(last)), answers]
-
-
-@torch.no_grad()
-def site_effects(dense: Sublayered, batch: TaskBatch) -> list[SiteEffect]:
-    """P(counterfactual answer) after patching the dense stream, or the next read alone, at each site."""
-    tokens, other, answers, last = flipped(batch)
-    here, there = residuals(dense, tokens), residuals(dense, other)
-    before_last = (torch.arange(tokens.shape[1]) < last[:, None])[..., None]
-
-    def p(site: int, resid: Tensor) -> float:
-        return float(log_p(suffix(dense, site, resid, tokens), answers, last).exp().mean())
-
-    effects = []
-    for site in all_sites(dense.n_layers):
-        i = site.index
-        p_stream = p(i, torch.where(before_last, there[i], here[i]))
-        p_read = p(i, there[i])  # the unembedding reads all there is
-        if not site.is_final:
-            p_read = p(i + 1, here[i] + dense.sublayer(i, there[i]) - there[i])
-        effects.append(SiteEffect(i, site.label, p_stream, p_read))
-    return effects
-
-
-def eligible_sites(effects: list[SiteEffect]) -> list[int]:
-    """Sites before a sublayer whose read alone gives the counterfactual answer more than half of the probability.
-
-    Where there is none, the last whose stream does; failing that, the one with the largest effect.
-    """
-    reads = [e.site for e in effects[:-1] if e.p_read > 0.5]
-    streams = [e.site for e in effects[:-1] if e.p_stream > 0.5]
-    return reads or streams[-1:] or [max(effects[:-1], key=lambda e: e.p_stream).site]
-
-
-class ReadPatch:
-    """Runs the sparse model from a site with some channels of its read set to their counterfactual values."""
-
-    @torch.no_grad()
-    def __init__(self, run: Run, batch: TaskBatch, site: int) -> None:
-        self.sparse, self.site = run.sparse, site
-        self.hook = Site(site, run.sparse.n_layers).read_hook
-        self.tokens, other, self.answers, self.last = flipped(batch)
-        _, cache = run.sparse.run_with_cache(other, names_filter=self.hook)
-        self.counterfactual = cache[self.hook]
-        self.resid = residuals(run.sparse, self.tokens)[site]
-        self.base = self._score(torch.zeros(self.counterfactual.shape[-1], dtype=torch.bool))
-        self.whole = self.effect(torch.ones(self.counterfactual.shape[-1], dtype=torch.bool))
-
-    def effect(self, channels: Bool[Tensor, " width"] | list[int]) -> float:
-        """Gain in mean log P(counterfactual answer) from patching a set of channels, nats."""
-        if isinstance(channels, list):
-            mask = torch.zeros(self.counterfactual.shape[-1], dtype=torch.bool)
-            mask[channels] = True
-            channels = mask
-        return self._score(channels) - self.base
-
-    @torch.no_grad()
-    def _score(self, mask: Bool[Tensor, " width"]) -> float:
-        def patch(value: Tensor, hook: object) -> Tensor:
-            return torch.where(mask, self.counterfactual, value)
-
-        with self.sparse.hooks(fwd_hooks=[(self.hook, patch)]):
-            end = advance(self.sparse, self.site, self.resid)
-        # Only the last position's logits count, and unembedding all of them would cost as much as the rest.
-        row = torch.arange(len(self.last))
-        logits = self.sparse.unembed(end[row, self.last][:, None], self.tokens[row, self.last][:, None])
-        return float(log_p(logits, self.answers, torch.zeros_like(self.last)).mean())
 
 
 @torch.no_grad()
@@ -188,32 +104,85 @@ def search_channels(
     return ChannelSearch(sets, share, single, patch.whole, mean_difference(*nodes))
 
 
-def mean_difference(
-    first: Float[Tensor, "pair pos d_sparse"], second: Float[Tensor, "pair pos d_sparse"]
-) -> Float[Tensor, " d_sparse"]:
-    """Mean activation difference of two members' reads over the tokens where they differ; zeros where none does."""
-    differs = (first != second).any(-1)
-    return (first - second)[differs].mean(0) if differs.any() else torch.zeros(first.shape[-1])
+def nameable(size: int) -> bool:
+    """Whether a named channel may have so many indices."""
+    return size <= MOST_INDICES
+
+
+def carries_enough(share: float) -> bool:
+    """Whether a set with this share of the whole read's effect is sufficient."""
+    return share >= SET_SHARE
 
 
 def sufficient(search: ChannelSearch) -> tuple[int, float]:
     """(size, share) of the smallest set with enough of the whole read's effect; of at most 4 channels."""
-    sizes = [n for n in search.sets if n <= MOST]
-    size = next((n for n in sizes if search.share[n] >= ENOUGH), sizes[-1])
+    sizes = [n for n in search.sets if nameable(n)]
+    size = next((n for n in sizes if carries_enough(search.share[n])), sizes[-1])
     return size, search.share[size]
 
 
 def choose_site(effects: list[SiteEffect], searches: dict[int, ChannelSearch]) -> int:
     """The site of those searched that both models hang on and whose smallest sufficient set is smallest (step 4)."""
-    largest = max(search.whole for search in searches.values())
-    sites = [i for i, search in searches.items() if search.whole >= HANGS * largest] or list(searches)
-    surest = max(effects[i].p_read for i in sites)
+    limits = _site_limits(effects, searches)
+    sites = _read_sites(searches, limits.whole)
 
     def merit(i: int) -> tuple[bool, int, int]:
         size, share = sufficient(searches[i])
-        return share >= ENOUGH, -size, i
+        return carries_enough(share), -size, i
 
-    return max((i for i in sites if effects[i].p_read >= ENOUGH * surest), key=merit)
+    return max((i for i in sites if effects[i].p_read >= limits.p_read), key=merit)
+
+
+class _SiteLimits(NamedTuple):
+    """What a site must reach, given what others do."""
+
+    whole: float
+    """Effect of patching its whole read in the sparse model, nats."""
+    p_read: float
+    """P(counterfactual answer) in the dense model, its read patched."""
+
+
+def _site_limits(effects: list[SiteEffect], searches: dict[int, ChannelSearch]) -> _SiteLimits:
+    whole = READ_SHARE * max(search.whole for search in searches.values())
+    return _SiteLimits(whole, SUREST_SHARE * max(effects[i].p_read for i in _read_sites(searches, whole)))
+
+
+def _read_sites(searches: dict[int, ChannelSearch], least: float) -> list[int]:
+    """Sites whose read the sparse model hangs on; all where there is none."""
+    return [i for i, search in searches.items() if search.whole >= least] or list(searches)
+
+
+def site_rules(effects: list[SiteEffect], searches: dict[int, ChannelSearch], site: int) -> list[Rule]:
+    """What `choose_site` asked of the site, beyond its being eligible."""
+    limits = _site_limits(effects, searches)
+    return [
+        Rule(
+            quantity="effect of patching the whole read in the sparse model, nats of log P(counterfactual answer), "
+            f"of which {READ_SHARE:.0%} of the largest of any site are asked for",
+            bound="at least",
+            threshold=limits.whole,
+            reached=searches[site].whole,
+        ),
+        Rule(
+            quantity="P(counterfactual answer) in the dense model with what is read at the site patched, of which "
+            f"{SUREST_SHARE:.0%} of the surest site's is asked for",
+            bound="at least",
+            threshold=limits.p_read,
+            reached=effects[site].p_read,
+        ),
+    ]
+
+
+def size_rule(size: int) -> Rule:
+    """How many indices a named channel may have."""
+    return Rule(quantity="number of indices", bound="at most", threshold=MOST_INDICES, reached=size)
+
+
+def share_rules(search: ChannelSearch) -> list[Rule]:
+    """What `sufficient` asked of a set."""
+    size, share = sufficient(search)
+    words = "share of the whole read's effect on log P(counterfactual answer) in the sparse model"
+    return [Rule(quantity=words, bound="at least", threshold=SET_SHARE, reached=share), size_rule(size)]
 
 
 @torch.no_grad()
@@ -228,16 +197,24 @@ def find_channel(
     sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
     quick: dict[int, ChannelSearch] = {}
     if len(sites) > 1:
-        quick = {i: search_channels(run, batch, i, largest=MOST, beam=2, progress=progress) for i in sites}
-
+        quick = {i: search_channels(run, batch, i, largest=MOST_INDICES, beam=2, progress=progress) for i in sites}
     chosen = choose_site(effects, quick) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)
-    how: dict[str, Any] = {
-        "criterion": f"joint patching of the sparse read, at least {ENOUGH:.0%} of the whole read's effect",
-        "site_whole_effect_nats": {str(i): round(q.whole, 4) for i, q in quick.items()},
-        "site_shares": {str(i): [round(s, 4) for s in q.share.values()] for i, q in quick.items()},
-    }
-    return named_channel(run, name, task, batch, chosen, search, site_effects=[e._asdict() for e in effects], **how)
+    rules = [eligibility_rule(effects[chosen])] if site is None else []
+    rules += site_rules(effects, quick, chosen) if quick else []
+    return named_channel(
+        run,
+        name,
+        task,
+        batch,
+        chosen,
+        search,
+        rules=[*rules, *share_rules(search)],
+        site_effects=[e._asdict() for e in effects],
+        criterion="joint patching of the sparse read",
+        site_whole_effect_nats={str(i): round(q.whole, 4) for i, q in quick.items()},
+        site_shares={str(i): [round(s, 4) for s in q.share.values()] for i, q in quick.items()},
+    )
 
 
 @torch.no_grad()
@@ -249,10 +226,11 @@ def named_channel(
     site: int,
     search: ChannelSearch,
     *,
+    rules: Sequence[Rule],
     size: int | None = None,
     **how: Any,
 ) -> Channel:
-    """The channel of a search, one of its sets at a site, with statistics; `how` is kept beside them.
+    """The channel of a search, one of its sets at a site, with its rules and statistics; `how` is kept beside them.
 
     `size` is that of the set; unset: of the smallest sufficient one.
     """
@@ -270,6 +248,7 @@ def named_channel(
             "mean_member_0": [float(x) for x in nodes[0][differs].mean(0)],
             "mean_member_1": [float(x) for x in nodes[1][differs].mean(0)],
         },
+        rules=tuple(rules),
         selection={
             "task": task,
             "split": "selection",

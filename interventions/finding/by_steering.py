@@ -5,12 +5,12 @@ model may read another mixture: of two channels that the sparse model moves toge
 for and against. So here the dense model is steered, on *selection* prompts; evaluation prompts stay unseen.
 
 1. Sites: those before a sublayer whose read decides the dense model's answer, as in
-`interventions.finding.by_patching`, and whose    read the sparse model's answer hangs on.
+   `interventions.finding.by_patching`, and whose read the sparse model's answer hangs on.
 2. Candidates: the channels that the sparse model uses for the task, those with the largest effects of patching one
    alone.
-3. Each candidate steers at the strength that `interventions.steering.strengths` chooses. Of those that reach nearly the
-largest    effect the ones at the last site are taken (early reads are of words rather than of what the model has made
-of    them), and of those the one that carries most of the whole read's effect in the sparse model.
+3. Each candidate steers at the strength that `interventions.steering.strengths` chooses. Of those that reach nearly
+   the largest effect the ones at the last site are taken (early reads are of words rather than of what the model has
+   made of them), and of those the one that carries most of the whole read's effect in the sparse model.
 4. Sets grow from there by a beam search. They are ranked by their mean effect at several norms up to that of the one
    channel's dose, for where all flip the answer none is better than another. The first of each size get doses of their
    own, and of those that do nearly equally well the one is taken that carries most in the sparse model.
@@ -26,25 +26,17 @@ from tqdm.auto import tqdm
 
 from bridges.run_folder import Run
 from bridges.sites import Site
-from interventions.bundle.channels import Channel, read_nodes
-from interventions.finding.by_patching import (
-    MOST,
-    ChannelSearch,
-    ReadPatch,
-    eligible_sites,
-    mean_difference,
-    named_channel,
-    site_effects,
-)
+from interventions.bundle.channels import Channel, Rule, read_nodes
+from interventions.finding.by_patching import ChannelSearch, nameable, named_channel, size_rule
+from interventions.finding.patching import ReadPatch, eligibility_rule, eligible_sites, mean_difference, site_effects
 from interventions.steering.edits import mean_norm
 from interventions.steering.search import SEARCH_DRAWS
-from interventions.steering.strengths import NEARLY, Dose, Dosing
+from interventions.steering.strengths import Dose, Dosing, near_largest
 from interventions.tasks.base import TaskBatch
 
-WEAK = 0.5
+LEAST_READ_EFFECT = 0.5
 """Effect of patching a whole read in the sparse model, nats, below which its answer does not hang on that read."""
-
-ENOUGH = 0.95
+EFFECT_SHARE = 0.95
 """Share of the largest effect that the channel must have."""
 
 _BEAM = 4
@@ -62,10 +54,16 @@ class Dosed(NamedTuple):
     """Share of the whole read's effect that patching the set has in the sparse model."""
 
 
-def best_of(found: Sequence[Dosed]) -> Dosed:
+def best_of(sets: Sequence[Dosed]) -> Dosed:
     """Of the sets that steer nearly as well as any, at the last site, the one that carries most in the sparse model."""
-    most = max(one.dose.p for one in found)
-    return max((one for one in found if one.dose.p >= NEARLY * most), key=lambda one: (one.site, one.share))
+    largest = max(dosed.dose.p for dosed in sets)
+    near = [dosed for dosed in sets if near_largest(dosed.dose.p, largest)]
+    return max(near, key=lambda dosed: (dosed.site, dosed.share))
+
+
+def read_matters(whole_effect: float) -> bool:
+    """Whether the sparse model's answer hangs on a read; `whole_effect` is that of patching all of it, nats."""
+    return whole_effect >= LEAST_READ_EFFECT
 
 
 class SteeringSite:
@@ -90,11 +88,11 @@ class SteeringSite:
     def grow(self, first: Dosed, alone: list[Dosed], largest: int, *, progress: bool = False) -> dict[int, Dosed]:
         """The best set found of each size (step 4), of size 1 the `first`."""
         norm = first.dose.strength * mean_norm(self.dosing.edit(first.channels))
-        beams, best = [first, *(one for one in alone if one is not first)][:_BEAM], {1: first}
+        beams, best = [first, *(dosed for dosed in alone if dosed is not first)][:_BEAM], {1: first}
         sizes = range(2, min(largest, len(self.pool)) + 1)
         for count in tqdm(sizes, f"site {self.site}: sets", leave=False, unit="size", disable=not progress):
             grown = [[*b.channels, c] for b in beams for c in self.pool if c not in b.channels]
-            sets = list({tuple(sorted(one)): one for one in grown}.values())
+            sets = list({tuple(sorted(channels)): channels for channels in grown}.values())
             ranked = self.dosing.effects_at(sets, [norm * part for part in _NORMS]).mean(0).argsort(descending=True)
             beams = self._dosed([sets[i] for i in ranked[:_BEAM]])
             best[count] = best_of(beams)
@@ -102,11 +100,11 @@ class SteeringSite:
 
     def _dosed(self, sets: list[list[int]]) -> list[Dosed]:
         whole = self.patch.whole or 1.0
-        found = [
-            Dosed(self.site, one, dose, self.patch.effect(one) / whole)
-            for one, dose in zip(sets, self.dosing.doses(sets, SEARCH_DRAWS), strict=True)
+        dosed = [
+            Dosed(self.site, channels, dose, self.patch.effect(channels) / whole)
+            for channels, dose in zip(sets, self.dosing.doses(sets, SEARCH_DRAWS), strict=True)
         ]
-        return sorted(found, key=lambda one: -one.dose.p)
+        return sorted(dosed, key=lambda one_set: -one_set.dose.p)
 
 
 @torch.no_grad()
@@ -129,15 +127,16 @@ def find_steering_channel(
     sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
     bar = tqdm(sites, "sites", leave=False, unit="site", disable=not progress)
     searched = {i: SteeringSite(run, batch, i, candidates) for i in bar}
-    hanging = [i for i, at in searched.items() if at.patch.whole >= WEAK] or sites
-    alone = {i: searched[i].alone() for i in hanging}
-    best = best_of([one for found in alone.values() for one in found])
+    read = [i for i, there in searched.items() if read_matters(there.patch.whole)] or sites
+    alone = {i: searched[i].alone() for i in read}
+    best = best_of([dosed for candidates_there in alone.values() for dosed in candidates_there])
     chosen = searched[best.site]
     sets = chosen.grow(best, alone[best.site], largest, progress=progress)
-    doses = chosen.dosing.doses([one.channels for one in sets.values()])
-    sets = {n: one._replace(dose=dose) for (n, one), dose in zip(sets.items(), doses, strict=True)}
-    most = max(one.dose.p for n, one in sets.items() if n <= MOST)
-    enough = next(n for n, one in sets.items() if one.dose.p >= ENOUGH * most)
+    doses = chosen.dosing.doses([dosed.channels for dosed in sets.values()])
+    sets = {n: dosed._replace(dose=dose) for (n, dosed), dose in zip(sets.items(), doses, strict=True)}
+    least_p = EFFECT_SHARE * max(dosed.dose.p for n, dosed in sets.items() if nameable(n))
+    size = next(n for n, dosed in sets.items() if dosed.dose.p >= least_p)
+    site_rule = [eligibility_rule(effects[chosen.site])] if site is None else []
     return named_channel(
         run,
         name,
@@ -145,17 +144,38 @@ def find_steering_channel(
         batch,
         chosen.site,
         ChannelSearch(
-            {n: one.channels for n, one in sets.items()},
-            {n: one.share for n, one in sets.items()},
+            {n: dosed.channels for n, dosed in sets.items()},
+            {n: dosed.share for n, dosed in sets.items()},
             chosen.single,
             chosen.patch.whole,
             mean_difference(*(read_nodes(run.sparse, batch.tokens[:, member], chosen.site) for member in (0, 1))),
         ),
-        size=enough,
+        size=size,
+        rules=[*site_rule, *set_rules(chosen.patch.whole, least_p, sets[size])],
         site_effects=[e._asdict() for e in effects],
-        criterion=f"steers the dense model; smallest set with {ENOUGH:.0%} of the largest effect",
-        doses={str(n): one.dose._asdict() for n, one in sets.items()},
+        criterion="steering the dense model",
+        doses={str(n): dosed.dose._asdict() for n, dosed in sets.items()},
         candidates=chosen.pool,
-        site_whole_effect_nats={str(i): round(at.patch.whole, 4) for i, at in searched.items()},
-        site_single_p={str(i): round(found[0].dose.p, 4) for i, found in alone.items()},
+        site_whole_effect_nats={str(i): round(there.patch.whole, 4) for i, there in searched.items()},
+        site_single_p={str(i): round(ranked[0].dose.p, 4) for i, ranked in alone.items()},
     )
+
+
+def set_rules(whole_effect: float, least_p: float, chosen: Dosed) -> list[Rule]:
+    """What was asked of the read and of the set, its indices included."""
+    return [
+        Rule(
+            quantity="effect of patching the whole read in the sparse model, nats of log P(counterfactual answer)",
+            bound="at least",
+            threshold=LEAST_READ_EFFECT,
+            reached=whole_effect,
+        ),
+        Rule(
+            quantity="P(counterfactual answer) in the dense model, steered at its strength, of which "
+            f"{EFFECT_SHARE:.0%} of the best set's is asked for",
+            bound="at least",
+            threshold=least_p,
+            reached=chosen.dose.p,
+        ),
+        size_rule(len(chosen.channels)),
+    ]

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions.bundle.channels import FILE, Channel, read_nodes
+from interventions.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.editing.intervene import intervene
-from interventions.report.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.report.generations import Continuation, continuations
 from interventions.report.texts import HeldOut, Text, heads, inline, prompts, task_of, visible
 from interventions.tasks.base import TaskBatch, since_difference

@@ -9,11 +9,11 @@ from torch import Tensor
 from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions.bundle.channels import Channel
+from interventions.charts import finite, numbers
 from interventions.circuits.circuit import Circuit
 from interventions.circuits.node_model import NodeModel, find_node
 from interventions.circuits.picture_layout import LINKS, Layout, place_nodes
 from interventions.report import nodes as about
-from interventions.report.charts import finite, numbers
 from interventions.report.texts import prompts
 from interventions.tasks.base import TaskBatch
 

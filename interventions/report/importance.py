@@ -10,12 +10,12 @@
 import numpy as np
 import torch
 
+from interventions.charts import finite
 from interventions.circuits.circuit import Circuit
 from interventions.circuits.gates import PruneConfig
 from interventions.circuits.measures import node_effects
 from interventions.circuits.node_model import NodeModel, find_node
 from interventions.circuits.pruning import score
-from interventions.report.charts import finite
 from interventions.tasks.base import TaskBatch
 
 MOST_SIZES = 16

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interventions.charts import finite, numbers
 from interventions.circuits.circuit import Circuit
 from interventions.circuits.node_model import NodeModel, Values, device_of, find_node
-from interventions.report.charts import finite, numbers
 from interventions.tasks.base import TaskBatch, since_difference
 from sparse_model.model.node_names import parse_node
 from sparse_model.model.transformer import SparseTransformer

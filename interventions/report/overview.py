@@ -4,10 +4,16 @@ from typing import Any, NamedTuple
 
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
-from interventions.finding.by_patching import ENOUGH
+from interventions.circuits.solved_tasks import solves
 from interventions.report.circuits import CircuitPage
 from interventions.report.sites import site_means
+from interventions.report.steering import at_full_strength
 from interventions.steering.result import DRAWN, Steering
+
+_LARGE_EDIT = 0.1
+"""P(counterfactual answer) that random directions should not pass at full strength."""
+_RECOVERED = 0.8
+"""Share of the loss that a hybrid should recover."""
 
 
 class Card(NamedTuple):
@@ -51,7 +57,7 @@ def warnings(
     if "sites" in metrics:
         found += _model_warnings(run, metrics)
     for task, baseline in metrics.get("dense_task", {}).items():
-        if baseline["pair_accuracy"] < 0.9:
+        if not solves(baseline["pair_accuracy"]):
             found.append(
                 f"The dense model does not solve {task}: it gets both prompts of only "
                 f"{baseline['pair_accuracy']:.0%} of the pairs right, so there is little to steer."
@@ -81,37 +87,29 @@ def _circuit_warnings(page: CircuitPage) -> list[str]:
 
 
 def _channel_warnings(channel: Channel) -> list[str]:
-    count, share = len(channel.indices), channel.selection.get("share", {})
-    found = [f"Channel {channel.name} needs {count} indices, more than 4."] if count > 4 else []
-    carried = share.get(str(count), 1.0)
-    if carried < ENOUGH:
-        enough = next((n for n, value in share.items() if value >= ENOUGH), None)
-        more = f"{enough} would carry {share[enough]:.0%}" if enough else "nor does any larger set that was tried"
-        found.append(
-            f"Channel {channel.name}: its {count} ind{'ices' if count > 1 else 'ex'} do not carry {ENOUGH:.0%} of the "
-            f"effect of the whole read but {carried:.0%} ({more})."
-        )
-    return found
+    broken = [rule for rule in channel.rules if not rule.passed]
+    return [f"Channel {channel.name} does not meet a rule of its search. {rule.words}." for rule in broken]
 
 
 def _steering_warnings(result: Steering, channels: dict[str, Channel]) -> list[str]:
     found = []
-    p95 = result.random_p95[-1]
-    if p95 > 0.1:
+    random = at_full_strength(result, result.random_p95)
+    if random is not None and random > _LARGE_EDIT:
         found.append(
-            f"{result.task}: at full strength random directions of the same norm reach P = {p95:.3f} (95th "
-            "percentile), above 0.1: the edit is large enough to do something in any direction."
+            f"{result.task}: at full strength random directions of the same norm reach P = {random:.3f} (95th "
+            f"percentile), above {_LARGE_EDIT}: the edit is large enough to do something in any direction."
         )
     for channel in channels.values():
         curve = result.channels.get(str(len(channel.indices)))
         if channel.selection.get("task") != result.task or curve is None:
             continue
+        steered = at_full_strength(result, curve)
         for field, words in DRAWN.items():
-            drawn = getattr(result, f"{field}_p95")
-            if drawn and curve[-1] <= drawn[-1]:
+            drawn = at_full_strength(result, getattr(result, f"{field}_p95"))
+            if steered is not None and drawn is not None and steered <= drawn:
                 found.append(
-                    f"{result.task}: at full strength channel {channel.name} reaches P = {curve[-1]:.3f}, no more than "
-                    f"the 95th percentile of the control {words}, {drawn[-1]:.3f}."
+                    f"{result.task}: at full strength channel {channel.name} reaches P = {steered:.3f}, no more than "
+                    f"the 95th percentile of the control {words}, {drawn:.3f}."
                 )
     return found
 
@@ -127,7 +125,7 @@ def _model_warnings(run: Run, metrics: dict[str, Any]) -> list[str]:
         reads = len(metrics["sites"]) * run.sparse.d_model
         found.append(f"{dead_reads} of {reads} residual-read channels are zero at every held-out token.")
     for way, words in (("dense_to_sparse", "dense → sparse"), ("sparse_to_dense", "sparse → dense")):
-        weak = [site["label"] for site in metrics["sites"] if not site[f"recovered_{way}"] >= 0.8]
+        weak = [site["label"] for site in metrics["sites"] if not site[f"recovered_{way}"] >= _RECOVERED]
         if weak:
-            found.append(f"The {words} hybrid recovers less than 0.8 of the loss at {', '.join(weak)}.")
+            found.append(f"The {words} hybrid recovers less than {_RECOVERED} of the loss at {', '.join(weak)}.")
     return found

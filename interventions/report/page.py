@@ -22,10 +22,10 @@ from bridges.evaluation import SiteReport
 from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import load_channels
+from interventions.charts import Chart
 from interventions.circuits.solved_tasks import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
-from interventions.report.charts import Chart
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages
@@ -51,6 +51,19 @@ def write_report(folder: Path) -> Path:
     and the report says so.
     """
     run = open_run(folder)
+    shown = _contents(run)
+    command = f"--run {shlex.quote(str(folder))}"
+    try:
+        html = _environment().get_template("report.html.jinja").render(command=command, **shown, **_assets())
+    except UndefinedError as error:
+        raise ValueError(f"metrics.json or channels.json in {run.folder} is incomplete: {error}") from error
+    path = run.folder / REPORT
+    write_text(path, html)
+    return path
+
+
+def _contents(run: Run) -> dict[str, Any]:
+    """What the templates show, by the names that they give it."""
     metrics = _metrics(run.folder)
     channels = load_channels(run.folder)
     steering = steering_pages(run.folder, metrics)
@@ -60,50 +73,32 @@ def write_report(folder: Path) -> Path:
     pages = channel_pages(run, load_dense(run.folder), channels, documents) if channels else []
     rows = blocks(documents, run.config.sparse.n_ctx) if loaded.circuits else None
     circuits = [] if rows is None else list(circuit_pages(run, loaded.circuits, channels, rows))
-    charts = [
-        *training,
-        *hybrid_chart(metrics),
-        *(page.chart for page in steering),
-        *(page.histogram for page in pages if page.histogram),
-    ]
-    try:
-        html = (
-            _environment()
-            .get_template("report.html.jinja")
-            .render(
-                run=run,
-                command=f"--run {shlex.quote(str(folder))}",
-                config=dataclasses.asdict(run.config),
-                metrics=metrics,
-                cards=overview.cards(metrics),
-                warnings=[
-                    *overview.warnings(run, metrics, channels, [page.result for page in steering], circuits),
-                    *size_warnings(metrics),
-                    *loaded.problems,
-                ],
-                training=training,
-                site_columns=COLUMNS,
-                site_groups=GROUPS,
-                site_rows=site_rows(metrics),
-                site_means=site_means(metrics),
-                hybrids=hybrid_chart(metrics),
-                steering=steering,
-                controls=CONTROLS,
-                tasks=task_rows(metrics),
-                solved=SOLVED,
-                size_ratio=size_ratio(metrics),
-                circuits=circuits,
-                held_out=documents,
-                channels=pages,
-                data=_data(run, charts, circuits),
-                **_assets(),
-            )
-        )
-    except UndefinedError as error:
-        raise ValueError(f"metrics.json or channels.json in {run.folder} is incomplete: {error}") from error
-    path = run.folder / REPORT
-    write_text(path, html)
-    return path
+    hybrids = hybrid_chart(metrics)
+    histograms = [page.histogram for page in pages if page.histogram]
+    charts = [*training, *hybrids, *(page.chart for page in steering), *histograms]
+    warnings = overview.warnings(run, metrics, channels, [page.result for page in steering], circuits)
+    return {
+        "run": run,
+        "config": dataclasses.asdict(run.config),
+        "metrics": metrics,
+        "cards": overview.cards(metrics),
+        "warnings": [*warnings, *size_warnings(metrics), *loaded.problems],
+        "training": training,
+        "site_columns": COLUMNS,
+        "site_groups": GROUPS,
+        "site_rows": site_rows(metrics),
+        "site_means": site_means(metrics),
+        "hybrids": hybrids,
+        "steering": steering,
+        "controls": CONTROLS,
+        "tasks": task_rows(metrics),
+        "solved": SOLVED,
+        "size_ratio": size_ratio(metrics),
+        "circuits": circuits,
+        "held_out": documents,
+        "channels": pages,
+        "data": _data(run, charts, circuits),
+    }
 
 
 def _environment() -> Environment:

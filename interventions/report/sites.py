@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from interventions.report.charts import BLUE, GREY, INK, ORANGE, Chart, Series, numbers
+from interventions.charts import BLUE, GREY, INK, ORANGE, Chart, Series, numbers
 
 _RECOVERED = "Share of the loss that the hybrid recovers: 0 is the site replaced by its mean, 1"
 

@@ -3,23 +3,30 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interventions.report.charts import GREY, INK, Band, Chart, Series, depth_colour, numbers
-from interventions.steering.result import DRAWN, Steering, named_curves, set_name
+from interventions.charts import Chart
+from interventions.steering.result import (
+    DRAWN,
+    FULL_STRENGTH,
+    Curve,
+    Steering,
+    named_curves,
+    place_of,
+    set_name,
+    strength_chart,
+)
 from interventions.steering.side_effects import SideEffects
-
-_STYLES = {"random_channels": GREY, "shuffled": "#9a7f4f", "untrained": "#7d6f9a"}
 
 
 class Claim(NamedTuple):
-    """A line of the overview: one set at full strength."""
+    """A line of the overview: one set at full strength. None stands for what was not measured."""
 
     edit: str
-    unsteered: float
-    steered: float
-    interval: tuple[float, float] | None
+    unsteered: float | None
+    steered: float | None
+    interval: tuple[float | None, float | None]
     """95 % bootstrap interval over prompts."""
     controls: list[float | None]
-    """In the order of `CONTROLS`; None where the result has no such control."""
+    """In the order of `CONTROLS`."""
 
 
 CONTROLS = (
@@ -60,12 +67,14 @@ class SteeringPage(NamedTuple):
 def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
     """A panel for each task in metrics.json. ValueError for results that do not read, naming the file and the task."""
     pages = []
-    for number, (task, fields) in enumerate(metrics.get("steering", {}).items(), 1):
+    for number, task in enumerate(metrics.get("steering", {}), 1):
+        result = Steering.from_metrics(metrics, task, folder)
         try:
-            pages.append(_page(Steering(**fields), number))
+            pages.append(_page(result, number))
         except (TypeError, KeyError, IndexError) as error:
             raise ValueError(
-                f"{folder / 'metrics.json'}: steering of {task} does not read ({error!r}): run scripts/steer.py again"
+                f"{folder / 'metrics.json'}: the steering of {task} is damaged ({error!r}), steer again: "
+                f"sparse-bridges steer --run {folder} --task {task}"
             ) from error
     return pages
 
@@ -73,7 +82,7 @@ def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
 def _page(result: Steering, number: int) -> SteeringPage:
     return SteeringPage(
         result=result,
-        chart=_chart(result, number),
+        chart=strength_chart(result, f"steering-{number}"),
         claims=[_claim(result, name) for name in result.channels],
         rows=[*named_curves(result).items(), ("random directions, 5th percentile", result.random_p05)],
         two_way=[(set_name(name), curve) for name, curve in result.two_way.items()],
@@ -81,15 +90,30 @@ def _page(result: Steering, number: int) -> SteeringPage:
     )
 
 
-def _claim(result: Steering, name: str) -> Claim:
-    def last(curve: list[float]) -> float | None:
-        return curve[-1] if curve else None
+def at_full_strength(result: Steering, curve: Curve) -> float | None:
+    """A curve's value at strength 1, where the channels take their counterfactual values; None: not measured."""
+    return _value(result, curve, FULL_STRENGTH)
 
-    curve = result.channels[name]
-    low, high = result.channels_low.get(name), result.channels_high.get(name)
-    controls = [last(getattr(result, f"{field}_p95")) for field in DRAWN]
-    controls += [last(result.ridge.get(name, [])), last(result.difference_of_means), last(result.exact_patch)]
-    return Claim(set_name(name), curve[0], curve[-1], (low[-1], high[-1]) if low and high else None, controls)
+
+def _value(result: Steering, curve: Curve, strength: float) -> float | None:
+    place = place_of(result, strength)
+    return None if place is None else curve[place]
+
+
+def _claim(result: Steering, name: str) -> Claim:
+    controls = [getattr(result, f"{field}_p95") for field in DRAWN]
+    controls += [result.ridge[name], result.difference_of_means, result.exact_patch]
+    low, steered, high = (
+        at_full_strength(result, curves[name])
+        for curves in (result.channels_low, result.channels, result.channels_high)
+    )
+    return Claim(
+        edit=set_name(name),
+        unsteered=_value(result, result.channels[name], 0.0),
+        steered=steered,
+        interval=(low, high),
+        controls=[at_full_strength(result, curve) for curve in controls],
+    )
 
 
 def _side_row(name: str, effects: SideEffects) -> SideRow:
@@ -99,54 +123,4 @@ def _side_row(name: str, effects: SideEffects) -> SideRow:
     worst = min(accuracies, key=accuracies.__getitem__)
     return SideRow(
         set_name(name), effects, sum(accuracies.values()) / len(accuracies), f"{worst} {accuracies[worst]:.2f}"
-    )
-
-
-def _chart(result: Steering, number: int) -> Chart:
-    series = [_channels(result, name, at) for at, name in enumerate(result.channels)]
-    if result.reference in result.ridge:
-        colour = depth_colour(list(result.channels).index(result.reference), len(result.channels))
-        name = f"ridge, {set_name(result.reference)}"
-        series.append(Series(name, numbers(result.ridge[result.reference]), colour, "dash"))
-    if result.exact_patch:
-        series.append(Series("exact patch", numbers(result.exact_patch), INK))
-    series.append(Series("difference of means", numbers(result.difference_of_means), INK, "dash"))
-    series.append(Series("random directions, mean", numbers(result.random_mean), GREY))
-    for field, colour in _STYLES.items():
-        curve = getattr(result, f"{field}_p95")
-        if curve:
-            series.append(Series(f"{DRAWN[field]}, 95th pct", numbers(curve), colour, "dash"))
-    reference = f"the edit with {set_name(result.reference or '4')}"
-    return Chart(
-        id=f"steering-{number}",
-        title="Strength curves",
-        caption=f"Mean over {result.prompts} evaluation prompts; site {result.site}, where={result.where}. What is "
-        f"drawn at random is, token by token, as long as {reference}."
-        + " Around the channels' curves: 95 % bootstrap interval over prompts."
-        * bool(result.channels_low),
-        x=numbers(result.strength),
-        x_title="steering strength (1: fully patched)",
-        y_title="P(counterfactual answer)",
-        series=series,
-        bands=[
-            Band(
-                f"{result.random_draws} random directions, 5–95 %",
-                numbers(result.random_p05),
-                numbers(result.random_p95),
-                GREY,
-            )
-        ],
-        both_scales=True,
-        y_range=(0, 1),
-    )
-
-
-def _channels(result: Steering, name: str, at: int) -> Series:
-    return Series(
-        name=set_name(name),
-        values=numbers(result.channels[name]),
-        colour=depth_colour(at, len(result.channels)),
-        style="dots",
-        low=numbers(result.channels_low.get(name, [])),
-        high=numbers(result.channels_high.get(name, [])),
     )

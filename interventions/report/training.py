@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from bridges.run_folder import Run
 from bridges.sites import all_sites
-from interventions.report.charts import BLUE, INK, ORANGE, Chart, Series, depth_colour, numbers
+from interventions.charts import BLUE, INK, ORANGE, Chart, Series, depth_colour, numbers
 from sparse_model.training.metrics_log import read_metrics
 
 MOST_POINTS = 400

@@ -58,9 +58,11 @@ class Experiment:
         check_choices(self)
         for name in _COUNTS:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for one in self.sets:
-            require(0 < len(one) == len(set(one)), "sets", self.sets, "a set needs channels, none of them twice")
-        sizes = {len(one) for one in self.sets}
+        for channels in self.sets:
+            require(
+                0 < len(channels) == len(set(channels)), "sets", self.sets, "a set needs channels, none of them twice"
+            )
+        sizes = {len(channels) for channels in self.sets}
         require(len(sizes) == len(self.sets), "sets", self.sets, "no two sets may be of one size")
 
 
@@ -85,12 +87,12 @@ def resolved(experiment: Experiment, bundle: Bundle) -> Experiment:
     task = experiment.task or channel.selection.get("task")
     if task is None:
         raise ValueError(f"channel {name!r} was not found for a task: name one")
-    found: dict[str, list[int]] = channel.selection.get("sets", {})
-    sets = experiment.sets or tuple(tuple(found[str(n)]) for n in experiment.sizes if str(n) in found)
-    if not found and not sets:
+    searched: dict[str, list[int]] = channel.selection.get("sets", {})
+    sets = experiment.sets or tuple(tuple(searched[str(n)]) for n in experiment.sizes if str(n) in searched)
+    if not searched and not sets:
         sets = (channel.indices,)
-    require(len(sets) > 0, "sizes", experiment.sizes, f"the search for {channel.name!r} found {', '.join(found)}")
-    wrong = [c for one in sets for c in one if not 0 <= c < bundle.shape.d_model]
+    require(len(sets) > 0, "sizes", experiment.sizes, f"the search for {channel.name!r} found {', '.join(searched)}")
+    wrong = [c for channels in sets for c in channels if not 0 <= c < bundle.shape.d_model]
     require(not wrong, "sets", wrong, f"the sparse stream has channels 0 .. {bundle.shape.d_model - 1}")
     seed = bundle.run.config.seed if experiment.seed is None else experiment.seed
     return replace(
@@ -111,6 +113,6 @@ def default_strengths(chosen: dict[str, float]) -> tuple[float, ...]:
 
 def chosen_strengths(channel: Channel, sets: Sequence[Sequence[int]]) -> dict[str, float]:
     """By size, the strength that was chosen on selection prompts for those of the sets that the search found."""
-    found, doses = (channel.selection.get(part, {}) for part in ("sets", "doses"))
-    sizes = {str(len(one)): list(one) for one in sets}
-    return {n: doses[n]["strength"] for n, one in sizes.items() if found.get(n) == one and n in doses}
+    searched, doses = (channel.selection.get(part, {}) for part in ("sets", "doses"))
+    by_size = {str(len(channels)): list(channels) for channels in sets}
+    return {n: doses[n]["strength"] for n, channels in by_size.items() if searched.get(n) == channels and n in doses}

@@ -1,23 +1,23 @@
 """What a steering experiment found: curves by name, the strengths at which tables read them, and a figure."""
 
-# ruff: noqa: RUF012 (a NamedTuple has no default factories; nobody changes its defaults)
-
+import shlex
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from interventions.figures import DEPTH, GREY
+from interventions.charts import GREY, INK, Band, Chart, Series, Style, depth_colour, draw_chart, numbers
 from interventions.steering.strengths import quiet_count
 
 Curve = list[float]
+_COLOURS = {"random_channels": GREY, "shuffled": "#9a7f4f", "untrained": "#7d6f9a"}
+FULL_STRENGTH = 1.0
+"""The strength at which channels take their counterfactual values."""
 
 
 class Steering(NamedTuple):
-    """Mean P(counterfactual answer) at the last token, full vocabulary, at each strength. `_asdict()` is JSON.
-
-    Fields with an empty default are not in the results of earlier versions.
-    """
+    """Mean P(counterfactual answer) at the last token, full vocabulary, at each strength. `_asdict()` is JSON."""
 
     task: str
     strength: Curve
@@ -37,43 +37,54 @@ class Steering(NamedTuple):
     site: int
     sets: dict[str, list[int]]
     """The channels of each set."""
-    channels_low: dict[str, Curve] = {}
+    channels_low: dict[str, Curve]
     """2.5th percentile of `channels` over bootstrap resamples of the prompts."""
-    channels_high: dict[str, Curve] = {}
+    channels_high: dict[str, Curve]
     """97.5th percentile."""
-    shuffled_mean: Curve = []
-    shuffled_p95: Curve = []
-    untrained_mean: Curve = []
-    untrained_p95: Curve = []
-    ridge: dict[str, Curve] = {}
+    shuffled_mean: Curve
+    shuffled_p95: Curve
+    untrained_mean: Curve
+    untrained_p95: Curve
+    ridge: dict[str, Curve]
     """The same channels through a ridge regression, by their number."""
-    exact_patch: Curve = []
+    exact_patch: Curve
     """The dense model's own counterfactual at the site."""
-    reference: str = ""
+    reference: str
     """The set whose norm and number of channels the drawn controls have."""
-    norms: dict[str, float] = {}
+    norms: dict[str, float]
     """Mean norm of each edit over the tokens that it moves, at strength 1; of those through shuffled and untrained
     decoders before they are scaled, mean over the decoders."""
-    ridge_fit: dict[str, float] = {}
+    ridge_fit: dict[str, float]
     """Penalty of the regression; its NMSE and the trained decoder's on held-out text."""
-    side_effects: dict[str, dict[str, Any]] = {}
+    side_effects: dict[str, dict[str, Any]]
     """`SideEffects` by set, and of `unsteered`, `difference_of_means` and `random` (mean over 5 directions as long as
     the reference's fixed vector)."""
-    experiment: dict[str, Any] = {}
+    experiment: dict[str, Any]
     """The experiment, with what it had left open."""
-    model: dict[str, int | float] = {}
+    model: dict[str, int | float]
     """Shape and seed of the run."""
-    random_own_p95: dict[str, Curve] = {}
+    random_own_p95: dict[str, Curve]
     """95th percentile of random directions as long as each set's own edit, and as the difference of means."""
-    chosen: dict[str, float] = {}
+    chosen: dict[str, float]
     """The strength that was chosen on selection prompts: for each set, and for `difference_of_means`."""
-    searched: dict[str, list[float]] = {}
+    searched: dict[str, list[float]]
     """P(counterfactual answer) of the one channel that the same search finds through each shuffled decoder, and each
     untrained bridge, at its quiet strength; of channels that were found by steering."""
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
         return plot_strengths(self)
+
+    @classmethod
+    def from_metrics(cls, metrics: dict[str, Any], task: str, folder: Path) -> "Steering":
+        """A task's result in metrics.json of a folder. A result that is not of this version is a ValueError."""
+        fields = metrics["steering"][task]
+        if not isinstance(fields, dict) or set(fields) != set(cls._fields):
+            raise ValueError(
+                f"{folder / 'metrics.json'}: the steering of {task} is of another version or damaged, steer again: "
+                f"sparse-bridges steer --run {shlex.quote(str(folder))} --task {task}"
+            )
+        return cls(**fields)
 
 
 DRAWN = {
@@ -91,16 +102,9 @@ def quiet_strength(result: Steering, name: str) -> float:
     What an edit does to the answer has no say in it. It is not above 1, the counterfactual value, unless a larger one
     was chosen on selection prompts.
     """
-    p95 = result.random_own_p95.get(name)
-    if p95 is None:  # of a version that did not measure it
-        return full_strength(result)
-    most = max(1.0, result.chosen.get(name, 0.0))
-    return max([s for s in result.strength[: quiet_count(p95)] if s <= most], default=result.strength[0])
-
-
-def full_strength(result: Steering) -> float:
-    """1, the counterfactual value; where that was not measured, the last strength below it, or the first above."""
-    return max([s for s in result.strength if s <= 1], default=result.strength[0])
+    most = max(FULL_STRENGTH, result.chosen.get(name, 0.0))
+    quiet = result.strength[: quiet_count(result.random_own_p95[name])]
+    return max([s for s in quiet if s <= most], default=result.strength[0])
 
 
 def named_curves(result: Steering) -> dict[str, Curve]:
@@ -114,7 +118,7 @@ def named_curves(result: Steering) -> dict[str, Curve]:
     for name, curve in result.random_own_p95.items():
         if name != result.reference:
             curves[f"random directions as long as {set_name(name)}, 95th percentile"] = curve
-    return {name: curve for name, curve in curves.items() if curve}
+    return curves
 
 
 def set_name(size: str) -> str:
@@ -122,12 +126,18 @@ def set_name(size: str) -> str:
     return f"{size} channel{'s' * (size != '1')}" if size.isdigit() else size.replace("_", " ")
 
 
+def place_of(result: Steering, strength: int | float) -> int | None:
+    """The place of a strength in a result's curves; None where it was not measured."""
+    return next((place for place, measured in enumerate(result.strength) if abs(measured - strength) < 1e-6), None)
+
+
 def at_strength(result: Steering, strength: int | float, folder: str = "this run") -> int:
     """The place of a strength in a result's curves. Raises ValueError where it was not measured."""
-    for at, one in enumerate(result.strength):
-        if abs(one - strength) < 1e-6:
-            return at
-    raise ValueError(f"strength={strength}: {folder} was steered at {', '.join(f'{s:g}' for s in result.strength)}")
+    place = place_of(result, strength)
+    if place is None:
+        measured = ", ".join(f"{s:g}" for s in result.strength)
+        raise ValueError(f"strength={strength}: {folder} was steered at {measured}")
+    return place
 
 
 def strength_of(result: Steering, name: str, strength: int | float | None = None) -> int | float:
@@ -135,40 +145,57 @@ def strength_of(result: Steering, name: str, strength: int | float | None = None
     if strength is not None:
         return strength
     for n in (*result.sets, "difference_of_means"):
-        own = set_name(n)
-        if name in (own, f"ridge regression, {own}") or name.startswith(f"random directions as long as {own},"):
+        edit = set_name(n)
+        if name in (edit, f"ridge regression, {edit}") or name.startswith(f"random directions as long as {edit},"):
             return quiet_strength(result, n)
-    return quiet_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else full_strength(result)
+    return quiet_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else FULL_STRENGTH
 
 
 def value_at(result: Steering, name: str, strength: int | float | None = None) -> float:
-    """P(counterfactual answer) on one of the `named_curves`."""
+    """P(counterfactual answer) on one of the `named_curves`. Raises ValueError where it was not measured there."""
     return named_curves(result)[name][at_strength(result, strength_of(result, name, strength))]
 
 
-def draw_steering(axes: Axes, result: Steering, ink: str = "black") -> None:
-    """Strength curves of one task with their controls; `ink` is the colour of those that need no sparse model."""
-    strength, curves = result.strength, named_curves(result)
-    for at, (n, curve) in enumerate(sorted(result.channels.items(), key=lambda entry: int(entry[0]))):
-        colour = DEPTH(at / max(1, len(result.channels) - 1))
-        axes.plot(strength, curve, color=colour, marker="o", ms=3, label=set_name(n))
-        if n in result.channels_low:
-            axes.fill_between(strength, result.channels_low[n], result.channels_high[n], color=colour, alpha=0.15, lw=0)
-        if n == result.reference:
-            axes.plot(strength, result.ridge[n], color=colour, ls="--", label=f"ridge regression, {set_name(n)}")
-    if result.exact_patch:
-        axes.plot(strength, result.exact_patch, color=ink, lw=1, label="exact patch (dense)")
-    axes.plot(strength, result.difference_of_means, color=ink, ls="--", label="difference of means (dense)")
+def strength_chart(result: Steering, chart_id: str = "steering") -> Chart:
+    """One task's strength curves with their controls, as a report, a notebook and a PNG draw them."""
+    curves, sets = named_curves(result), sorted(result.channels, key=int)
+    colours = {n: depth_colour(number, len(sets)) for number, n in enumerate(sets)}
+    series = [_set_series(result, n, colours[n]) for n in sets]
+
+    rivals: list[tuple[str, str, Style]] = [
+        (f"ridge regression, {set_name(result.reference)}", colours[result.reference], "dash"),
+        ("exact patch", INK, "line"),
+        ("difference of means", INK, "dash"),
+        ("random directions, mean", GREY, "line"),
+        *((f"{DRAWN[field]}, 95th percentile", colour, "dash") for field, colour in _COLOURS.items()),
+    ]
+    series += [Series(name, numbers(curves[name]), colour, style) for name, colour, style in rivals]
     band = f"{result.random_draws} random directions, 5–95 %"
-    axes.fill_between(
-        strength, result.random_p05, result.random_p95, color=GREY, alpha=0.3, lw=0, label=band, gid="random-band"
+    return Chart(
+        id=chart_id,
+        title="Strength curves",
+        caption=f"Mean over {result.prompts} evaluation prompts; site {result.site}, where={result.where}. What is "
+        f"drawn at random is, token by token, as long as the edit with {set_name(result.reference)}. Around the "
+        "channels' curves: 95 % bootstrap interval over prompts.",
+        x=numbers(result.strength),
+        x_title="steering strength (1: fully patched)",
+        y_title="P(counterfactual answer)",
+        series=series,
+        bands=[Band(band, numbers(result.random_p05), numbers(result.random_p95), GREY)],
+        both_scales=True,
+        y_range=(0, 1),
     )
-    axes.plot(strength, result.random_mean, color=GREY, label="random directions, mean")
-    for name, style in (("random channels", ":"), ("shuffled decoder", "--"), ("untrained bridge", "-.")):
-        name = f"{name}, 95th percentile"
-        if name in curves:
-            axes.plot(strength, curves[name], color=GREY, ls=style, label=name)
-    axes.set(xlabel="steering strength (1: fully patched)", ylabel="mean P(counterfactual answer)", ylim=(-0.02, 1.02))
+
+
+def _set_series(result: Steering, n: str, colour: str) -> Series:
+    ends = (numbers(result.channels_low[n]), numbers(result.channels_high[n]))
+    return Series(set_name(n), numbers(result.channels[n]), colour, "dots", *ends)
+
+
+def draw_steering(axes: Axes, result: Steering) -> None:
+    """Strength curves of one task with their controls."""
+    draw_chart(axes, strength_chart(result))
+    axes.set(ylim=(-0.02, 1.02))
 
 
 def plot_strengths(result: Steering) -> Figure:

@@ -26,11 +26,11 @@ def searched_again(
     choosing, steering = Dosing(run, selection, site), Dosing(run, evaluation, site)
     alone = [[c] for c in candidates]
     quiet, measured = choosing.quiet(alone, SEARCH_DRAWS), steering.quiet(alone, SEARCH_DRAWS)
-    found = []
+    effects_found = []
     for columns in maps:
         effects = choosing.effects(alone, columns).T.tolist()
         doses = [choose_dose(p, p95, choosing.base) for p, p95 in zip(effects, quiet, strict=True)]
         best = max(range(len(doses)), key=lambda i: doses[i].p)
         allowed = [s for s in LADDER[: len(measured[best])] if s <= max(1.0, doses[best].strength)]
-        found.append(float(steering.effects([alone[best]], columns, allowed[-1:] or [0.0])[0, 0]))
-    return found
+        effects_found.append(float(steering.effects([alone[best]], columns, allowed[-1:] or [0.0])[0, 0]))
+    return effects_found

@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 
 from bridges.losses import kl
 from bridges.run_folder import Run
-from interventions.circuits.solved_tasks import SOLVED
+from interventions.circuits.solved_tasks import solves
 from interventions.editing.intervene import intervene_vector
 from interventions.steering.experiment import Experiment
 from interventions.steering.steered_prompts import Prompts, Vectors, logits_at
@@ -82,7 +82,7 @@ class Bystanders:
         self.tasks = {
             name: batch
             for name, batch in _task_batches(run, plan.task_pairs, self.seed).items()
-            if name != plan.task and self._pair_accuracy(batch.to(hf.device)) >= SOLVED
+            if name != plan.task and solves(self._pair_accuracy(batch.to(hf.device)))
         }
         self.new_tokens = min(plan.new_tokens, hf.config.n_positions - int(prompts.last.max()))
 
@@ -139,9 +139,9 @@ class Bystanders:
         for part in range(0, len(tokens), 16):
             rows = slice(part, part + 16)
             logits = self.hf(input_ids=tokens[rows, : int(places.max()) + 1], use_cache=False).logits
-            own = logits.gather(1, places[rows, :, None].expand(-1, -1, logits.shape[-1]))
+            behind = logits.gather(1, places[rows, :, None].expand(-1, -1, logits.shape[-1]))
             losses.append(
-                torch.nn.functional.cross_entropy(own.flatten(0, 1), generated[rows].flatten(), reduction="none")
+                torch.nn.functional.cross_entropy(behind.flatten(0, 1), generated[rows].flatten(), reduction="none")
             )
         return float(torch.cat(losses).mean().exp())
 

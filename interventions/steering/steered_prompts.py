@@ -35,7 +35,7 @@ class Prompts(NamedTuple):
     tokens: Int[Tensor, "prompt pos"]
     counterfactual: Int[Tensor, "prompt pos"]
     target: Int[Tensor, " prompt"]
-    own: Int[Tensor, " prompt"]
+    own_answer: Int[Tensor, " prompt"]
     last: Int[Tensor, " prompt"]
 
     @property
@@ -82,12 +82,12 @@ def steerable(run: Run) -> GPT2LMHeadModel:
 
 
 def logits_at(
-    hf: GPT2LMHeadModel, tokens: Int[Tensor, "row pos"], at: Int[Tensor, " row"]
+    hf: GPT2LMHeadModel, tokens: Int[Tensor, "row pos"], positions: Int[Tensor, " row"]
 ) -> Float[Tensor, "row vocab"]:
     """Logits behind one token of each row; only the columns that are asked for are unembedded."""
-    columns, place = at.unique(return_inverse=True)
+    columns, place = positions.unique(return_inverse=True)
     logits = hf(input_ids=tokens, logits_to_keep=columns, use_cache=False).logits
-    return logits[torch.arange(len(at), device=at.device), place]
+    return logits[torch.arange(len(positions), device=positions.device), place]
 
 
 class _Group(NamedTuple):
@@ -124,17 +124,17 @@ class SteeredPrompts:
 
     def _chunk(self, edits: Float[Tensor, "edit prompt pos d_dense"], strengths: Sequence[int | float]) -> Answers:
         shape = (len(strengths), len(edits), len(self.prompts.last))
-        found = Answers(*(one.expand(shape).clone() for one in self.base))
+        answers = Answers(*(unsteered.expand(shape).clone() for unsteered in self.base))
         for group in self._groups:
             at_once = max(1, _TOKENS // (len(group.rows) * (group.stop - group.start)))
-            own = edits[:, group.rows, : group.stop]
+            group_edits = edits[:, group.rows, : group.stop]
             for number, strength in enumerate(strengths):
                 if strength == 0:
                     continue
-                passes = [self._pass(group, part, strength) for part in own.split(at_once)]
-                for all_rows, some in zip(found, zip(*passes, strict=True), strict=True):
+                passes = [self._pass(group, part, strength) for part in group_edits.split(at_once)]
+                for all_rows, some in zip(answers, zip(*passes, strict=True), strict=True):
                     all_rows[number][:, group.rows.cpu()] = torch.cat(some).unflatten(0, (len(edits), -1))
-        return found
+        return answers
 
     def _pass(
         self, group: _Group, edits: Float[Tensor, "edit row pos d_dense"] | None, strength: int | float
@@ -154,7 +154,9 @@ class SteeredPrompts:
             with intervene_vector(self.hf, self.site, edits.flatten(0, 1), strength=strength, where=self.where):
                 logits = self.hf(**arguments).logits
         p = logits[:, -1].float().softmax(-1)
-        target, own = (p.gather(1, ids[rows][:, None])[:, 0].cpu() for ids in (self.prompts.target, self.prompts.own))
+        target, own = (
+            p.gather(1, ids[rows][:, None])[:, 0].cpu() for ids in (self.prompts.target, self.prompts.own_answer)
+        )
         return Answers(target, target / (target + own))
 
     def _grouped(self) -> Iterator[_Group]:

@@ -20,15 +20,8 @@ from torch import Tensor
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
 from interventions.editing.hooks import Where
-from interventions.steering.edits import (
-    Columns,
-    activation_changes,
-    along,
-    channel_edit,
-    mean_norm,
-    random_directions,
-    scaled,
-)
+from interventions.steering.edits import Columns, activation_changes, channel_edit, mean_norm, scaled
+from interventions.steering.rivals import along, random_directions
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.tasks.base import TaskBatch
 
@@ -36,8 +29,8 @@ LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 """Strengths that are tried."""
 QUIET = 0.05
 """P(counterfactual answer) that 95 % of random directions must not pass."""
-NEARLY = 0.9
-"""Share of the largest quiet effect that the chosen strength must reach."""
+NEAR_LARGEST = 0.9
+"""Share of the largest effect from which one is nearly as large."""
 
 DRAWS = 100
 """Random directions that a strength is chosen by."""
@@ -59,6 +52,11 @@ def quiet_count(random: Sequence[float]) -> int:
     return next((i for i, p in enumerate(random) if p > QUIET), len(random))
 
 
+def near_largest(p: float, largest: float) -> bool:
+    """Whether an effect is nearly as large as the largest."""
+    return p >= NEAR_LARGEST * largest
+
+
 def choose_dose(p: Sequence[float], quiet: Sequence[float], base: float) -> Dose:
     """The smallest quiet strength of the ladder that reaches nearly the largest quiet effect.
 
@@ -66,8 +64,9 @@ def choose_dose(p: Sequence[float], quiet: Sequence[float], base: float) -> Dose
     """
     if not quiet:
         return Dose(0.0, base, base)
-    at = next(i for i in range(len(quiet)) if p[i] >= NEARLY * max(p[: len(quiet)]))
-    return Dose(float(LADDER[at]), float(p[at]), float(quiet[at]))
+    largest = max(p[: len(quiet)])
+    chosen = next(i for i in range(len(quiet)) if near_largest(p[i], largest))
+    return Dose(float(LADDER[chosen]), float(p[chosen]), float(quiet[chosen]))
 
 
 class Dosing:
@@ -85,45 +84,45 @@ class Dosing:
 
     def edit(self, channels: Sequence[int], columns: Columns | None = None) -> Vectors:
         """The edit of a set at strength 1; through other columns than the decoder's as long as through those."""
-        own = channel_edit(self.changes, self._columns, self._rms, channels)
+        edit = channel_edit(self.changes, self._columns, self._rms, channels)
         if columns is None:
-            return own
-        return scaled(channel_edit(self.changes, columns, self._rms, channels), own.norm(dim=-1, keepdim=True))
+            return edit
+        return scaled(channel_edit(self.changes, columns, self._rms, channels), edit.norm(dim=-1, keepdim=True))
 
     def effects(
         self, sets: Sequence[Sequence[int]], columns: Columns | None = None, strengths: Sequence[float] = LADDER
     ) -> Float[Tensor, "strength set"]:
         """Mean P(counterfactual answer) of every set at every strength."""
-        return self._steered.answers((self.edit(one, columns) for one in sets), strengths).target.mean(2)
+        return self._steered.answers((self.edit(channels, columns) for channels in sets), strengths).target.mean(2)
 
     def effects_at(self, sets: Sequence[Sequence[int]], norms: Sequence[float]) -> Float[Tensor, "norm set"]:
         """Mean P(counterfactual answer) of every set at strengths that give its edit these mean norms."""
-        edits = [self.edit(one) for one in sets]
+        edits = [self.edit(channels) for channels in sets]
         unit = (edit / max(mean_norm(edit), 1e-30) for edit in edits)
         return self._steered.answers(unit, norms).target.mean(2)
 
     def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
         """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
-        return self._quiet([self.edit(one) for one in sets], draws)
+        return self._quiet([self.edit(channels) for channels in sets], draws)
 
     def _quiet(self, edits: Sequence[Vectors], draws: int) -> list[list[float]]:
         norms = [edit.norm(dim=-1, keepdim=True) for edit in edits]
-        found: list[list[float]] = [[] for _ in edits]
+        percentiles: list[list[float]] = [[] for _ in edits]
         left = list(range(len(edits)))
         for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
-            drawn = (one for i in left for one in along(self._random[:draws], norms[i]))
+            drawn = (edit for i in left for edit in along(self._random[:draws], norms[i]))
             random = self._steered.answers(drawn, [strength]).target.mean(2).view(len(left), -1)
-            percentiles = random.quantile(0.95, dim=1).tolist()
-            for i, p in zip(left, percentiles, strict=True):
-                found[i].append(p)
-            left = [i for i in left if found[i][-1] <= QUIET]
+            at_strength = random.quantile(0.95, dim=1).tolist()
+            for i, p in zip(left, at_strength, strict=True):
+                percentiles[i].append(p)
+            left = [i for i in left if percentiles[i][-1] <= QUIET]
             if not left:
                 break
-        return [p[: quiet_count(p)] for p in found]
+        return [p[: quiet_count(p)] for p in percentiles]
 
     def doses(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[Dose]:
         """The strength of each set."""
-        return self.edit_doses([self.edit(one) for one in sets], draws)
+        return self.edit_doses([self.edit(channels) for channels in sets], draws)
 
     def edit_doses(self, edits: Sequence[Vectors], draws: int = DRAWS) -> list[Dose]:
         """The strength of each edit, whatever it was made from."""
@@ -138,5 +137,5 @@ def with_doses(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
     doses = Dosing(run, batch, channel.site).doses(list(sets.values()))
     return replace(
         channel,
-        selection=channel.selection | {"doses": {n: one._asdict() for n, one in zip(sets, doses, strict=True)}},
+        selection=channel.selection | {"doses": {n: dose._asdict() for n, dose in zip(sets, doses, strict=True)}},
     )

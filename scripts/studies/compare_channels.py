@@ -11,7 +11,7 @@ import tyro
 
 from interventions.bundle.channels import FILE, Channel, load_channels
 from interventions.cli.options import report_errors
-from interventions.finding.by_patching import ENOUGH
+from interventions.finding.by_patching import SET_SHARE, carries_enough
 from sparse_model.config import require
 
 
@@ -41,7 +41,7 @@ def row(run: str, channel: Channel) -> list[str]:
     selection = channel.selection
     share, whole = selection["share"], selection["whole_effect_nats"]
     carried = share[str(len(channel.indices))]
-    enough = next((n for n, s in share.items() if s >= ENOUGH), f"more than {max(share, key=int)}")
+    enough = next((n for n, s in share.items() if carries_enough(s)), f"more than {max(share, key=int)}")
     source = "steering" if "candidates" in selection else "patching"
     if "circuit" in selection:
         source = f"circuit of {selection['circuit']['nodes']} nodes"
@@ -52,7 +52,16 @@ def row(run: str, channel: Channel) -> list[str]:
 
 def main(options: Options) -> None:
     require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
-    heads = ["run", "channel", "from", "site", "indices (weights)", "share", "effect, nats", "indices for 90 %"]
+    heads = [
+        "run",
+        "channel",
+        "from",
+        "site",
+        "indices (weights)",
+        "share",
+        "effect, nats",
+        f"indices for {100 * SET_SHARE:g} %",
+    ]
     rows = [row(run, channel) for run in options.runs for channel in channels_of(Path(run), options.task)]
     for cells in (heads, ["---"] * len(heads), *rows):
         print(f"| {' | '.join(cells)} |")

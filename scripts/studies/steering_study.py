@@ -17,8 +17,9 @@ import tyro
 from matplotlib.figure import Figure
 from summary import read_steering, steering_figures
 
+from interventions.charts import GREY, depth_colour
 from interventions.cli.options import report_errors
-from interventions.figures import DEPTH, GREY, save_figure
+from interventions.figures import save_figure
 from interventions.steering.result import Steering, at_strength, set_name, strength_of, value_at
 
 
@@ -43,12 +44,10 @@ def group_of(result: Steering) -> str:
 
 
 def read_groups(options: Options) -> dict[str, list[Steering]]:
-    """The runs' results by group. Raises what `read_steering` raises, and ValueError for an old or a foreign result."""
+    """The runs' results by group. Raises what `read_steering` raises, and ValueError for a strength not measured."""
     groups: dict[str, list[Steering]] = {}
     for folder in options.runs:
         _, result = read_steering(Path(folder), options.task)
-        if not result.model:
-            raise ValueError(f"{folder} was steered by an earlier version: run scripts/steer.py on it again")
         for name in result.channels:
             at_strength(result, strength_of(result, set_name(name), options.strength), folder)
         groups.setdefault(group_of(result), []).append(result)
@@ -77,7 +76,7 @@ def draw(groups: dict[str, list[Steering]], options: Options, path: Path) -> Pat
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, (name, runs) in enumerate(groups.items()):
-        colour = DEPTH(number / max(1, len(groups) - 1))
+        colour = depth_colour(number, len(groups))
         found: dict[int, list[float]] = {}
         for result in runs:
             points = sorted((int(n), value_at(result, set_name(n), options.strength)) for n in result.channels)
@@ -89,8 +88,11 @@ def draw(groups: dict[str, list[Steering]], options: Options, path: Path) -> Pat
         if len(groups) == 1:
             styles = {"exact patch": "-", "difference of means": "--", "random directions, 95th percentile": ":"}
             for control, style in styles.items():
-                level = statistics.median(value_at(r, control, options.strength) for r in runs)
-                axes.axhline(level, color=GREY, ls=style, lw=1.2, label=f"{control}, median")
+                levels = [steering_figures(r, options.strength).get(control) for r in runs]
+                measured = [level for level in levels if level is not None]
+                if measured:
+                    level = statistics.median(measured)
+                    axes.axhline(level, color=GREY, ls=style, lw=1.2, label=f"{control}, median")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="sparse channels moved", ylabel="P(counterfactual answer)")
     axes.set(ylim=(-0.02, 1.02), title=options.task)

@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from interventions.cli.options import report_errors
-from interventions.steering.result import DRAWN, Steering, named_curves, set_name, strength_of, value_at
+from interventions.steering.result import DRAWN, Steering, named_curves, place_of, set_name, strength_of, value_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +34,14 @@ def read_steering(folder: Path, task: str) -> tuple[dict[str, Any], Steering]:
     metrics = json.loads(path.read_text())
     if task not in metrics.get("steering", {}):
         raise ValueError(f"{path} has no steering of {task}: run scripts/find_channel.py and scripts/steer.py on it")
-    try:
-        return metrics, Steering(**metrics["steering"][task])
-    except TypeError as error:
-        raise ValueError(f"{path}: steering of {task} does not read ({error}): run scripts/steer.py again") from error
+    return metrics, Steering.from_metrics(metrics, task, folder)
 
 
 def steering_figures(result: Steering, strength: float | None = None) -> dict[str, float]:
     """P(counterfactual answer) unsteered and steered, by edit, and the side effects of the edits.
 
     At one strength; unset: each set, and the difference of means, at its quiet strength, the controls at their set's.
+    What belongs to no set is read at strength 1, and left out where that was not measured.
     """
     rows = {}
     if result.strength[0] == 0:
@@ -53,7 +51,10 @@ def steering_figures(result: Steering, strength: float | None = None) -> dict[st
         if strength is None:
             rows[f"{name}, strength"] = strength_of(result, name)
         rows[f"steered, {name}" if name in sets else name] = value_at(result, name, strength)
-    rows |= {name: value_at(result, name, strength) for name in curves if name not in (*sets, "difference of means")}
+    for name in curves:
+        at = place_of(result, strength_of(result, name, strength))
+        if at is not None and name not in (*sets, "difference of means"):
+            rows[name] = curves[name][at]
     for name, found in result.searched.items():
         rows[f"1 channel searched for, {DRAWN[name]}, median"] = statistics.median(found)
         rows[f"1 channel searched for, {DRAWN[name]}, largest"] = max(found)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -24,6 +25,11 @@ from jaxtyping import Int32
 from sparse_model.data.text_files import SPLITS, Split
 
 Blocks = dict[Split, Int32[np.ndarray, "block n_ctx"]]
+
+
+def cache_folder(chosen: str | Path | None = None) -> Path:
+    """Where corpora are kept: `chosen`, else `$SPARSE_BRIDGES_CACHE`, else `~/.cache/sparse-bridges`."""
+    return Path(chosen or os.environ.get("SPARSE_BRIDGES_CACHE") or "~/.cache/sparse-bridges").expanduser()
 
 
 def write_cache(folder: Path, blocks: Blocks, report: dict[str, Any]) -> None:

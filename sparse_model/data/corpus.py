@@ -11,7 +11,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,14 +25,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from sparse_model.data.cache import read_cache, write_cache
+from sparse_model.data.cache import cache_folder, read_cache, write_cache
 from sparse_model.data.packing import Feed, Packed, mix, pack
 from sparse_model.data.sources import Source, open_source, parse_spec
 from sparse_model.data.text_files import SPLITS, SourceReport, Split
 from sparse_model.data.tokenizer import tokenizer_fingerprint
 
-FORMAT_VERSION = 1
-"""Part of the cache's name: raise it when the same configuration should give other blocks."""
+FORMAT_VERSION = 2
+"""Part of the cache's name: raise it when the same configuration should give other blocks or another report."""
 
 _CHARACTERS_PER_TOKEN = 4
 _TOKENIZER_BATCH = 64
@@ -45,7 +44,8 @@ class CorpusConfig:
 
     spec: str = "generated"
     """Sources, separated by commas, with optional weights (shares of the tokens) after a colon: `generated`,
-    `stdlib`, a local .py/.txt/.md/.jsonl file or folder, or the name of a data set on the hub."""
+    `stdlib`, `packages` (all that is installed) or `packages=numpy+scipy`, a local .py/.txt/.md/.jsonl file or
+    folder, or the name of a data set on the hub."""
     max_tokens: int = 1_000_000
     """Most train tokens to keep; a finite corpus may give fewer."""
     val_fraction: float = 0.05
@@ -79,8 +79,8 @@ class CorpusBlocks(NamedTuple):
     fingerprint: str
     """Hex digest of everything that shaped the blocks."""
     report: dict[str, Any]
-    """JSON-able: `splits` (tokens, blocks, and per source its tokens, share, documents begun and epochs) and
-    `notes` (sentences on repeated or exhausted sources)."""
+    """JSON-able: `splits` (tokens, blocks, and per source its tokens, share, documents begun and epochs), `notes`
+    (sentences on repeated or exhausted sources) and `sources` (what `describe_sources` says)."""
 
 
 def describe_sources(config: CorpusConfig) -> tuple[SourceReport, ...]:
@@ -88,7 +88,7 @@ def describe_sources(config: CorpusConfig) -> tuple[SourceReport, ...]:
 
     Raises: as `load_blocks` for paths and files.
     """
-    return tuple(source.report() for source in _open_sources(config))
+    return tuple(source.report() for source in open_sources(config))
 
 
 def iter_documents(config: CorpusConfig, split: Split) -> Iterator[str]:
@@ -100,7 +100,7 @@ def iter_documents(config: CorpusConfig, split: Split) -> Iterator[str]:
     """
     feeds = [
         Feed(entry.name, entry.share, partial(source.documents, split))
-        for entry, source in zip(parse_spec(config.spec), _open_sources(config), strict=True)
+        for entry, source in zip(parse_spec(config.spec), open_sources(config), strict=True)
     ]
     budget = config.budget(split) * _CHARACTERS_PER_TOKEN
     yield from (document for _, document in mix(feeds, budget, repeat=split == "train"))
@@ -129,9 +129,9 @@ def load_blocks(
         raise ValueError("the tokenizer has no eos_token to separate documents with; set tokenizer.eos_token")
     if n_ctx < 2:
         raise ValueError(f"n_ctx={n_ctx} leaves nothing to predict; use at least 2")
-    sources = _open_sources(config)
+    sources = open_sources(config, cache_dir)
     fingerprint = _fingerprint(config, sources, tokenizer, n_ctx)
-    folder = _cache_folder(cache_dir) / f"blocks-{fingerprint[:24]}"
+    folder = cache_folder(cache_dir) / f"blocks-{fingerprint[:24]}"
     cached = read_cache(folder) if folder.exists() else None
     if cached is not None:
         blocks, report = cached
@@ -141,14 +141,21 @@ def load_blocks(
         for split in SPLITS:
             blocks[split], splits[split] = _build(config, split, sources, tokenizer, n_ctx, bar)
             notes += _notes(config, split, splits[split])
-    report = {"splits": splits, "notes": notes}
+    report = {"splits": splits, "notes": notes, "sources": [source.report().as_json() for source in sources]}
     write_cache(folder, blocks, report)
     return CorpusBlocks(_tensor(blocks["train"]), _tensor(blocks["val"]), fingerprint, report)
 
 
-def _open_sources(config: CorpusConfig) -> list[Source]:
+def open_sources(config: CorpusConfig, cache_dir: str | Path | None = None) -> list[Source]:
+    """The sources of `config`, none of them read so far."""
     return [
-        open_source(source.name, val_fraction=config.val_fraction, seed=config.seed, text_field=config.text_field)
+        open_source(
+            source.name,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            text_field=config.text_field,
+            cache_dir=cache_dir,
+        )
         for source in parse_spec(config.spec)
     ]
 
@@ -251,11 +258,6 @@ def _notes(config: CorpusConfig, split: Split, report: dict[str, Any]) -> list[s
             for name, of in ended.items()
         ]
     return notes
-
-
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    chosen = cache_dir or os.environ.get("SPARSE_BRIDGES_CACHE") or "~/.cache/sparse-bridges"
-    return Path(chosen).expanduser()
 
 
 def _tensor(blocks: Int32[np.ndarray, "block n_ctx"]) -> Int[Tensor, "block n_ctx"]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerFast
 
 from sparse_model.config import TrainConfig
-from sparse_model.data.corpus import CorpusBlocks, CorpusConfig, iter_documents, load_blocks
+from sparse_model.data.corpus import CorpusBlocks, CorpusConfig, iter_documents, load_blocks, open_sources
 
 
 def corpus_config(config: TrainConfig) -> CorpusConfig:
@@ -13,6 +13,14 @@ def corpus_config(config: TrainConfig) -> CorpusConfig:
     return CorpusConfig(
         spec=config.corpus, max_tokens=config.corpus_tokens, seed=config.seed, text_field=config.text_field
     )
+
+
+def check_corpus(config: TrainConfig) -> None:
+    """Refuse a corpus whose spec, paths or distributions are wrong; reads no text and writes nothing.
+
+    Raises: as `load_blocks` for names and paths.
+    """
+    open_sources(corpus_config(config))
 
 
 def tokenizer_documents(config: TrainConfig, characters: int = 4_000_000) -> Iterator[str]:

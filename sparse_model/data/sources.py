@@ -1,4 +1,4 @@
-"""Where the documents of a corpus come from: the generator, the standard library, local files, the hub.
+"""Where the documents of a corpus come from: the generator, installed code, local files, the hub.
 
 Every source divides its documents into train and val by a hash of each document's identity (its relative
 path, its file and line, its number), so it stays on its side whatever the order or the other documents.
@@ -7,7 +7,6 @@ path, its file and line, its number), so it stays on its side whatever the order
 import hashlib
 import math
 import random
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +15,16 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from datasets import load_dataset
 
-from sparse_model.data.text_files import FileSource, SourceReport, Split, stable_fraction, text_of_row
+from sparse_model.data.cache import cache_folder
+from sparse_model.data.packages import open_packages
+from sparse_model.data.text_files import (
+    FileSource,
+    SourceReport,
+    Split,
+    stable_fraction,
+    stdlib_source,
+    text_of_row,
+)
 from sparse_model.io.local import local_path
 
 
@@ -24,7 +32,7 @@ class WeightedSource(NamedTuple):
     """One entry of a corpus spec."""
 
     name: str
-    """`generated`, `stdlib`, a local path, or a data set's name on the hub."""
+    """`generated`, `stdlib`, `packages`, a local path, or a data set's name on the hub."""
     share: float
     """Its share of the corpus's tokens; the shares of a spec sum to 1."""
 
@@ -76,25 +84,29 @@ def _parse_weight(spec: str, name: str, text: str) -> float:
     return weight
 
 
-def open_source(name: str, *, val_fraction: float, seed: int, text_field: str | None) -> Source:
+def open_source(
+    name: str, *, val_fraction: float, seed: int, text_field: str | None, cache_dir: str | Path | None = None
+) -> Source:
     """The source that a spec's name stands for. The network is first asked when its documents are.
 
     Raises:
+        ValueError: a distribution that is not installed.
         FileNotFoundError: a name that looks like a path (starts with `.`, `/` or `~`, has more than
             one slash or a file suffix) and does not exist.
     """
     if name == "generated":
         return GeneratedSource(seed)
     if name == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        return FileSource(name, root, val_fraction, seed, None, stdlib=True)
+        return stdlib_source(val_fraction, seed)
+    if name.partition("=")[0] == "packages":
+        return open_packages(name, val_fraction, seed, cache_folder(cache_dir))
     path = local_path(name)
     if path is not None and path.exists():
         return FileSource(name, path, val_fraction, seed, text_field)
     if path is not None or Path(name).suffix[1:2].isalpha():  # "notes.txt" is a file that is not there
         raise FileNotFoundError(
             f"corpus path {name!r} does not exist (working folder: {Path.cwd()}); give an existing file or"
-            " folder, 'generated', 'stdlib', or the name of a data set on the hub"
+            " folder, 'generated', 'stdlib', 'packages', or the name of a data set on the hub"
         )
     return HubSource(name, val_fraction, text_field)
 

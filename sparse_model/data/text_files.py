@@ -6,12 +6,13 @@ import math
 import os
 import re
 import sys
+import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -21,9 +22,21 @@ TEXT_SUFFIXES = (".py", ".txt", ".md", ".jsonl")
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TEST_FILE = re.compile(r"(test_.*|.*_test|conftest)\.py")
-_GENERATED_HEAD = re.compile(r"auto-?generated|generated from '|file (is|was) generated|do not edit", re.I)
+GENERATED_HEAD = re.compile(r"auto-?generated|generated from '|file (is|was) generated|do not edit", re.I)
 _LITERAL_LINE = re.compile(r"""\s*['"0-9(\[{]""")
-_LARGEST_STDLIB_FILE = 200_000
+MOST_CHARACTERS = 200_000
+"""Longest file that is taken from the standard library or an installed package."""
+
+
+class DistributionReport(NamedTuple):
+    """One installed distribution whose files are used."""
+
+    name: str
+    version: str
+    licence: str
+    """As its metadata states it: an SPDX expression, the classifiers, or free text."""
+    files: int
+    """How many of its files are used."""
 
 
 class SourceReport(NamedTuple):
@@ -39,6 +52,12 @@ class SourceReport(NamedTuple):
     """Reason -> number of files (or whole folders) that are not used for it."""
     note: str
     """How the documents were divided, or what was counted."""
+    distributions: tuple[DistributionReport, ...] = ()
+    """The installed distributions that the files belong to, where they belong to any."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as it stands in a run's record."""
+        return self._asdict() | {"distributions": [distribution._asdict() for distribution in self.distributions]}
 
 
 def stable_fraction(identity: str) -> float:
@@ -62,7 +81,7 @@ def text_of_row(row: object, text_field: str | None, place: str) -> str:
     return row[field].encode(errors="replace").decode()  # a lone surrogate from JSON has no UTF-8 form
 
 
-class _Division(NamedTuple):
+class Division(NamedTuple):
     """Which documents are val: those whose fraction is below `threshold`, or the tail of the only one."""
 
     threshold: float | None
@@ -71,13 +90,25 @@ class _Division(NamedTuple):
     note: str
 
 
-@dataclass(frozen=True)
-class FileSource:
-    """Text files below a folder, or one file; every line of a .jsonl file is a document.
+def divide(identities: Sequence[str], val_fraction: float) -> Division:
+    """Which of a source's documents are val; each stays on its side whatever the others are.
 
     Where the hash leaves train or val empty, the document with the smallest hash becomes val. The only
-    document of a source is divided inside it, at the line boundary nearest to the fraction.
+    document of a source is divided inside it (`part_of_single`).
     """
+    fractions = [stable_fraction(identity) for identity in identities]
+    val = sum(fraction < val_fraction for fraction in fractions)
+    if len(fractions) == 1:
+        return Division(None, 1, 1, "a single document, divided at a line boundary")
+    if 0 < val < len(fractions):
+        return Division(val_fraction, len(fractions) - val, val, "divided by a hash of each document's name")
+    note = f"only {len(fractions)} documents: the one with the smallest hash is val"
+    return Division(math.nextafter(min(fractions), 1), len(fractions) - 1, 1, note)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Text files below a folder, or one file; every line of a .jsonl file is a document."""
 
     name: str
     root: Path
@@ -133,19 +164,13 @@ class FileSource:
         return _stdlib_reason(path.name, text) if self.stdlib else None
 
     @cached_property
-    def _division(self) -> _Division:
-        fractions = [stable_fraction(identity) for identity, _ in self._identified()]
-        if not fractions:
+    def _division(self) -> Division:
+        identities = [identity for identity, _ in self.identified()]
+        if not identities:
             raise ValueError(f"corpus {self.name!r} holds no document that is not empty")
-        val = sum(fraction < self.val_fraction for fraction in fractions)
-        if len(fractions) == 1:
-            return _Division(None, 1, 1, "a single document, divided at a line boundary")
-        if 0 < val < len(fractions):
-            return _Division(self.val_fraction, len(fractions) - val, val, "divided by a hash of each document's name")
-        note = f"only {len(fractions)} documents: the one with the smallest hash is val"
-        return _Division(math.nextafter(min(fractions), 1), len(fractions) - 1, 1, note)
+        return divide(identities, self.val_fraction)
 
-    def _identified(self) -> Iterator[tuple[str, str]]:
+    def identified(self) -> Iterator[tuple[str, str]]:
         """(identity, text) of every document that is not empty."""
         for file in self._listing[0]:
             path = self.root if self.root.is_file() else self.root / file
@@ -157,9 +182,9 @@ class FileSource:
 
     def documents(self, split: Split) -> Iterator[str]:
         threshold = self._division.threshold
-        for identity, text in self._identified():
+        for identity, text in self.identified():
             if threshold is None:
-                yield _part_of_single(self.name, text, self.val_fraction, split)
+                yield part_of_single(self.name, text, self.val_fraction, split)
             elif (stable_fraction(identity) < threshold) == (split == "val"):
                 yield text
 
@@ -179,18 +204,26 @@ def _stdlib_reason(name: str, text: str) -> str | None:
     """Why a file of the standard library is not the kind of Python a person writes."""
     if _TEST_FILE.fullmatch(name):
         return "test"
-    if name.startswith("_sysconfigdata") or _GENERATED_HEAD.search(text[:600]):
+    if name.startswith("_sysconfigdata") or GENERATED_HEAD.search(text[:600]):
         return "generated file"
-    if len(text) > _LARGEST_STDLIB_FILE:
-        return f"over {_LARGEST_STDLIB_FILE} characters"
+    if len(text) > MOST_CHARACTERS:
+        return f"over {MOST_CHARACTERS} characters"
+    return "data table" if is_data_table(text) else None
+
+
+def is_data_table(text: str) -> bool:
+    """Whether most lines of a longer text begin with a literal."""
     lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) > 50 and sum(bool(_LITERAL_LINE.match(line)) for line in lines) > len(lines) / 2:
-        return "data table"
-    return None
+    return len(lines) > 50 and sum(bool(_LITERAL_LINE.match(line)) for line in lines) > len(lines) / 2
 
 
-def _part_of_single(name: str, text: str, val_fraction: float, split: Split) -> str:
-    """The head (train) or tail (val) of a source's only document."""
+def stdlib_source(val_fraction: float, seed: int) -> FileSource:
+    """The running interpreter's standard library, less tests, generated files and tables of data."""
+    return FileSource("stdlib", Path(sysconfig.get_path("stdlib")), val_fraction, seed, None, stdlib=True)
+
+
+def part_of_single(name: str, text: str, val_fraction: float, split: Split) -> str:
+    """The head (train) or tail (val) of a source's only document, cut at the line end nearest to the fraction."""
     boundaries = [match.end() for match in re.finditer("\n", text) if match.end() < len(text)]
     if not boundaries:
         raise ValueError(f"corpus {name!r} is one document of one line, which leaves nothing for val; add text to it")

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparse_model.config import TrainConfig, claim_folder
-from sparse_model.data.prepare import prepare_corpus, tokenizer_documents
+from sparse_model.data.prepare import check_corpus, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
 from sparse_model.model.checkpoint import save_sparse
@@ -66,6 +66,7 @@ def pretrain(
     Raises FileExistsError where the folder holds a model and `resume` is not set, ValueError where it holds one of
     other settings or a tokenizer does not fit, and what training raises.
     """
+    check_corpus(config)
     accelerator = make_accelerator(folder, trackers, processes)
     if accelerator.is_main_process:
         claim_folder(config, folder, resume)

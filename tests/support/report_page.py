@@ -1,6 +1,8 @@
 """A report as the tests look at it, without a browser."""
 
 import json
+import re
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any, NamedTuple
 
@@ -26,11 +28,16 @@ class Page(HTMLParser):
         self.html = html
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.tables: dict[str, list[list[str]]] = {}
+        """By id or class; of several that share one, the last."""
+        self.sections: dict[str, list[list[list[str]]]] = {}
+        """All tables, by section of the page."""
+        self.words: dict[str, str] = {}
+        """All text, by section of the page."""
         self.examples: list[list[Token]] = []
         self.text = ""
         self.raw: list[str] = []
         """Contents of script and style elements."""
-        self._table = ""
+        self._table = self._section = ""
         self._open: list[str] = []
         self.feed(html)
 
@@ -41,6 +48,9 @@ class Page(HTMLParser):
         if tag == "table":
             self._table = named.get("id") or named.get("class") or f"table{len(self.tables)}"
             self.tables[self._table] = []
+            self.sections.setdefault(self._section, []).append(self.tables[self._table])
+        elif tag in ("section", "footer"):
+            self._section = str(named["id"])
         elif tag == "tr":
             self.tables[self._table].append([])
         elif tag in ("td", "th"):
@@ -61,11 +71,24 @@ class Page(HTMLParser):
             self.raw[-1] += data
             return
         self.text += data
+        self.words[self._section] = self.words.get(self._section, "") + data
         if {"td", "th"} & set(self._open):
             self.tables[self._table][-1][-1] += data.strip()
         if self._open[-1:] == ["i"] and "pre" in self._open:
             last = self.examples[-1].pop()
             self.examples[-1].append(last._replace(text=last.text + data))
+
+    @property
+    def cards(self) -> dict[str, tuple[str, str]]:
+        """Value and note of each key figure, by title."""
+        found = re.findall(r'<div class="card"><span>(.*?)</span><b>(.*?)</b><span>(.*?)</span></div>', self.html)
+        return {unescape(title): (unescape(value), unescape(note)) for title, value, note in found}
+
+    @property
+    def warnings(self) -> list[str]:
+        """The sentences that a reader should know first."""
+        found = re.search(r'<ul class="warnings".*?</ul>', self.html, re.DOTALL)
+        return [unescape(one) for one in re.findall("<li>(.*?)</li>", found[0], re.DOTALL)] if found else []
 
     @property
     def policy(self) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from support.helpers import make_tiny_run
 
 from bridges.evaluation import evaluate
 from bridges.run_folder import Run, fingerprint, open_run, update_metrics
-from interventions.bundle.channels import Channel, save_channel
+from interventions.bundle.channels import Channel, Rule, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.controls import validate
@@ -22,34 +22,14 @@ from interventions.tasks.catalogue import get_task
 
 TASK = "single_double_quote"
 EVIL = '<script>alert("x")</script>'
-STRENGTH = [0.0, 0.5, 1.0]
+STRENGTH = [0.0, 0.5, 1.0, 1.5]
 QUICK = PruneConfig(
     steps=2, pairs=4, pool=8, selection_pairs=8, reference_tokens=512, lbfgs_steps=4, eliminate=False, target_loss=0.6
 )
 
 
 def steering(task: str = TASK, *, p95: float = 0.05) -> Steering:
-    return Steering(
-        task=task,
-        strength=STRENGTH,
-        channels={"1": [0.01, 0.1, 0.2], "2": [0.01, 0.3, 0.7321]},
-        two_way={"1": [0.02, 0.1, 0.2], "2": [0.02, 0.3, 0.8123]},
-        random_mean=[0.01, 0.012, 0.0234],
-        random_p05=[0.01, 0.009, 0.0089],
-        random_p95=[0.01, 0.03, p95],
-        random_channels_mean=[0.01, 0.011, 0.0167],
-        random_channels_p95=[0.01, 0.02, 0.0456],
-        difference_of_means=[0.01, 0.2, 0.4567],
-        prompts=8,
-        random_draws=5,
-        where="read",
-        site=1,
-        sets={"1": [3], "2": [3, 7]},
-    )
-
-
-def thorough_steering(task: str = TASK) -> Steering:
-    """With everything that results of earlier versions do not have."""
+    """Of an experiment that goes on beyond strength 1, where everything is different again."""
     effects = {
         "norm": 0.5,
         "p_target": 0.6,
@@ -58,26 +38,43 @@ def thorough_steering(task: str = TASK) -> Steering:
         "perplexity": 4.5,
         "perplexity_counterfactual": 5.5,
     }
-    return steering(task)._replace(
-        channels_low={"1": [0.01, 0.08, 0.15], "2": [0.01, 0.25, 0.6543]},
-        channels_high={"1": [0.01, 0.12, 0.25], "2": [0.01, 0.35, 0.7654]},
-        shuffled_mean=[0.01, 0.02, 0.03],
-        shuffled_p95=[0.01, 0.03, 0.0567],
-        untrained_mean=[0.01, 0.01, 0.02],
-        untrained_p95=[0.01, 0.02, 0.0345],
-        ridge={"1": [0.01, 0.1, 0.1987], "2": [0.01, 0.2, 0.6789]},
-        exact_patch=[0.01, 0.4, 0.9876],
+    return Steering(
+        task=task,
+        strength=STRENGTH,
+        channels={"1": [0.01, 0.1, 0.2, 0.61], "2": [0.01, 0.3, 0.7321, 0.41]},
+        two_way={"1": [0.02, 0.1, 0.2, 0.62], "2": [0.02, 0.3, 0.8123, 0.42]},
+        random_mean=[0.01, 0.012, 0.0234, 0.11],
+        random_p05=[0.01, 0.009, 0.0089, 0.12],
+        random_p95=[0.01, 0.03, p95, 0.13],
+        random_channels_mean=[0.01, 0.011, 0.0167, 0.14],
+        random_channels_p95=[0.01, 0.02, 0.0456, 0.15],
+        difference_of_means=[0.01, 0.2, 0.4567, 0.16],
+        prompts=8,
+        random_draws=5,
+        where="read",
+        site=1,
+        sets={"1": [3], "2": [3, 7]},
+        channels_low={"1": [0.01, 0.08, 0.15, 0.17], "2": [0.01, 0.25, 0.6543, 0.18]},
+        channels_high={"1": [0.01, 0.12, 0.25, 0.63], "2": [0.01, 0.35, 0.7654, 0.43]},
+        shuffled_mean=[0.01, 0.02, 0.03, 0.19],
+        shuffled_p95=[0.01, 0.03, 0.0567, 0.21],
+        untrained_mean=[0.01, 0.01, 0.02, 0.22],
+        untrained_p95=[0.01, 0.02, 0.0345, 0.23],
+        ridge={"1": [0.01, 0.1, 0.1987, 0.24], "2": [0.01, 0.2, 0.6789, 0.25]},
+        exact_patch=[0.01, 0.4, 0.9876, 0.26],
         reference="2",
         random_own_p95={
-            "1": [0.01, 0.02, 0.0321],
-            "2": [0.01, 0.03, 0.05],
-            "difference_of_means": [0.01, 0.02, 0.0432],
+            "1": [0.01, 0.02, 0.0321, 0.27],
+            "2": [0.01, 0.03, p95, 0.13],
+            "difference_of_means": [0.01, 0.02, 0.0432, 0.28],
         },
         norms={"2": 1.25, "exact_patch": 3.5},
         ridge_fit={"nmse": 0.111, "decoder_nmse": 0.222, "penalty": 1.0},
         side_effects={"unsteered": effects | {"pair_accuracy": {}}, "2": effects},
         experiment={"channel": "quote_type"},
         model={"layers": 2, "d_dense": 16, "d_sparse": 32, "nonzero_fraction": 1 / 64, "seed": 0},
+        chosen={"2": 0.5, "difference_of_means": 1.0},
+        searched={},
     )
 
 
@@ -88,15 +85,47 @@ def channel(name: str = "quote_type", *, share: float = 0.95, task: str | None =
         indices=(3, 7),
         weights=(1.0, -0.5),
         description="positive in double quotes",
-        selection={"task": task, "share": {"1": 0.5, "2": share}, "sets": {"1": [3], "2": [3, 7]}} if task else {},
+        statistics={"mean_member_0": [0.512, -0.25], "mean_member_1": [-0.75, 0.375]},
+        selection=selection(task, share) if task else {},
+        rules=(
+            Rule(quantity="share of the effect", bound="at least", threshold=0.9, reached=share),
+            Rule(quantity="number of indices", bound="at most", threshold=4, reached=2),
+        ),
     )
+
+
+def selection(task: str, share: float) -> dict[str, Any]:
+    """What a search keeps with its channel."""
+    sites = ((0, "attn.0", 0.91, 0.42), (1, "mlp.0", 0.73, 0.64))
+    return {
+        "task": task,
+        "pairs": 48,
+        "criterion": "joint patching",
+        "share": {"1": 0.5, "2": share},
+        "sets": {"1": [3], "2": [3, 7]},
+        "doses": {
+            "1": {"strength": 0.75, "p": 0.321, "random_p95": 0.01},
+            "2": {"strength": 1.25, "p": 0.654, "random_p95": 0.02},
+        },
+        "single_effect_nats": {"3": 1.375, "7": -0.625},
+        "site_effects": [{"site": i, "label": of, "p_stream": s, "p_read": r} for i, of, s, r in sites],
+    }
 
 
 def training_records(count: int, n_sites: int) -> list[dict[str, Any]]:
     return [
-        {"step": i + 1, "tokens": i, "ce": 5 - i / count, "lr": 1e-3, "nonzero_fraction": 0.5, "grad_rms": 1.0}
-        | {f"nmse_{way}": [0.5 + site / 10 for site in range(n_sites)] for way in ("encode", "decode")}
-        | {f"kl_{way}": 1.0 for way in ("dense_to_sparse", "sparse_to_dense")}
+        {
+            "step": i + 1,
+            "tokens": i,
+            "ce": 5 - i / count,
+            "lr": 1e-3 / (i + 1),
+            "nonzero_fraction": 0.5**i,
+            "grad_rms": 1.0,
+            "nmse_encode": [0.5 + site / 10 for site in range(n_sites)],
+            "nmse_decode": [0.75 + site / 20 for site in range(n_sites)],
+            "kl_dense_to_sparse": 1.0 + i / 7,
+            "kl_sparse_to_dense": 2.0 + i / 9,
+        }
         for i in range(count)
     ]
 
@@ -161,8 +190,17 @@ def full_run(folder: Path, name: str = "quote_type") -> Run:
     update_metrics(run.folder, **evaluate(run.dense, run.sparse, run.bridges, tokens, progress=False))
     update_metrics(
         run.folder,
+        held_out_tokens=7654321,
+        training={
+            "dense_seconds": 1234.5,
+            "joint_seconds": 65432.1,
+            "processes": 3,
+            "device": "cpu",
+            "threads": 5,
+            "corpus": {"splits": {"train": {"tokens": 9876543}}, "notes": ["a note on the corpus"]},
+        },
         dense_task={TASK: {"pair_accuracy": 0.97, "p_right": 0.91, "p_wrong": 0.02}},
-        steering={TASK: thorough_steering()._asdict()},
+        steering={TASK: steering()._asdict()},
         **tasks_and_sizes(run),
     )
     write_training_records(run)

@@ -1,6 +1,7 @@
 """Finding channels: the search against brute force, and the site test on models whose answer is known."""
 
 import itertools
+import json
 from pathlib import Path
 
 import compare_channels
@@ -11,23 +12,13 @@ from support.helpers import make_tiny_run
 
 from bridges.hybrid import residuals, suffix
 from bridges.run_folder import Run, fingerprint
-from interventions.bundle.channels import load_channels, read_nodes
+from interventions.bundle.channels import Channel, Rule, load_channels, read_nodes, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.node_model import as_nodes, locations
 from interventions.finding.by_circuit import channel_from_circuit, read_channels
-from interventions.finding.by_patching import (
-    ENOUGH,
-    ChannelSearch,
-    ReadPatch,
-    SiteEffect,
-    eligible_sites,
-    find_channel,
-    flipped,
-    log_p,
-    search_channels,
-    site_effects,
-)
+from interventions.finding.by_patching import SET_SHARE, ChannelSearch, find_channel, search_channels
+from interventions.finding.patching import ReadPatch, SiteEffect, eligible_sites, flipped, log_p, site_effects
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import TASKS, get_task
 
@@ -73,7 +64,7 @@ def test_named_channel_is_positive_for_member_0_and_the_smallest_sufficient_set(
     assert channel.value(nodes[0])[differs].mean() > channel.value(nodes[1])[differs].mean()
     assert max(abs(w) for w in channel.weights) == 1
     shares = {int(n): share for n, share in channel.selection["share"].items()}
-    enough = [n for n in range(1, 5) if shares[n] >= ENOUGH]
+    enough = [n for n in range(1, 5) if shares[n] >= SET_SHARE]
     assert len(channel.indices) == (enough[0] if enough else 4)
     assert channel.selection["split"] == "selection"
 
@@ -226,3 +217,64 @@ def test_the_scripts_name_a_circuit_s_channel_and_compare_runs(run: Run, capsys:
     assert "| mine | steering | 2 |" in second
     with pytest.raises(ValueError, match=rf"has no channel for for_while: find one with .* --run {folder}"):
         compare_channels.main(compare_channels.Options(runs=(folder,), task="for_while"))
+
+
+def limits(channel: Channel) -> list[tuple[str, int | float, int | float, bool]]:
+    return [(rule.bound, rule.threshold, rule.reached, rule.passed) for rule in channel.rules]
+
+
+def test_a_channel_carries_the_rules_that_chose_it(run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: half of the largest read, nine tenths of the surest site, nine tenths of the read, four indices."""
+    effects = [SiteEffect(i, "", 0.1, p) for i, p in enumerate((0.1, 0.96, 0.1, 0.91, 0.1))]
+    searches = {1: found(8.0, 0.7, 0.95), 3: found(5.0, 0.7, 0.8, 0.85, 0.89, 0.99)}
+    monkeypatch.setattr("interventions.finding.by_patching.site_effects", lambda *_: effects)
+    monkeypatch.setattr(
+        "interventions.finding.by_patching.search_channels", lambda run, batch, site, **_: searches[site]
+    )
+    channel = by_patching(run, batch)
+    assert channel.site == 1
+    assert limits(channel) == [
+        ("more than", 0.5, 0.96, True),
+        ("at least", 4.0, 8.0, True),
+        ("at least", pytest.approx(0.9 * 0.96), 0.96, True),
+        ("at least", 0.9, 0.95, True),
+        ("at most", 4, 2, True),
+    ]
+    # Where a site was asked for, it was not chosen; where no set of four is enough, the channel says so.
+    assert limits(by_patching(run, batch, site=3)) == [("at least", 0.9, 0.89, False), ("at most", 4, 4, True)]
+    # A site that is eligible for its stream is so by another rule.
+    effects[1] = effects[1]._replace(p_read=0.3)
+    effects[3] = effects[3]._replace(p_read=0.3, p_stream=0.8)
+    (first, *_) = by_patching(run, batch).rules
+    assert (first.threshold, first.reached, first.passed) == (0.5, 0.8, True)
+    assert "stream" in first.quantity
+
+
+def by_patching(run: Run, batch: TaskBatch, site: int | None = None) -> Channel:
+    return find_channel(run, "quote_type", "single_double_quote", batch, site=site)
+
+
+def test_rules_are_kept_in_the_file(run: Run) -> None:
+    rules = (Rule(quantity="share", bound="at least", threshold=0.9, reached=0.8),)
+    channel = Channel(name="kept", site=1, indices=(3,), weights=(1.0,), rules=rules)
+    save_channel(run.folder, channel)
+    assert load_channels(run.folder)["kept"] == channel
+    # A search by an earlier version kept none.
+    text = (run.folder / "channels.json").read_text()
+    entries = json.loads(text)
+    del entries["kept"]["rules"]
+    (run.folder / "channels.json").write_text(json.dumps(entries))
+    assert load_channels(run.folder)["kept"].rules == ()
+
+
+def test_a_circuits_channel_carries_its_rules(run: Run, batch: TaskBatch) -> None:
+    circuit = circuit_with(run, **reads(site0=[3, 4, 5, 6, 7], site3=[1, 30]))
+    tokens, other, answers, last = flipped(batch)
+    with torch.no_grad():
+        exchanged = float((log_p(run.sparse(other), answers, last) - log_p(run.sparse(tokens), answers, last)).mean())
+    channel = channel_from_circuit(run, "c", circuit, batch)
+    effect = ReadPatch(run, batch, channel.site).effect(read_channels(circuit, 32)[channel.site])
+    chosen, *share = channel.rules
+    assert (chosen.threshold, chosen.reached) == pytest.approx((exchanged / 2, effect), abs=1e-5)
+    assert [rule.threshold for rule in share] == [0.9, 4]
+    assert len(channel_from_circuit(run, "c", circuit, batch, site=3).rules) == 2

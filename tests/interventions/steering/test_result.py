@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from support.report_runs import TASK, thorough_steering
+from support.report_runs import TASK, steering
 
 from bridges.run_folder import update_metrics
-from interventions.steering.result import DRAWN, Steering, draw_steering, quiet_strength
+from interventions.steering.result import DRAWN, Steering, draw_steering, place_of, quiet_strength, value_at
 
 
 def test_the_figure_shows_every_control() -> None:
-    result = thorough_steering()
+    result = steering()
     axes = Figure().subplots()
     draw_steering(axes, result)
     shown = " ".join(axes.get_legend_handles_labels()[1])
@@ -19,21 +19,41 @@ def test_the_figure_shows_every_control() -> None:
         assert name in shown
     band = next(p for p in axes.collections if p.get_label() == "5 random directions, 5–95 %")
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(max(result.random_p95))
-    older = {name: value for name, value in result._asdict().items() if name not in Steering._field_defaults}
-    axes = Figure().subplots()
-    draw_steering(axes, Steering(**older))
-    assert "exact patch" not in " ".join(axes.get_legend_handles_labels()[1])
+    (ridge,) = [line for line in axes.lines if str(line.get_label()).startswith("ridge")]
+    assert ridge.get_ydata().tolist() == result.ridge["2"]
+    assert ridge.get_xdata().tolist() == result.strength
+
+
+def test_results_of_another_version_are_refused_with_the_command() -> None:
+    fields = steering()._asdict()
+    metrics = {"steering": {"now": fields, "new": fields | {"speed": 1}, "old": dict(list(fields.items())[:-1])}}
+    assert Steering.from_metrics(metrics, "now", Path("runs/a b")) == steering()
+    for task in ("old", "new"):
+        with pytest.raises(ValueError, match=rf"'?runs/a b.metrics\.json.* sparse-bridges steer .* --task {task}$"):
+            Steering.from_metrics(metrics, task, Path("runs/a b"))
+
+
+def test_a_strength_is_found_by_value() -> None:
+    result = steering()
+    assert [place_of(result, s) for s in (0, 0.5, 1, 1.5, 0.75)] == [0, 1, 2, 3, None]
+    assert value_at(result, "exact patch") == 0.9876
+    with pytest.raises(ValueError, match=r"strength=1.0: this run was steered at 0, 0.5$"):
+        value_at(result._replace(strength=[0.0, 0.5]), "exact patch")
 
 
 def test_study_gives_medians_and_ranges_by_group(tmp_path: Path, capsys) -> None:
     import steering_study
 
-    result = thorough_steering()
+    result = steering()
     runs = []
     for number, (p, fraction) in enumerate([(0.2, 1 / 64), (0.9, 1 / 64), (0.4, 1 / 64), (0.7, 1 / 128)]):
         one = result._replace(
-            channels={"1": [0.01, 0.1, p], "2": [0.01, 0.2, 0.95]},
-            random_own_p95={"1": [0.01, 0.04, 0.06], "2": [0.01, 0.02, 0.03], "difference_of_means": [0.06] * 3},
+            channels={"1": [0.01, 0.1, p, 0.5], "2": [0.01, 0.2, 0.95, 0.5]},
+            random_own_p95={
+                "1": [0.01, 0.04, 0.06, 0.2],
+                "2": [0.01, 0.02, 0.03, 0.2],
+                "difference_of_means": [0.06] * 4,
+            },
             model=result.model | {"nonzero_fraction": fraction, "seed": number},
         )
         runs.append(str(tmp_path / f"run{number}"))
@@ -55,17 +75,18 @@ def test_study_gives_medians_and_ranges_by_group(tmp_path: Path, capsys) -> None
     assert (tmp_path / f"steering_study-{TASK}.png").stat().st_size > 5000
     steering_study.main(steering_study.Options(runs=tuple(runs), strength=0.5, plot=str(tmp_path / "half.png")))
     assert "steered, 1 channel | 0.1 (0.1 to 0.1)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"strength=0\.3: .*run0 was steered at 0, 0\.5, 1"):
+    with pytest.raises(ValueError, match=r"strength=0\.3: .*run0 was steered at 0, 0\.5, 1, 1\.5"):
         steering_study.main(steering_study.Options(runs=tuple(runs), strength=0.3))
-    update_metrics(Path(runs[0]), steering={TASK: result._replace(model={})._asdict()})
-    with pytest.raises(ValueError, match="steered by an earlier version"):
+    update_metrics(Path(runs[0]), steering={TASK: {"task": TASK}})
+    with pytest.raises(ValueError, match="of another version"):
         steering_study.main(steering_study.Options(runs=tuple(runs)))
 
 
 def test_study_shows_each_set_at_its_quiet_strength(tmp_path: Path, capsys) -> None:
     import steering_study
 
-    one = thorough_steering()._replace(
+    one = steering()._replace(
+        strength=[0.0, 0.5, 1.0],
         channels={"1": [0.01, 0.1, 0.2], "2": [0.01, 0.5, 0.95]},
         ridge={"1": [0.01, 0.11, 0.21], "2": [0.01, 0.51, 0.91]},
         random_own_p95={"1": [0.01, 0.04, 0.06], "2": [0.01, 0.02, 0.03], "difference_of_means": [0.01, 0.03, 0.06]},
@@ -97,9 +118,10 @@ def test_study_shows_each_set_at_its_quiet_strength(tmp_path: Path, capsys) -> N
     }
     assert expected.items() <= rows.items()
     assert quiet_strength(one._replace(random_own_p95={"1": [0.06, 0.01, 0.01]}), "1") == 0  # never quiet
-    assert quiet_strength(one._replace(random_own_p95={}), "1") == 1  # of a version that did not measure it
-    # An experiment that stops short of 1 has its table, too.
+    # An experiment that stops short of 1 has its table, without what is read there.
     short = {name: curve[:2] for name, curve in one.channels.items()}
     update_metrics(tmp_path, steering={TASK: one._replace(strength=[0.0, 0.5], channels=short)._asdict()})
     steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
-    assert "| exact patch | 0.8 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "exact patch" not in printed
+    assert "| ridge regression, 1 channel | 0.11 |" in printed

@@ -1,18 +1,29 @@
-"""Curves as plain numbers, for the page's script to draw (static/charts.js, with uPlot).
+"""Curves as plain numbers, prepared once: the report's script draws them, and matplotlib for a notebook or a PNG.
 
-uPlot 1.6.32 (MIT) is the plotting library: 51 KB of script, where Plotly's smallest bundle has 1.2 MB. It has zoom,
-hover, toggles, log scales and bands, and neither innerHTML nor eval, so that it works under the strictest policy.
+The report draws with uPlot 1.6.32 (MIT; report/static/charts.js): 51 KB of script, where Plotly's smallest bundle has
+1.2 MB. It has zoom, hover, toggles, log scales and bands, and neither innerHTML nor eval, so that it works under the
+strictest policy.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
+from matplotlib.axes import Axes
+
 from interventions.figures import DEPTH, GREY
 
 BLUE, ORANGE, INK = "#3d7cc9", "#cf7a24", "ink"
-"""`ink` is the page's text colour."""
+"""`ink` is the colour of the text around a figure."""
 Style = Literal["line", "dash", "dots", "steps"]
+
+
+_LINES: dict[Style, dict[str, Any]] = {
+    "line": {},
+    "dash": {"ls": "--"},
+    "dots": {"marker": "o", "ms": 3},
+    "steps": {"drawstyle": "steps-post"},
+}
 
 
 class Series(NamedTuple):
@@ -81,4 +92,36 @@ def depth_colour(at: int, count: int) -> str:
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
-__all__ = ["BLUE", "GREY", "INK", "ORANGE", "Band", "Chart", "Series", "depth_colour", "finite", "numbers"]
+def draw_chart(axes: Axes, chart: Chart) -> None:
+    """A chart's bands and curves on matplotlib axes."""
+    for band in chart.bands:
+        ends = (_floats(band.low), _floats(band.high))
+        axes.fill_between(_floats(chart.x), *ends, color=band.colour, alpha=0.3, lw=0, label=band.name)
+    for series in chart.series:
+        colour = "black" if series.colour == INK else series.colour
+        axes.plot(_floats(chart.x), _floats(series.values), color=colour, label=series.name, **_LINES[series.style])
+        if series.low:
+            ends = (_floats(series.low), _floats(series.high))
+            axes.fill_between(_floats(chart.x), *ends, color=colour, alpha=0.15, lw=0)
+    axes.set(xlabel=chart.x_title, ylabel=chart.y_title)
+
+
+def _floats(values: list[float | None]) -> list[float]:
+    """None, a gap, is NaN for matplotlib."""
+    return [float("nan") if value is None else value for value in values]
+
+
+__all__ = [
+    "BLUE",
+    "GREY",
+    "INK",
+    "ORANGE",
+    "Band",
+    "Chart",
+    "Series",
+    "Style",
+    "depth_colour",
+    "draw_chart",
+    "finite",
+    "numbers",
+]

@@ -1,0 +1,128 @@
+"""Patching: what one site's stream or read, set to its counterfactual value, does to a model's answer."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bridges.dense import Sublayered
+from bridges.hybrid import advance, residuals, suffix
+from bridges.run_folder import Run
+from bridges.sites import Site, all_sites
+from interventions.bundle.channels import Rule
+from interventions.tasks.base import TaskBatch
+
+FLIPPED = 0.5
+"""P(counterfactual answer) beyond which the answer has changed."""
+
+
+class SiteEffect(NamedTuple):
+    """Mean P(the counterfactual's answer) in the dense model after patching it at one site."""
+
+    site: int
+    label: str
+    p_stream: float
+    """The stream patched at all tokens but the last."""
+    p_read: float
+    """Only what the next sublayer reads patched, at all tokens."""
+
+
+def flipped(batch: TaskBatch) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"], Tensor, Tensor]:
+    """(tokens, counterfactual tokens, counterfactual answers, last positions), both directions of every pair."""
+    tokens = torch.cat([batch.tokens[:, 0], batch.tokens[:, 1]])
+    other = torch.cat([batch.tokens[:, 1], batch.tokens[:, 0]])
+    answers = torch.cat([batch.answers[:, 1], batch.answers[:, 0]])
+    return tokens, other, answers, batch.last.repeat(2)
+
+
+def log_p(
+    logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, " prompt"], last: Int[Tensor, " prompt"]
+) -> Float[Tensor, " prompt"]:
+    """log P(answer) over the full vocabulary at each prompt's last token, nats."""
+    at_last = logits[torch.arange(len(last)), last].log_softmax(-1)
+    return at_last[torch.arange(len(last)), answers]
+
+
+@torch.no_grad()
+def site_effects(dense: Sublayered, batch: TaskBatch) -> list[SiteEffect]:
+    """P(counterfactual answer) after patching the dense stream, or the next read alone, at each site."""
+    tokens, other, answers, last = flipped(batch)
+    here, there = residuals(dense, tokens), residuals(dense, other)
+    before_last = (torch.arange(tokens.shape[1]) < last[:, None])[..., None]
+
+    def p(site: int, resid: Tensor) -> float:
+        return float(log_p(suffix(dense, site, resid, tokens), answers, last).exp().mean())
+
+    effects = []
+    for site in all_sites(dense.n_layers):
+        i = site.index
+        p_stream = p(i, torch.where(before_last, there[i], here[i]))
+        p_read = p(i, there[i])  # the unembedding reads all there is
+        if not site.is_final:
+            p_read = p(i + 1, here[i] + dense.sublayer(i, there[i]) - there[i])
+        effects.append(SiteEffect(i, site.label, p_stream, p_read))
+    return effects
+
+
+def eligible_sites(effects: list[SiteEffect]) -> list[int]:
+    """Sites before a sublayer whose read alone gives the counterfactual answer more than half of the probability.
+
+    Where there is none, the last whose stream does; failing that, the one with the largest effect.
+    """
+    reads = [e.site for e in effects[:-1] if e.p_read > FLIPPED]
+    streams = [e.site for e in effects[:-1] if e.p_stream > FLIPPED]
+    return reads or streams[-1:] or [max(effects[:-1], key=lambda e: e.p_stream).site]
+
+
+def eligibility_rule(effect: SiteEffect) -> Rule:
+    """What made a site eligible: its read, else the stream there, decides the dense model's answer."""
+    if effect.p_read <= FLIPPED < effect.p_stream:
+        part, reached = "the stream there at all tokens but the last", effect.p_stream
+    else:
+        part, reached = "what is read at the site", effect.p_read
+    words = f"P(counterfactual answer) in the dense model with {part} patched"
+    return Rule(quantity=words, bound="more than", threshold=FLIPPED, reached=reached)
+
+
+class ReadPatch:
+    """Runs the sparse model from a site with some channels of its read set to their counterfactual values."""
+
+    @torch.no_grad()
+    def __init__(self, run: Run, batch: TaskBatch, site: int) -> None:
+        self.sparse, self.site = run.sparse, site
+        self.hook = Site(site, run.sparse.n_layers).read_hook
+        self.tokens, other, self.answers, self.last = flipped(batch)
+        _, cache = run.sparse.run_with_cache(other, names_filter=self.hook)
+        self.counterfactual = cache[self.hook]
+        self.resid = residuals(run.sparse, self.tokens)[site]
+        self.base = self._score(torch.zeros(self.counterfactual.shape[-1], dtype=torch.bool))
+        self.whole = self.effect(torch.ones(self.counterfactual.shape[-1], dtype=torch.bool))
+
+    def effect(self, channels: Bool[Tensor, " width"] | list[int]) -> float:
+        """Gain in mean log P(counterfactual answer) from patching a set of channels, nats."""
+        if isinstance(channels, list):
+            mask = torch.zeros(self.counterfactual.shape[-1], dtype=torch.bool)
+            mask[channels] = True
+            channels = mask
+        return self._score(channels) - self.base
+
+    @torch.no_grad()
+    def _score(self, mask: Bool[Tensor, " width"]) -> float:
+        def patch(value: Tensor, hook: object) -> Tensor:
+            return torch.where(mask, self.counterfactual, value)
+
+        with self.sparse.hooks(fwd_hooks=[(self.hook, patch)]):
+            end = advance(self.sparse, self.site, self.resid)
+        # Only the last position's logits count, and unembedding all of them would cost as much as the rest.
+        row = torch.arange(len(self.last))
+        logits = self.sparse.unembed(end[row, self.last][:, None], self.tokens[row, self.last][:, None])
+        return float(log_p(logits, self.answers, torch.zeros_like(self.last)).mean())
+
+
+def mean_difference(
+    first: Float[Tensor, "pair pos d_sparse"], second: Float[Tensor, "pair pos d_sparse"]
+) -> Float[Tensor, " d_sparse"]:
+    """Mean activation difference of two members' reads over the tokens where they differ; zeros where none does."""
+    differs = (first != second).any(-1)
+    return (first - second)[differs].mean(0) if differs.any() else torch.zeros(first.shape[-1])

@@ -1,0 +1,54 @@
+"""Every number of the page on the twenty tasks equals metrics.json."""
+
+import json
+import re
+
+from support.report_page import Page, page_of
+from support.report_runs import TASK
+
+from bridges.run_folder import Run, update_metrics
+from interventions.tasks.catalogue import list_tasks
+
+
+def test_the_table(full: Run, page: Page) -> None:
+    metrics = json.loads((full.folder / "metrics.json").read_text())
+    rows = {row[0]: row[1:] for row in page.tables["task-table"][2:]}
+    assert list(rows) == list_tasks()
+    for name, found in metrics["tasks"].items():
+        for at, label in ((0, "dense"), (2, "sparse")):
+            score = found.get(label)
+            wanted = [f"{score['pair_accuracy']:.2f}", f"{score['p_right']:.2f}"] if score else ["–", "–"]
+            assert rows[name][at : at + 2] == wanted, name
+        if name != TASK:
+            assert rows[name][4:7] == ["", "", ""]
+    assert rows[TASK][4:7] == ["110", "4", "27.5"]  # medians of 90, 110, 400 and of 4, 5, 0
+    assert rows["with_as"][7] == metrics["tasks"]["with_as"].get("unsupported", "not solved by <both>")
+
+
+def test_solved_tasks_are_bold_from_the_threshold_on(bare: Run) -> None:
+    scores = {
+        name: {label: {"pair_accuracy": p, "p_right": 0.5, "loss": 0.1} for label in ("dense", "sparse")}
+        for name, p in (("with_as", 0.9), ("with_open", 0.89))
+    }
+    update_metrics(bare.folder, tasks=scores)
+    page = page_of(bare)
+    assert "bold from 0.9." in " ".join(page.words["tasks"].split())
+    assert page.html.count("<b>0.90</b>") == 2
+    assert "<b>0.89</b>" not in page.html
+
+
+def test_sizes(page: Page) -> None:
+    words = " ".join(page.words["tasks"].split())
+    assert "the dense model's circuits have 22.5 times as many edges" in words  # the median of 22.5, 22 and 400
+    assert "at a calibrated task loss of 0.15 nats; the sparse model's loss is 1.750 nats per token" in words
+    assert "the dense one's 1.500." in words
+
+
+def test_without_an_edge_in_both_there_is_no_ratio(bare: Run) -> None:
+    sizes = {"target_loss": 0.2, "ce": {"sparse": 1.54, "dense": 1.5}, "with_edges": {"ratio": []}, "tasks": {}}
+    edges = {"dense": [{"edges": 3}, {"edges": 4}], "sparse": [{"edges": 0}]}
+    update_metrics(bare.folder, circuit_size=sizes | {"tasks": {"with_as": edges}})
+    page = page_of(bare)
+    assert "No task needs an edge in both models" in page.words["tasks"]
+    assert page.tables["task-table"][2][5:8] == ["3.5", "0", "3.5"]  # no edges count as one
+    assert not [warning for warning in page.warnings if re.search("unequal loss", warning)]
