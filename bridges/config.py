@@ -140,7 +140,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "code": (
         "4 layers on real code; hours on two CPU cores, minutes on one GPU",
         RunConfig(
-            corpus="generated:0.15,stdlib:0.85",
+            corpus="packages:0.85,stdlib:0.15",
             corpus_tokens=20_000_000,
             steps=20_000,
             batch_size=16,

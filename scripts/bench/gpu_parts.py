@@ -20,8 +20,9 @@ from bridges.dense import DenseModel
 from bridges.dense_training import train_dense
 from bridges.joint_trainer import JointTrainer
 from bridges.pipeline import card_figures, train_run
-from bridges.run_folder import new_bridges, open_run
+from bridges.run_folder import new_bridges, open_run, prepare_tokenizer
 from sparse_model.config import SparseConfig, SparsityConfig, from_json
+from sparse_model.data.prepare import prepare_corpus
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import NeuronAxis, project_, project_together_, projection_mask
@@ -41,6 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here; --device cpu --quick is the dry run")
+    options.started = time.monotonic()
     torch.manual_seed(0)
     PARTS[options.part](options)
 
@@ -201,11 +203,15 @@ def code(options: argparse.Namespace) -> None:
 
 
 def _config_for(options: argparse.Namespace) -> RunConfig:
-    """The preset with as many steps as fit: half of the time is the joint training's, a fifth the dense model's."""
+    """The preset with the steps that fit into what corpus and tokenizer leave: 60 % joint training, 20 % dense model.
+
+    Both are kept where the run will look for them.
+    """
     config = PRESETS["code"][1]
     if options.quick:
         config = dataclasses.replace(PRESETS["tiny"][1], corpus_tokens=20_000, steps=5, eval_tokens=256)
         config = dataclasses.replace(config, dense_train=dataclasses.replace(config.dense_train, steps=5))
+    prepare_corpus(config, prepare_tokenizer(config, options.out / "code"), progress=False)
     n = 2 if options.quick else 30
     trainer = _trainer(config, _gpt2_shape(config.sparse, config.dense_train.d_model), options, "no")
     for _ in range(n):
@@ -219,7 +225,8 @@ def _config_for(options: argparse.Namespace) -> RunConfig:
 
     train_few()
     dense = _seconds(options, train_few, 1) / n
-    fits = {"joint": int(0.5 * options.seconds / joint), "dense": int(0.2 * options.seconds / dense)}
+    left = options.seconds - (time.monotonic() - options.started)
+    fits = {"joint": int(0.6 * left / joint), "dense": int(0.2 * left / dense)}
     add_record(options.out, "code", "seconds per step", joint=round(joint, 5), dense=round(dense, 5))
     train = dataclasses.replace(config.dense_train, steps=max(1, min(config.dense_train.steps, fits["dense"])))
     return dataclasses.replace(config, steps=max(1, min(config.steps, fits["joint"])), dense_train=train)

@@ -1,6 +1,7 @@
 """The GPU's benchmark, run dry: the same script on the CPU at small sizes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "gpu.py"
 
 def records(out: Path, *options: str) -> dict[str, list[dict]]:
     command = [sys.executable, SCRIPT, "--device", "cpu", "--quick", "--out", out, *options]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    # A second thread on a busy machine costs more than it brings.
+    subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     found: dict[str, list[dict]] = {}
     for line in (out / "results.jsonl").read_text().splitlines():
         record = json.loads(line)
