@@ -49,6 +49,14 @@ class BridgeSet(nn.Module):
         """g_site: a sparse residual stream as a dense one."""
         return self.decoders[site](resid)
 
+    def encode_sites(self, resids: list[DenseResid]) -> Float[Tensor, "site batch pos d_sparse"]:
+        """Every site's encoder on its stream, in the launches of one."""
+        return abs_topk(_linear_sites(self.encoders, resids), self.encoder_k)
+
+    def decode_sites(self, resids: list[SparseResid]) -> Float[Tensor, "site batch pos d_dense"]:
+        """Every site's decoder on its stream, in the launches of one."""
+        return _linear_sites(self.decoders, resids)
+
     def set_scales(
         self,
         rms_dense: Float[Tensor, " site"],
@@ -71,6 +79,15 @@ class BridgeSet(nn.Module):
         weight = self.decoders[site].weight
         assert isinstance(weight, Tensor)
         return weight.detach().T
+
+
+def _linear_sites(
+    layers: nn.ModuleList, resids: list[Float[Tensor, "batch pos d_in"]]
+) -> Float[Tensor, "site batch pos d_out"]:
+    weights = torch.stack([layer.weight for layer in layers])  # type: ignore[misc]
+    biases = torch.stack([layer.bias for layer in layers])  # type: ignore[misc]
+    rows = torch.stack(resids).flatten(1, 2)
+    return torch.baddbmm(biases[:, None], rows, weights.mT).unflatten(1, resids[0].shape[:2])
 
 
 def save_bridges(bridges: BridgeSet, folder: Path) -> None:

@@ -137,6 +137,19 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             dense_train=DenseTrainConfig(d_model=128, n_heads=4, steps=3000, batch_size=16),
         ),
     ),
+    "code": (
+        "4 layers on real code; hours on two CPU cores, minutes on one GPU",
+        RunConfig(
+            corpus="packages:0.85,stdlib:0.15",
+            corpus_tokens=20_000_000,
+            steps=20_000,
+            batch_size=16,
+            tf32=True,
+            sparse=SparseConfig(n_layers=4, d_model=512, d_mlp=2048, n_heads=32, n_ctx=256, d_vocab=2048),
+            sparsity=SparsityConfig(nonzero_fraction=1 / 32),
+            dense_train=DenseTrainConfig(d_model=256, n_heads=4, steps=6000, batch_size=32),
+        ),
+    ),
     "gpt2": (
         "bridges into GPT-2 small on a GPU node",
         RunConfig(
@@ -152,6 +165,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             ),
             sparsity=SparsityConfig(nonzero_fraction=1 / 128, min_per_neuron=4, anneal="linear", anneal_stop=0.5),
             optim=OptimConfig(lr=1.28e-3),
+            tf32=True,
             dense_dtype="bfloat16",
             bridge=BridgeConfig(lr=1e-3, logits_at_once=2**27),
         ),

@@ -20,7 +20,7 @@ mean over all paths takes the place of the mean over the 2 (2L + 1) single cross
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from bridges.chunked_logits import Target, head_backward, rows_at_once
 from bridges.config import BridgeConfig
 from bridges.dense import Resid, Sublayered
 from bridges.hybrid import HybridPath, first_crossing, follow, kind, random_path, residuals, single_crossing
-from bridges.losses import kl, nmse_backward
+from bridges.losses import kl, nmse_backward, nmse_backward_together
+from sparse_model.io.tensors import to_device
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.losses import token_loss
 
@@ -93,10 +94,12 @@ def joint_backward(
     *,
     scale: float | Tensor = 1.0,
     total: Reduce | None = None,
+    together: bool = False,
 ) -> JointLosses:
     """Accumulate `scale` times the joint loss' gradient into the sparse model's and the bridges' parameters.
 
-    `total` sums a tensor over the processes of a parallel run whose gradients are then averaged.
+    `total` sums a tensor over the processes of a parallel run whose gradients are then averaged. `together` takes the
+    NMSE of all sites at once: fewer launches and more memory, as a GPU wants it.
     """
     weights = config.weights
     rows = rows_at_once(sparse.d_vocab, config.logits_at_once)
@@ -108,25 +111,26 @@ def joint_backward(
     leaves = [h.detach().requires_grad_() for h in h_sparse]
     ce = _cross_entropy(sparse, leaves[-1], tokens, scale * weights.ce, rows)
     kls = defaultdict[str, list[Tensor]](list)
-    for part in torch.arange(len(tokens)).split(config.hybrid_batch or len(tokens)):
-        here = slice(int(part[0]), int(part[-1]) + 1)
+    drawn = drawn._replace(positions=to_device(drawn.positions, tokens.device))
+    size = config.hybrid_batch or len(tokens)
+    for start in range(0, len(tokens), size):
+        here = slice(start, start + size)
         streams = [h[here] for h in h_dense], [leaf[here] for leaf in leaves]
-        share = len(part) / len(tokens)
+        share = len(tokens[here]) / len(tokens)
         for path, loss in _hybrids(dense, sparse, bridges, streams, tokens[here], drawn, config, scale * share):
             kls[kind(path)].append(share * loss)
-    nmse_encode = nmse_backward(
-        lambda i: bridges.encode(i, h_dense[i]),
-        leaves,
-        scale=scale * weights.nmse_encode,
-        through_target=weights.nmse_through_target,
-        total=total,
-    )
-    nmse_decode = nmse_backward(
-        lambda i: bridges.decode(i, leaves[i]),
-        h_dense,
-        scale=scale * weights.nmse_decode,
-        total=total,
-    )
+    encode_rule: dict[str, Any] = {
+        "scale": scale * weights.nmse_encode,
+        "through_target": weights.nmse_through_target,
+        "total": total,
+    }
+    decode_rule: dict[str, Any] = {"scale": scale * weights.nmse_decode, "total": total}
+    if together:
+        nmse_encode = nmse_backward_together(bridges.encode_sites(h_dense), leaves, **encode_rule)
+        nmse_decode = nmse_backward_together(bridges.decode_sites(leaves), h_dense, **decode_rule)
+    else:
+        nmse_encode = nmse_backward(lambda i: bridges.encode(i, h_dense[i]), leaves, **encode_rule)
+        nmse_decode = nmse_backward(lambda i: bridges.decode(i, leaves[i]), h_dense, **decode_rule)
     torch.autograd.backward(h_sparse, [leaf.grad for leaf in leaves])
     drawn_of = Counter[str](kind(path) for path, _ in drawn.hybrids)
     means = {name: torch.stack(values).sum() / drawn_of[name] for name, values in kls.items()}
@@ -147,13 +151,14 @@ def _hybrids(
     """Run every hybrid that was drawn from these dense residuals and sparse leaves, forward and backward; its KL."""
     rows = rows_at_once(sparse.d_vocab, config.logits_at_once)
     h_dense, leaves = streams
-    at = drawn.positions.to(tokens.device)
-    seen = tokens[:, at].reshape(-1)
-    target = Target(dense, h_dense[-1][:, at].flatten(0, 1), seen, rows)
+    at = drawn.positions
+    seen = tokens.index_select(1, at).reshape(-1)
+    target = Target(dense, h_dense[-1].index_select(1, at).flatten(0, 1), seen, rows)
     for path, weight in drawn.hybrids:
         site = first_crossing(path)
         start = h_dense[site] if path[site] == "dense" else leaves[site]
-        end = follow(dense, sparse, bridges, path, site, start, recompute=config.checkpointing)[:, at].flatten(0, 1)
+        end = follow(dense, sparse, bridges, path, site, start, recompute=config.checkpointing)
+        end = end.index_select(1, at).flatten(0, 1)
         head = dense if path[-1] == "dense" else sparse
         found = head_backward(head, end, seen, partial(_kl_of_part, target), scale=scale * weight, rows=rows)
         end.backward(found.grad)

@@ -36,7 +36,7 @@ class JointTrainer(SparseTrainer):
         rule = FreeRule(config.bridge.lr, config.bridge.eps, config.bridge.clip)
         super().__init__(config, sparse, blocks, folder, accelerator, free_rule=rule, beside={"bridges": bridges})
         self.bridge_config, self.bridges = config.bridge, bridges
-        self.dense = dense.to(self.accelerator.device)
+        self.dense = dense.to(self.device)
 
     def backward(self, tokens: Int[Tensor, "batch pos"], batch: int, scale: float | Tensor) -> JointLosses:
         """The joint loss of this batch's draw of hybrids and positions."""
@@ -44,7 +44,8 @@ class JointTrainer(SparseTrainer):
         drawn = draw(config, self.bridges.n_sites, tokens.shape[1], self.config.seed, batch)
         total = self.total if self.accelerator.num_processes > 1 else None
         models = self.dense, self.sparse, self.bridges
-        return joint_backward(*models, tokens, drawn, config, scale=scale, total=total)
+        together = self.device.type != "cpu"
+        return joint_backward(*models, tokens, drawn, config, scale=scale, total=total, together=together)
 
     def progress_text(self, record: dict) -> str:
         """The progress bar's text."""

@@ -185,6 +185,8 @@ class TrainConfig:
     """Batches whose gradients add up to one step."""
     compile: bool = False
     """Run the sparse model's sublayers through torch.compile; the first steps take longer. Needs a C++ compiler."""
+    tf32: bool = False
+    """On a CUDA device in fp32: matrix products in TF32 and attention in bfloat16."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000

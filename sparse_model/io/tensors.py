@@ -20,6 +20,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or truncated ({error}): copy or train it again") from error
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device without waiting for it: to a GPU through pinned memory."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def load_checked(module: nn.Module, state: dict[str, Tensor], source: Path, *, assign: bool = False) -> None:
     """Load a state dict strictly; missing, unknown or misshaped tensors are one ValueError that names them.
 

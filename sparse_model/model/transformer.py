@@ -117,6 +117,10 @@ class Attention(Sublayer):
     ) -> Float[Tensor, "batch head query d_head"]:
         hooked = any(h.fwd_hooks or h.bwd_hooks for h in (self.hook_attn_scores, self.hook_pattern))
         if self.sink_logit is None and not hooked and q.shape[2] == k.shape[2]:
+            # Flash attention knows no fp32; beside TF32's ten bits bfloat16's eight lose little.
+            half = q.is_cuda and q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+            if half:
+                return F.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), is_causal=True).float()
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         scores = einsum(q, k, "b h q d, b h k d -> b h q k") / math.sqrt(self.cfg.d_head)
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)

@@ -12,6 +12,7 @@ embeddings, unembedding and biases have no minimum.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -20,9 +21,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparse_model.config import SparsityConfig
-from sparse_model.sparsity.topk import check_k, top_mask_flat, top_mask_forced
+from sparse_model.sparsity.topk import check_k, magnitude_bits, top_mask_flat, top_mask_forced
+from sparse_model.sparsity.topk_torch import flat_masks, forced_masks
 
 NeuronAxis = Literal["row", "column"] | None
+
+# Entries projected together: the working copies of as many take two gigabytes.
+_MOST_TOGETHER = 1 << 27
 
 
 class SparseParameter(NamedTuple):
@@ -78,18 +83,38 @@ def check_minimum(shape: Sequence[int], k: int, min_per_neuron: int, neuron_axis
 
 @torch.no_grad()
 def project_(parameters: list[SparseParameter], config: SparsityConfig, progress: float = 1.0) -> None:
-    """Zero all but the kept entries of every parameter, in place, at a point `progress` in 0 .. 1 of training."""
+    """Zero all but the kept entries of every parameter, in place, at a point `progress` in 0 .. 1 of training.
+
+    On the CPU one after the other; elsewhere those of one shape and rule together, because launches are what costs.
+    """
+    groups: dict[tuple, list[Tensor]] = defaultdict(list)
     for p in parameters:
         fraction = annealed_fraction(p.fraction, config, progress)
-        if fraction >= 1:
+        if fraction < 1:
+            rule = p.tensor.shape, p.tensor.dtype, budget(p.tensor.numel(), fraction), p.neuron_axis
+            groups[rule].append(p.tensor)
+    for (shape, _, k, axis), tensors in groups.items():
+        if tensors[0].device.type != "cpu":
+            most = max(1, _MOST_TOGETHER // math.prod(shape))
+            for start in range(0, len(tensors), most):
+                project_together_(tensors[start : start + most], k, config.min_per_neuron, axis)
             continue
-        mask = projection_mask(
-            p.tensor,
-            budget(p.tensor.numel(), fraction),
-            min_per_neuron=config.min_per_neuron,
-            neuron_axis=p.neuron_axis,
-        )
-        p.tensor.masked_fill_(~mask, 0)
+        for tensor in tensors:
+            mask = projection_mask(tensor, k, min_per_neuron=config.min_per_neuron, neuron_axis=axis)
+            tensor.masked_fill_(~mask, 0)
+
+
+@torch.no_grad()
+def project_together_(tensors: list[Tensor], k: int, min_per_neuron: int, neuron_axis: NeuronAxis) -> None:
+    """Project tensors of one shape, each onto k entries, in the launches of one and without waiting for the device."""
+    j = check_minimum(tensors[0].shape, k, min_per_neuron, neuron_axis)
+    stack = torch.stack(tensors)
+    bits = magnitude_bits(stack)
+    if j == 0 or neuron_axis is None:
+        mask = flat_masks(bits.flatten(1), k).view(stack.shape)
+    else:
+        mask = forced_masks(bits, k, j, neuron_axis)
+    torch._foreach_copy_(tensors, list(torch.where(mask, stack, 0)))
 
 
 def smallest_budget(p: SparseParameter, config: SparsityConfig) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_model.sparsity.projection import NeuronAxis, check_minimum
 from sparse_model.sparsity.topk import magnitude_bits
-from sparse_model.sparsity.topk_torch import Shards, flat_mask, forced_mask
+from sparse_model.sparsity.topk_torch import Shards, flat_masks, forced_masks
 
 
 def process_shards(group: dist.ProcessGroup | None = None) -> Shards:
@@ -50,5 +50,5 @@ def sharded_projection_mask(
     rows = int(shards.total(torch.tensor([len(shard)], device=shard.device))[0])
     j = check_minimum((rows, *shard.shape[1:]), k, min_per_neuron, neuron_axis)
     if j == 0 or neuron_axis is None:
-        return flat_mask(bits.reshape(-1), k, shards).view(shard.shape)
-    return forced_mask(bits, k, j, neuron_axis, shards)
+        return flat_masks(bits.reshape(1, -1), k, shards).view(shard.shape)
+    return forced_masks(bits[None], k, j, neuron_axis, shards)[0]

@@ -16,6 +16,7 @@ trainers stop at.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -57,11 +58,11 @@ def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "r
         _refuse_nan(x)
         return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
     if x.device.type != "cpu":
-        triton = counting.triton_kernels() if x.is_cuda and x.element_size() <= 4 else None
+        triton = counting.triton_for(x)
         if triton and width <= triton.MAX_WIDTH:
             return triton.select_rows(x.detach(), k)
         mask = counting.rows_mask(magnitude_bits(x), k)
-        return x.masked_fill(~mask, 0), mask
+        return keep_masked(x, mask), mask
     kept, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     ints = _INT_TYPE[x.dtype]
     bits, out, mask_np = x.detach().view(ints).numpy(), kept.view(ints).numpy(), mask.numpy()
@@ -77,7 +78,7 @@ def select_rows(x: Float[Tensor, "row width"], k: int) -> tuple[Float[Tensor, "r
 def keep_masked(x: Float[Tensor, "row width"], mask: Bool[Tensor, "row width"]) -> Float[Tensor, "row width"]:
     """x where the mask is true, zero elsewhere (also where x is not finite)."""
     if x.device.type != "cpu":
-        return x.masked_fill(~mask, 0)
+        return torch.where(mask, x, 0)
     out, ints = torch.empty_like(x, memory_format=torch.contiguous_format), _INT_TYPE[x.dtype]
     bits = x.detach().contiguous().view(ints).numpy()
     kernels.keep_masked(bits.reshape(-1), mask.numpy().reshape(-1), out.view(ints).numpy().reshape(-1))
@@ -92,7 +93,7 @@ def top_mask_flat(x: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
         _refuse_nan(x)
         return torch.full((n,), k == n, dtype=torch.bool, device=x.device)
     if x.device.type != "cpu":
-        return counting.flat_mask(magnitude_bits(x), k)
+        return counting.flat_masks(magnitude_bits(x)[None], k)[0]
     mask = torch.zeros(n, dtype=torch.bool)
     sign, infinity = _bit_constants(x.dtype)
     if not kernels.top_mask(x.detach().view(_INT_TYPE[x.dtype]).numpy(), k, mask.numpy(), sign, infinity):
@@ -109,7 +110,7 @@ def top_mask_forced(
     NotFiniteError for NaN (CPU only).
     """
     if x.device.type != "cpu":
-        return counting.forced_mask(magnitude_bits(x), k, j, axis)
+        return counting.forced_masks(magnitude_bits(x)[None], k, j, axis)[0]
     sign, infinity = _bit_constants(x.dtype)
     mask = torch.zeros(x.shape, dtype=torch.bool)
     bits = x.detach().contiguous().view(_INT_TYPE[x.dtype]).numpy()
@@ -134,6 +135,7 @@ def check_k(k: int, width: int) -> None:
         raise ValueError(f"k={k} is outside 0 .. {width}, the number of values to choose from")
 
 
+@cache
 def _bit_constants(dtype: torch.dtype) -> tuple[Any, Any]:
     """Numpy scalars of at least 32 bits: the mask that clears the sign of a pattern, and infinity's pattern."""
     ints = _INT_TYPE[dtype]

@@ -38,6 +38,20 @@ def make_accelerator(folder: Path, trackers: tuple[str, ...] = (), processes: in
     return accelerator
 
 
+@contextmanager
+def matmul_precision(device: torch.device, tf32: bool) -> Iterator[None]:
+    """TF32, or not, in the fp32 matrix products of a CUDA device."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 def start_trackers(accelerator: Accelerator, folder: Path) -> None:
     """Start the trackers once the folder is claimed."""
     if accelerator.log_with:

@@ -29,11 +29,12 @@ from tqdm.auto import tqdm
 from sparse_model.config import TrainConfig, differing, from_json, to_json
 from sparse_model.data.batch_order import BatchOrder
 from sparse_model.io.atomic import recover_folder, replace_folder
-from sparse_model.io.tensors import load_checked, read_tensors
+from sparse_model.io.tensors import load_checked, read_tensors, to_device
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import SparseParameter, annealed_fraction, check_budgets, project_
 from sparse_model.sparsity.sparse_linear import sparse_products
 from sparse_model.sparsity.topk import NotFiniteError
+from sparse_model.training.accelerator import matmul_precision
 from sparse_model.training.interrupts import Interrupted, stop_signals
 from sparse_model.training.losses import next_token_loss
 from sparse_model.training.metrics_log import MetricsLog, flat
@@ -90,8 +91,9 @@ class SparseTrainer:
     ) -> None:
         self.config, self.folder, self.blocks, self.free_rule = config, folder, blocks, free_rule
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
-        self.modules: dict[str, nn.Module] = {"sparse": sparse.to(self.accelerator.device)}
-        self.modules |= {name: module.to(self.accelerator.device) for name, module in (beside or {}).items()}
+        self.device = self.accelerator.device
+        self.modules: dict[str, nn.Module] = {"sparse": sparse.to(self.device)}
+        self.modules |= {name: module.to(self.device) for name, module in (beside or {}).items()}
         self.sparse = sparse
         if config.compile:
             sparse.compile_sublayers()
@@ -111,9 +113,7 @@ class SparseTrainer:
             self.accelerator.num_processes,
         )
         # For fp16 only: gradients are scaled up so that they do not vanish, and a step that overflows is left out.
-        self.scaler = torch.amp.GradScaler(
-            self.accelerator.device.type, enabled=self.accelerator.mixed_precision == "fp16"
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         self.step = 0
         self._broadcast()
 
@@ -192,13 +192,14 @@ class SparseTrainer:
     def _accumulate(self) -> Any:
         """The losses of this step's batches, averaged, with their gradients in the parameters."""
         config, accelerator, found = self.config, self.accelerator, []
-        scale = self.scaler.scale(torch.full((), 1 / config.accumulate, device=accelerator.device))
+        scale = self.scaler.scale(torch.full((), 1 / config.accumulate, device=self.device))
         for batch in range(self.step * config.accumulate, (self.step + 1) * config.accumulate):
-            tokens = self.blocks[self.order(batch)].long().to(accelerator.device)
+            tokens = to_device(self.blocks[self.order(batch)].long(), self.device)
+            precision = matmul_precision(self.device, config.tf32)
             products = sparse_products(self.sparse) if self.skips_zeros else nullcontext()
-            with self._nan_is_divergence("an activation"), accelerator.autocast(), products:
+            with self._nan_is_divergence("an activation"), accelerator.autocast(), precision, products:
                 found.append(self.backward(tokens, batch, scale))
-            if accelerator.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
+            if self.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
                 self._check_finite(found[-1])
         return found[0] if len(found) == 1 else mean_losses(found)
 
@@ -208,7 +209,7 @@ class SparseTrainer:
             return bool(asked)
         if self.step % 10 and self.step != self.config.steps:
             return False
-        return bool(self.total(torch.tensor([float(len(asked))], device=self.accelerator.device)) > 0)
+        return bool(self.total(torch.tensor([float(len(asked))], device=self.device)) > 0)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -161,6 +161,7 @@ DRAWS = {
         {"logits_at_once": 384 * 4, "hybrid_batch": 2},
         {"logits_at_once": 384 * 4, "checkpointing": True},
         {"logits_at_once": 1, "hybrid_batch": 1},
+        {"together": True},
     ],
     ids=str,
 )
@@ -170,7 +171,8 @@ def test_gradient_equals_that_of_one_naive_graph(
     tmp_path: Path, hybrids: list, through_target: bool, memory: dict
 ) -> None:
     weights = dataclasses.replace(WEIGHTS, nmse_through_target=through_target)
-    config = BridgeConfig(weights=weights, **memory)
+    together = memory.get("together", False)
+    config = BridgeConfig(weights=weights, **{name: value for name, value in memory.items() if name != "together"})
     run = make_tiny_run(tmp_path / "run")
     dense, sparse, bridges = run.dense.double(), run.sparse.double(), run.bridges.double()
     tokens = torch.randint(384, (3, 10))
@@ -178,7 +180,7 @@ def test_gradient_equals_that_of_one_naive_graph(
     parameters = [*sparse.parameters(), *bridges.parameters()]
     loss = naive_loss(dense, sparse, bridges, tokens, drawn, weights)
     wanted = torch.autograd.grad(loss, parameters)
-    losses = joint_backward(dense, sparse, bridges, tokens, drawn, config, scale=2.0)
+    losses = joint_backward(dense, sparse, bridges, tokens, drawn, config, scale=2.0, together=together)
     for p, grad in zip(parameters, wanted, strict=True):
         assert p.grad is not None
         assert (p.grad - 2 * grad).norm() <= 1e-9 * grad.norm().clamp(min=1e-12)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bridges.losses import kl, nmse
+from bridges.losses import kl, nmse, nmse_backward, nmse_backward_together
 from sparse_model.training.losses import next_token_loss, token_loss
 
 
@@ -45,6 +45,28 @@ def test_nmse_through_its_target_does_not_reward_shrinking() -> None:
     along = (prediction.grad * prediction).sum() + (target.grad * target).sum()
     assert along.item() == pytest.approx(0, abs=1e-12)
     assert target.grad.norm() > 0
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("through_target", [False, True])
+def test_nmse_over_two_processes_with_equal_batches_is_that_of_both(together: bool, through_target: bool) -> None:
+    """Whose sums are twice one's own; gradients are averaged afterwards, so that each is already the whole one."""
+    x, targets = torch.randn(2, 3, 4, 5).double(), [torch.randn(3, 4, 5).double().requires_grad_() for _ in range(2)]
+    weight = torch.randn(2, 1, 1, 5).double().requires_grad_()
+    both = [torch.cat([t, t]) for t in targets]
+    wanted = sum(nmse(torch.cat([x[i], x[i]]) * weight[i], both[i], through_target=through_target) for i in range(2))
+    grads = torch.autograd.grad(0.5 * wanted, [weight, *targets], allow_unused=True)
+    rule = {"scale": 0.5, "through_target": through_target, "total": lambda values: 2 * values}
+    if together:
+        found = nmse_backward_together(x * weight, targets, **rule)
+    else:
+        found = nmse_backward(lambda i: x[i] * weight[i], targets, **rule)
+    assert found.sum().item() == pytest.approx(wanted.item(), rel=1e-12)
+    torch.testing.assert_close(weight.grad, grads[0])
+    for target, grad in zip(targets, grads[1:], strict=True):
+        assert (target.grad is None) == (grad is None)
+        if grad is not None:
+            torch.testing.assert_close(target.grad, grad)
 
 
 def test_kl_by_hand() -> None:

@@ -21,12 +21,13 @@ from sparse_model.sparsity.projection import (
     check_minimum,
     count_nonzeros,
     project_,
+    project_together_,
     projection_mask,
     prove_sparsity,
     smallest_budget,
 )
 from sparse_model.sparsity.topk import magnitude_bits, top_mask_forced
-from sparse_model.sparsity.topk_torch import forced_mask
+from sparse_model.sparsity.topk_torch import forced_masks
 
 AXES = ["row", "column"]
 
@@ -78,7 +79,18 @@ def test_counting_as_on_other_devices_equals_the_cpu_kernel(problem) -> None:
     weight, k, j, axis = problem
     if j > 0:
         expected = projection_mask(weight, k, min_per_neuron=j, neuron_axis=axis)
-        assert torch.equal(forced_mask(magnitude_bits(weight), k, j, axis), expected)
+        assert torch.equal(forced_masks(magnitude_bits(weight)[None], k, j, axis)[0], expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=st.one_of(problems(ties=True), problems(ties=False)))
+def test_matrices_projected_together_equal_each_alone(problem) -> None:
+    weight, k, j, axis = problem
+    tensors = [weight.clone(), weight.flip(0).clone(), torch.zeros_like(weight)]
+    expected = [torch.where(projection_mask(w, k, min_per_neuron=j, neuron_axis=axis), w, 0) for w in tensors]
+    project_together_(tensors, k, j, axis)
+    for found, wanted in zip(tensors, expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -86,7 +98,7 @@ def test_counting_as_on_other_devices_equals_the_cpu_kernel(problem) -> None:
 def test_a_large_matrix_equals_counting(axis: str, dtype: torch.dtype) -> None:
     weight = torch.randn(700, 300).to(dtype)  # bfloat16 ties often
     for k in (2100, 3000, 150_000):
-        expected = forced_mask(magnitude_bits(weight), k, 3, axis)
+        expected = forced_masks(magnitude_bits(weight)[None], k, 3, axis)[0]
         assert torch.equal(projection_mask(weight, k, min_per_neuron=3, neuron_axis=axis), expected)
 
 
