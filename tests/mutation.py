@@ -60,6 +60,8 @@ TESTS = {
 }
 
 _ROWS = "only how many rows are taken at once: the same sums"
+_FLAT, _LAYOUT = "x.reshape(-1, x.shape[-1])", "the kernels read every layout, only slower"
+_GPU = "on a GPU only"
 EQUIVALENT: dict[str, str] = {
     "bridges/evaluation.py Moments.add: self.error + error.sum(0) -> self.error - error.sum(0)": (
         "the sum of all errors is only ever squared"
@@ -67,14 +69,24 @@ EQUIVALENT: dict[str, str] = {
     "bridges/scales.py measure_scales: batch.long().to(bridges.rms_dense.device) -> batch.long()": (
         "the same device where there is no GPU"
     ),
+    "interventions/editing/positions.py _in_mask: 0 -> 1 #3": "one more column of padding, which the slice cuts off",
     "sparse_model/sparsity/topk.py top_mask_forced: x.detach() -> x": "a view as integers has no gradient anyway",
-    "sparse_model/sparsity/topk.py top_mask_forced: x.detach().contiguous() -> x.detach()": (
-        "the kernels read every layout, only slower"
-    ),
+    "sparse_model/sparsity/topk.py top_mask_forced: x.detach().contiguous() -> x.detach()": _LAYOUT,
     "sparse_model/sparsity/topk.py keep_masked: 1 -> 2 #1": "numpy takes every negative length for -1",
-    "sparse_model/sparsity/abs_topk.py _compiled: x.reshape(-1, x.shape[-1]).contiguous() -> "
-    "x.reshape(-1, x.shape[-1])": ("the kernels read every layout, only slower"),
+    f"sparse_model/sparsity/abs_topk.py _compiled: {_FLAT}.contiguous() -> {_FLAT}": _LAYOUT,
     "sparse_model/sparsity/topk_torch.py count_digits: 4 -> 5": "a type has 2, 4 or 8 bytes; asked on a GPU only",
+    "sparse_model/sparsity/topk_torch.py narrow: triton.narrow(counts, threshold, room, shift) -> "
+    "triton.narrow(threshold, counts, room, shift)": _GPU,
+    "sparse_model/sparsity/topk.py top_mask_flat: 0 -> 1 #1": _GPU,
+    "sparse_model/sparsity/topk.py top_mask_flat: counting.flat_masks(magnitude_bits(x)[None], k) -> "
+    "counting.flat_masks(k, magnitude_bits(x)[None])": _GPU,
+    "sparse_model/sparsity/projection.py project_: _MOST_TOGETHER // math.prod(shape) -> "
+    "_MOST_TOGETHER * math.prod(shape)": _GPU,
+    "sparse_model/sparsity/projection.py project_: tensors[0].device.type != 'cpu' -> "
+    "not tensors[0].device.type != 'cpu'": "one after the other or together, the masks are the same",
+    "bridges/losses.py nmse_backward_together: (x - y).square().sum((1, 2)) -> (x - y).square().mean((1, 2))": (
+        "error and spread are divided by the same number, which their quotient does not see"
+    ),
     "sparse_model/sparsity/sparse_linear.py multiply: len(matrix.values) // 8 -> len(matrix.values) * 8": (
         "only on how many threads the same rows are multiplied"
     ),
@@ -82,7 +94,7 @@ EQUIVALENT: dict[str, str] = {
     "bridges/losses.py _KL.forward: logits.device.type == 'cpu' -> logits.device.type != 'cpu'": _ROWS,
     "bridges/losses.py _KL.forward: 1 -> 2": _ROWS + ", and only beyond 2^18 tokens of vocabulary",
 }
-"""Mutants (by name) that compute the same, with the reason."""
+"""Mutants (by name) that compute the same, or whose code runs on a GPU only, with the reason."""
 
 OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,

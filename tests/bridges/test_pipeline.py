@@ -96,7 +96,7 @@ def test_evaluate_repeats_the_runs_own_figures(tiny: Path, cache: Path) -> None:
     after = json.loads((tiny / "metrics.json").read_text())
     assert after["sites"] == before["sites"]
     assert after["dense"] == before["dense"]
-    done = call(cache, sys.executable, "scripts/evaluate.py", "--run", str(tiny), "--tokens", "500")
+    done = call(cache, *COMMAND, "evaluate", "--run", str(tiny), "--tokens", "500")
     assert done.returncode == 0, done.stderr
     assert json.loads((tiny / "metrics.json").read_text())["sites"] != before["sites"]
     assert {name for name, found in digests(tiny).items() if found != files.get(name)} == {"metrics.json"}

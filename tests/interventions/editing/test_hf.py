@@ -110,6 +110,15 @@ def test_other_ways_to_generate(hf, tokens: torch.Tensor, start: str) -> None:
         assert not torch.allclose(found, torch.stack(hf.generate(tokens, **options).logits), atol=1e-2), edit
 
 
+def test_a_mask_per_row_also_where_the_model_is_given_embeddings(hf, tokens: torch.Tensor) -> None:
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[0, 3] = mask[1, 7] = True
+    with intervene(hf, "pair", delta=4, positions=mask):
+        found, expected = hf(inputs_embeds=hf.transformer.wte(tokens)).logits, hf(tokens).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, hf(tokens).logits, atol=1e-2)
+
+
 def test_only_its_own_hooks_come_off(hf, tokens: torch.Tensor) -> None:
     seen = []
     user = hf.transformer.h[1].ln_1.register_forward_hook(lambda module, inputs, output: seen.append(1))

@@ -300,3 +300,28 @@ def test_other_hooks_come_and_go_and_leave_the_edit_alone(dense, tokens: torch.T
         dense.reset_hooks()
         assert torch.equal(dense(tokens), edited)
     assert torch.equal(dense(tokens), plain)
+
+
+def test_a_vector_per_token_is_added_to_the_prompt_and_to_nothing_after_it(dense, run, tokens: torch.Tensor) -> None:
+    vectors = torch.randn(2, 12, 16)
+    longer = torch.cat([tokens, torch.randint(384, (2, 3))], 1)
+    with intervene_vector(dense, 2, vectors, where="stream", strength=2.0):
+        for shown in (tokens, longer):  # the second pass continues the first one's prompt
+            change = torch.nn.functional.pad(2 * vectors, (0, 0, 0, shown.shape[1] - 12))
+            expected = suffix(run.dense, 2, residuals(run.dense, shown)[2] + change, shown)
+            torch.testing.assert_close(dense(shown), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_positions_are_no_tokens(dense, tokens: torch.Tensor) -> None:
+    plain = dense(tokens)
+    for steps in ("all", "prompt"):
+        with intervene(dense, channel="pair", delta=3.0, positions=[], steps=steps):
+            assert torch.equal(dense(tokens), plain)
+
+
+def test_positions_reach_to_both_ends_of_the_context(dense) -> None:
+    for position in (-64, 63):
+        intervene(dense, channel="pair", delta=1.0, positions=position)
+    for position in (-65, 64):
+        with pytest.raises(IndexError, match=f"positions={position} is out of range: the model's context holds 64"):
+            intervene(dense, channel="pair", delta=1.0, positions=position)
