@@ -1,5 +1,6 @@
 """The documentation: its Python runs, its commands parse, its links lead somewhere, its notebook runs."""
 
+import argparse
 import ast
 import importlib
 import io
@@ -169,7 +170,12 @@ def parse(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
         real(*args, **options)
         raise _Parsed
 
+    def parse_args(self: argparse.ArgumentParser, *args: Any) -> None:
+        self.parse_known_args(*args)
+        raise _Parsed
+
     monkeypatch.setattr(tyro, "cli", cli)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     name, *words = [*program.split(), *arguments]
     monkeypatch.setattr(sys, "argv", [name, *words])
     said = io.StringIO()

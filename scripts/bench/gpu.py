@@ -1,8 +1,8 @@
-"""Measure on a GPU, in eight minutes at most and without a network: kernels, the gpt2 step, equality, preset `code`.
+"""Measure on a GPU, in eight minutes at most: kernels, the gpt2 step, equality with the CPU, preset `code`.
 
-Each part (scripts/bench/gpu_parts.py) runs as a process of its own with its own time limit, and writes each result at
-once: OUT/results.jsonl, and OUT/results.md as a table. `code` takes the time that is left; started again with the same
---out it goes on where it was stopped.
+Needs no network. Each part (scripts/bench/gpu_parts.py) runs as a process of its own with its own time limit, and
+writes each result at once: OUT/results.jsonl, and OUT/results.md as a table. `code` takes the time that is left;
+started again with the same --out it goes on where it was stopped.
 
 Needs this checkout, torch with CUDA, its Triton, transformers and accelerate. Where packages cannot be fetched, bring
 wheels of: transformer-lens, fancy-einsum, tyro, typeguard, beartype, docstring-parser, datasets, dill, multiprocess,

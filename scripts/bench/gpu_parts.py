@@ -1,4 +1,7 @@
-"""The parts of scripts/bench/gpu.py, which starts this file; figures are of the device unless they say otherwise."""
+"""The parts of `bench/gpu.py`, which starts this file.
+
+Figures are of the device unless they say otherwise.
+"""
 
 import argparse
 import dataclasses
@@ -19,10 +22,10 @@ from bridges.config import PRESETS, RunConfig
 from bridges.dense import DenseModel
 from bridges.dense_training import train_dense
 from bridges.joint_trainer import JointTrainer
-from bridges.pipeline import card_figures, train_run
-from bridges.run_folder import new_bridges, open_run, prepare_tokenizer
+from bridges.pipeline import card_figures, train_bridge
+from bridges.run_folder import check_parts, new_bridges, open_run
 from sparse_model.config import SparseConfig, SparsityConfig, from_json
-from sparse_model.data.prepare import prepare_corpus
+from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import NeuronAxis, project_, project_together_, projection_mask
@@ -188,7 +191,7 @@ def code(options: argparse.Namespace) -> None:
     path = folder / "config.json"
     config = from_json(RunConfig, path) if path.exists() else _config_for(options)
     try:
-        metrics = train_run(config, folder, resume=True, progress=False)
+        metrics = train_bridge(config, folder, resume=True, progress=False)
     except Interrupted as error:
         add_record(options.out, "code", "to be resumed", reason=str(error))
         return
@@ -211,7 +214,8 @@ def _config_for(options: argparse.Namespace) -> RunConfig:
     if options.quick:
         config = dataclasses.replace(PRESETS["tiny"][1], corpus_tokens=20_000, steps=5, eval_tokens=256)
         config = dataclasses.replace(config, dense_train=dataclasses.replace(config.dense_train, steps=5))
-    prepare_corpus(config, prepare_tokenizer(config, options.out / "code"), progress=False)
+    folder = options.out / "code"
+    save_tokenizer(check_parts(config, folder, progress=False).tokenizer, folder / "tokenizer")
     n = 2 if options.quick else 30
     trainer = _trainer(config, _gpt2_shape(config.sparse, config.dense_train.d_model), options, "no")
     for _ in range(n):

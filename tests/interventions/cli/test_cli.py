@@ -83,7 +83,7 @@ def test_the_module_and_the_wrappers_are_the_command() -> None:
     for program in (["-m", "interventions.cli", "train-bridge"], ["scripts/train_bridge.py"]):
         done = subprocess.run([sys.executable, *program, "x"], cwd=root, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "error: preset 'x' is unknown: use one of demo, tiny, stdlib, gpt2\n"
+        assert done.stderr == "error: preset 'x' is unknown: use one of demo, tiny, stdlib, code, gpt2\n"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bridges.config import RunConfig
-from bridges.pipeline import train_run
+from bridges.pipeline import train_bridge
 from sparse_model.config import TrainConfig
 from sparse_model.data import packages
 from sparse_model.data.corpus import CorpusConfig, describe_sources, iter_documents, load_blocks
@@ -196,5 +196,5 @@ def test_training_refuses_a_wrong_name_before_it_claims_its_folder(tmp_path: Pat
     with pytest.raises(ValueError, match=r"no distribution 'zzz9' is installed here"):
         pretrain(PretrainConfig(corpus="packages=zzz9"), tmp_path / "run")
     with pytest.raises(ValueError, match=r"no distribution 'zzz9' is installed here"):
-        train_run(RunConfig(corpus="packages=zzz9"), tmp_path / "run")
+        train_bridge(RunConfig(corpus="packages=zzz9"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
