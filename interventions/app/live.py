@@ -27,6 +27,7 @@ from interventions.report.generations import NEW_TOKENS
 from interventions.report.texts import inline, task_of, visible
 from interventions.steering.steered_prompts import plain_model
 from interventions.tasks.catalogue import TASKS
+from sparse_model.model.generation import generate_steps
 
 Ended = Literal["length", "end of text", "context"]
 
@@ -191,25 +192,22 @@ def _continue(
     """Logits behind the prompt, and the tokens that follow it."""
     generator = torch.Generator().manual_seed(sampling.seed) if sampling else None
     room = min(new_tokens, run.dense.n_ctx - len(prompt))
-    first: Tensor | None = None
-    tokens: list[int] = []
-    step, cache = prompt, None
-    while True:
-        out: Any = hf(input_ids=step[None].to(hf.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = out.logits[0, -1].float().cpu(), out.past_key_values
-        first = logits if first is None else first
-        if not torch.isfinite(logits).all():
+    cache: Any = None
+
+    def next_logits(given: Int[Tensor, "one pos"]) -> Float[Tensor, "one vocab"]:
+        nonlocal cache
+        out: Any = hf(input_ids=given.to(hf.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        if not torch.isfinite(out.logits).all():
             raise ValueError("the model's logits are no longer finite numbers: use a smaller delta")
-        if len(tokens) == room:
-            return first, tokens
-        if sampling:
-            p = (logits.double() / sampling.temperature).softmax(-1)
-            tokens.append(int(p.multinomial(1, generator=generator)))
-        else:
-            tokens.append(int(logits.argmax()))
-        if len(tokens) == room or tokens[-1] == run.tokenizer.eos_token_id:
-            return first, tokens
-        step = torch.tensor(tokens[-1:])
+        return out.logits[:, -1].double().cpu()
+
+    steps = generate_steps(next_logits, prompt[None], sampling.temperature if sampling else 0.0, generator)
+    first, token = next(steps)
+    tokens = [int(token)][:room]
+    while len(tokens) < room and tokens[-1] != run.tokenizer.eos_token_id:
+        tokens.append(int(next(steps).tokens))
+    return first[0].float(), tokens
 
 
 def _generation(run: Run, prompt: Int[Tensor, " pos"], tokens: list[int], asked: int) -> Generation:

@@ -7,6 +7,7 @@ generated tokens included. A control is measured as such a vector too.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from interventions.steering.experiment import Experiment
 from interventions.steering.steered_prompts import Prompts, Vectors, logits_at
 from interventions.tasks.base import CannotPresent, TaskBatch, pair_accuracy
 from interventions.tasks.catalogue import get_task, list_tasks
+from sparse_model.model.generation import generate_steps
 
 Vector = Float[Tensor, " d_dense"]
 _TOKENS = 2048  # of a pass
@@ -122,11 +124,15 @@ class Bystanders:
         generator = torch.Generator().manual_seed(self.seed)
         tokens = pad(self.prompts.tokens, (0, self.new_tokens))
         last, row = self.prompts.last, torch.arange(len(tokens), device=tokens.device)
-        drawn = []
-        for step in range(self.new_tokens):
-            p = logits_at(self.hf, tokens[:, : int(last.max()) + step + 1], last + step).softmax(-1)
-            drawn.append(torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(tokens))
-            tokens[row, last + step + 1] = drawn[-1]
+        drawn: list[Tensor] = []
+
+        def next_logits(_: Tensor) -> Float[Tensor, "prompt vocab"]:
+            """Without a cache: the prompts end at different columns."""
+            return logits_at(self.hf, tokens[:, : int(last.max()) + len(drawn) + 1], last + len(drawn))
+
+        for step in islice(generate_steps(next_logits, tokens, 1.0, generator), self.new_tokens):
+            tokens[row, last + len(drawn) + 1] = step.tokens
+            drawn.append(step.tokens)
         return torch.stack(drawn, 1)
 
     def _perplexity(self, prompts: Int[Tensor, "prompt pos"], generated: Int[Tensor, "prompt new"]) -> float:

@@ -13,6 +13,7 @@ The residual stream itself is never sparsified in the paper's models. Hook point
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from sparse_model.config import SparseConfig
+from sparse_model.model.generation import generate_steps
 from sparse_model.model.hub import HubModel
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import NeuronAxis, SparseParameter
@@ -268,15 +270,9 @@ class SparseTransformer(HookedRootModule, HubModel):
     ) -> Int[Tensor, "batch new_pos"]:
         """Continue the prompts with a KV cache; greedy at temperature 0. Returns prompt and continuation."""
         check_length(tokens.shape[1] + max_new_tokens, self.cfg.n_ctx)
-        cache, step = KVCache(), tokens
-        for _ in range(max_new_tokens):
-            logits = self(step, cache)[:, -1]
-            if temperature > 0:
-                step = torch.multinomial((logits / temperature).softmax(-1), 1)
-            else:
-                step = logits.argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, step], 1)
-        return tokens
+        cache = KVCache()
+        steps = generate_steps(lambda given: self(given, cache)[:, -1], tokens, temperature)
+        return torch.cat([tokens, *(step.tokens[:, None] for step in islice(steps, max_new_tokens))], 1)
 
     def sparse_parameters(
         self, fraction: float, embed_fraction: float | None = None, bias_fraction: float | None = None
