@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bridges.sites import Site, all_sites
 from sparse_model.io.atomic import write_text
+from sparse_model.io.lock import one_writer
 
 FILE = "channels.json"
 
@@ -121,9 +122,10 @@ def load_channels(folder: Path) -> dict[str, Channel]:
 
 def save_channel(folder: Path, channel: Channel) -> None:
     """Add or replace one channel in RUN/channels.json."""
-    channels = load_channels(folder) | {channel.name: channel}
-    entries = {name: asdict(c) for name, c in channels.items()}
-    write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+    with one_writer(folder):
+        channels = load_channels(folder) | {channel.name: channel}
+        entries = {name: asdict(c) for name, c in channels.items()}
+        write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
 
 
 def resolve(name: str, channels: Mapping[str, Channel], sparse: SparseShape) -> Channel:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from interventions.cli.options import TASK_LIST, parse
+from interventions.cli.options import TASK_LIST, parse, writing_into
 
 if TYPE_CHECKING:
     from interventions.bundle.channels import Channel
@@ -51,17 +51,18 @@ def main(options: Options) -> None:
     from interventions.bundle.channels import FILE, save_channel
     from interventions.finding.channel_search import find_channel
 
-    run = open_run(options.run)
-    channel = find_channel(
-        run,
-        options.task,
-        by=options.source,
-        name=options.name,
-        pairs=options.pairs,
-        site=options.site,
-        progress=True,
-    )
-    save_channel(run.folder, channel)
+    with writing_into(options.run):
+        run = open_run(options.run)
+        channel = find_channel(
+            run,
+            options.task,
+            by=options.source,
+            name=options.name,
+            pairs=options.pairs,
+            site=options.site,
+            progress=True,
+        )
+        save_channel(run.folder, channel)
     describe(channel)
     print(f"saved in {Path(options.run) / FILE}")
 

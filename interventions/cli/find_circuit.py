@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from interventions.circuits.prune_config import PruneConfig
-from interventions.cli.options import TASK_LIST, parse
+from interventions.cli.options import TASK_LIST, parse, writing_into
 from sparse_model.config import require
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ class Options:
 
 
 def command(arguments: list[str]) -> None:
-    main(parse(Options, "find-circuit", arguments, __doc__))
+    options = parse(Options, "find-circuit", arguments, __doc__)
+    with writing_into(options.run):
+        main(options)
 
 
 def main(options: Options) -> None:

@@ -8,11 +8,11 @@ Example:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from interventions.cli.options import parse
+from interventions.cli.options import parse, writing_into
 from sparse_model.config import require
 
 if TYPE_CHECKING:
@@ -47,15 +47,17 @@ def main(options: Options) -> None:
 
     scores = {}
     for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
-        found = scores[folder] = solved_tasks(folder, pairs=options.pairs, seed=options.seed)
-        update_metrics(
-            Path(folder),
-            tasks={
-                name: {"unsupported": of} if isinstance(of, str) else {label: s._asdict() for label, s in of.items()}
-                for name, of in found.items()
-            },
-        )
+        with writing_into(folder):
+            found = scores[folder] = solved_tasks(folder, pairs=options.pairs, seed=options.seed)
+            update_metrics(Path(folder), tasks={name: entry(of) for name, of in found.items()})
     print(table(scores))
+
+
+def entry(scores: "dict[str, TaskScore] | str") -> dict[str, Any]:
+    """What metrics.json holds of a task: the scores of each model, or why it has none."""
+    if isinstance(scores, str):
+        return {"unsupported": scores}
+    return {label: score._asdict() for label, score in scores.items()}
 
 
 def table(scores: "dict[str, dict[str, dict[str, TaskScore] | str]]") -> str:

@@ -15,8 +15,11 @@ import tyro
 
 from interventions.cli.options import TASK_LIST, parse
 from interventions.steering.experiment_config import Experiment
+from sparse_model.io.lock import one_writer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from interventions.steering.result import Steering
 
 
@@ -56,17 +59,24 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from bridges.run_folder import update_metrics
     from interventions.bundle.bundle import get_bundle, load_dense
     from interventions.bundle.packaged import FOLDER
-    from interventions.steering.baseline import dense_accuracy
-    from interventions.steering.plot import plot_steering
-    from interventions.steering.steer import steer
 
     dense = load_dense(options.run, options.device)
     folder = Path(options.out) if options.out else get_bundle(dense).folder
     if folder.is_relative_to(FOLDER):
         raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
+    with one_writer(folder):
+        _steer(dense, folder, options)
+
+
+def _steer(dense: "nn.Module", folder: Path, options: Options) -> None:
+    from bridges.run_folder import update_metrics
+    from interventions.bundle.bundle import get_bundle
+    from interventions.steering.baseline import dense_accuracy
+    from interventions.steering.plot import plot_steering
+    from interventions.steering.steer import steer
+
     get_bundle(dense).bridges.check_scales()
     baseline = dense_accuracy(dense, options.experiment)
     check_solved(baseline["pair_accuracy"], anyway=options.anyway)
