@@ -161,6 +161,7 @@ class Expected:
         assert wait(start(timed)) == 0, said(timed)
         self.seconds = time.monotonic() - begun
         self.weights, self.names = weights(work), names(work)
+        self.size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
         assert weights(timed) == self.weights, "the same command gives other weights"
 
     def judge(self, work: Path) -> list[str]:
@@ -177,108 +178,97 @@ class Expected:
             wrong.append(f"lost: {sorted(missing)}")
         return wrong
 
-    def work(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.base))
+
+def point(expected: Expected, work: Path, number: int) -> list[str]:
+    """Kill before a change of the file system."""
+    before = at_change(work, 1 + number % expected.points, expected.base / "count")
+    code, output = wait(start(work, before=before)), said(work)
+    if code != -signal.SIGKILL:
+        return [f"ended with {code} before it was killed: {output}"]
+    return expected.judge(work)
 
 
-def points(expected: Expected, count: int) -> list[str]:
-    """Kill before `count` of the changes, evenly spread."""
-    count = min(count, expected.points)
-    wrong = []
-    for number in sorted({1 + i * expected.points // count for i in range(count)}):
-        work = expected.work()
-        code = wait(start(work, before=at_change(work, number, expected.base / "count")))
-        said(work)
-        found = expected.judge(work) if code == -signal.SIGKILL else [f"ended with {code} before it was killed"]
-        wrong += [f"kill point {number}: {one}" for one in found]
-        shutil.rmtree(work)
-    print(f"{count} of {expected.points} kill points")
-    return wrong
+def kill(expected: Expected, work: Path, number: int) -> list[str]:
+    """Kill at a random moment."""
+    kill_within(expected, work, random.Random(number).uniform(0, 1))
+    return expected.judge(work)
 
 
-def kills(expected: Expected, count: int) -> list[str]:
-    """Kill at random moments."""
-    rng, wrong, killed = random.Random(0), [], 0
-    for number in range(count):
-        work = expected.work()
-        child = start(work)
-        time.sleep(rng.uniform(0, expected.seconds))
-        os.kill(child, signal.SIGKILL)
-        killed += wait(child) == -signal.SIGKILL
-        said(work)
-        wrong += [f"random kill {number}: {one}" for one in expected.judge(work)]
-        shutil.rmtree(work)
-    print(f"{count} random kills, {killed} of them before the end")
-    return wrong
+def kill_within(expected: Expected, work: Path, share: float) -> None:
+    child = start(work)
+    time.sleep(share * expected.seconds)
+    os.kill(child, signal.SIGKILL)
+    wait(child)
+    said(work)
 
 
-def pairs(expected: Expected, count: int) -> list[str]:
-    """Two writers at once: one ends well, the other is told who it is."""
-    rng, wrong, codes = random.Random(1), [], []
-    for number in range(count):
-        work, extra = expected.work(), ()
-        if number % 2:  # both go on with what was killed
-            extra = ("--resume",)
-            child = start(work)
-            time.sleep(rng.uniform(0.3, 1) * expected.seconds)
-            os.kill(child, signal.SIGKILL)
-            wait(child)
-            said(work)
-        first = start(work, *extra)
-        time.sleep(rng.choice((0, 0, rng.uniform(0, expected.seconds))))
-        ended = sorted(wait(child) for child in (first, start(work, *extra)))
-        codes.append(ended)
+def pair(expected: Expected, work: Path, number: int) -> list[str]:
+    """Two writers at once: one ends well, the other, unless it comes after, is told who it is."""
+    rng, extra = random.Random(number), []
+    if number % 2:  # both go on with what was killed
+        extra = ["--resume"]
+        kill_within(expected, work, rng.uniform(0.3, 1))
+    first = start(work, *extra)
+    time.sleep(rng.choice((0, 0, rng.uniform(0, expected.seconds))))
+    codes = sorted(wait(child) for child in (start(work, *extra), first))
+    output = said(work)
+    told = IN_USE in output or "already holds a run" in output
+    if codes not in ([0, 0], [0, 2]) or (2 in codes and not told) or "Traceback" in output:
+        return [f"exit codes {codes}: {output}"]
+    return expected.judge(work)
+
+
+def disk(expected: Expected, work: Path, number: int) -> list[str]:
+    """A size between 8 KiB and a little more than the run takes; 32 of them, evenly in their logarithm."""
+    size = int(8192 * (1.1 * expected.size / 8192) ** (number % 32 / 31))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(work)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    limit = resource.RLIM_INFINITY if mounted else size
+    try:
+        code = wait(start(work, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
         output = said(work)
-        found = [f"exit codes {ended}: {output}"] if ended[0] != 0 or ended[1] not in (0, 2) else []
-        if ended[1] == 2 and not (IN_USE in output or "already holds a run" in output):
-            found.append(f"no word on the first one: {output}")
-        if "Traceback" in output:
-            found.append(f"a stack trace: {output}")
-        wrong += [f"disturbed, pair {number}: {one}" for one in found or expected.judge(work)]
-        shutil.rmtree(work)
-    print(f"{count} pairs of writers, in {sum(2 in ended for ended in codes)} of them one was refused")
-    return wrong
-
-
-def disks(expected: Expected, count: int) -> list[str]:
-    """Sizes from a few KiB to the largest that is too small."""
-    wrong, sentences, mounted = [], 0, None
-    whole = sum(path.stat().st_size for path in (expected.base / "undisturbed").rglob("*") if path.is_file())
-    for number in range(count):
-        size = int(8192 * (1.2 * whole / 8192) ** (number / max(1, count - 1)))
-        work = expected.work()
-        mounted = (
-            subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(work)], capture_output=True
-            ).returncode
-            == 0
-        )
-        limit = size if not mounted else resource.RLIM_INFINITY
-        child = start(work, before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-        code, output = wait(child), said(work)
-        lines = [line for line in output.replace("\r", "\n").splitlines() if line.startswith("error:")]
-        if code and ("Traceback" in output or len(lines) != 1 or DISK_SENTENCE not in lines[0]):
-            wrong.append(f"{size} bytes: not one sentence: {output}")
-        sentences += bool(code) and len(lines) == 1
         if mounted:
             subprocess.run(["mount", "-o", "remount,size=1g", str(work)], check=True)
-        wrong += [f"{size} bytes: {one}" for one in expected.judge(work)]
+        lines = [line for line in output.replace("\r", "\n").splitlines() if line.startswith("error:")]
+        if code and ("Traceback" in output or len(lines) != 1 or DISK_SENTENCE not in lines[0]):
+            return [f"{size} bytes, no single sentence: {output}"]
+        return expected.judge(work)
+    finally:
         if mounted:
             subprocess.run(["umount", str(work)], check=True)
+
+
+ATTACKS = {"points": point, "kills": kill, "pairs": pair, "disks": disk}
+ALL = {"points": 10**6, "kills": 50, "pairs": 30, "disks": 32}
+
+
+def attack(name: str, expected: Expected, count: int, seconds: float) -> list[str]:
+    """`count` attacks of a kind, or as many as begin within so many seconds, evenly spread over all there are."""
+    whole = {"points": expected.points, "disks": 32}.get(name, count)
+    numbers = [i * whole // count for i in range(count)] if count < whole else list(range(whole))
+    random.Random(0).shuffle(numbers)
+    wrong, done, begun = [], 0, time.monotonic()
+    for number in numbers:
+        if time.monotonic() - begun > seconds:
+            break
+        work = Path(tempfile.mkdtemp(dir=expected.base))
+        found = [f"{name} {number}: {one}" for one in ATTACKS[name](expected, work, number)]
+        print("\n".join([f"{name} {number}: " + ("wrong" if found else "right"), *found]), flush=True)
+        wrong += found
+        done += 1
         shutil.rmtree(work)
-    print(f"{count} sizes of {'a disk' if mounted else 'files'}, {sentences} too small and said in one sentence")
+    print(f"{name}: {done} of {whole}, {len(wrong)} wrong", flush=True)
     return wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every point, 50 kills, 30 pairs, 32 disks")
-    whole = {"points": 10**6, "kills": 50, "pairs": 30, "disks": 32}
-    for name in whole:
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for each kind, at most")
+    for name in ATTACKS:
         parser.add_argument(f"--{name}", type=int, default=0)
     options = vars(parser.parse_args())
-    if options["all"]:
-        options |= whole
+    options |= ALL if options["all"] else {}
     import torch
 
     import interventions.cli.train_bridge  # noqa: F401
@@ -287,11 +277,11 @@ def main() -> int:
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as base:
         expected = Expected(Path(base))
-        print(f"undisturbed: {expected.seconds:.1f} s, {expected.points} changes of the file system")
-        for attack in (points, kills, pairs, disks):
-            if options[attack.__name__]:
-                wrong += attack(expected, options[attack.__name__])
-    print("\n".join(wrong) or "nothing lost, left over or disturbed")
+        print(f"undisturbed: {expected.seconds:.1f} s, {expected.points} changes of the file system", flush=True)
+        for name in ATTACKS:
+            if options[name]:
+                wrong += attack(name, expected, options[name], options["seconds"])
+    print(f"{len(wrong)} wrong" if wrong else "nothing lost, left over or disturbed")
     return bool(wrong)
 
 
