@@ -56,10 +56,10 @@ format: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,docs]' -c constraints.txt
 	touch $@
 
-# The notebook is executed on the way. Pages open from disk; only their search needs a server.
+# The notebook is executed on the way. Pages and their search work from disk.
 docs: .venv/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "open site/index.html, or: python3 -m http.server --directory site"
+	@echo "open site/index.html"
 
 clean:
 	rm -rf site .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
