@@ -60,9 +60,9 @@ class JointTrainer(SparseTrainer):
     @torch.no_grad()
     def where_not_finite(self, tokens: Int[Tensor, "batch pos"]) -> str:
         """What, on the CPU, is not finite first in the passes over a batch."""
-        found = sublayer_not_finite(self.sparse, tokens)
-        if found:
-            return found
+        sublayer = sublayer_not_finite(self.sparse, tokens)
+        if sublayer:
+            return sublayer
         for site, resid in enumerate(residuals(self.dense, tokens)):
             try:
                 self.bridges.encode(site, resid)

@@ -106,7 +106,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
                 temporary.rename(path)
                 break
             except OSError:
-                if not path.exists():  # otherwise a reader found nothing here and took the old one back
+                if not path.exists():  # otherwise a reader parts nothing here and took the old one back
                     raise
         shutil.rmtree(old, ignore_errors=True)
 
@@ -124,8 +124,8 @@ def recover_folder(path: Path) -> None:
     if path.exists() or not path.parent.is_dir():
         return
     for old in path.parent.iterdir():
-        found = _OURS.fullmatch(old.name)
-        if found and found["name"] == path.name and found["kind"] == "old":
+        parts = _OURS.fullmatch(old.name)
+        if parts and parts["name"] == path.name and parts["kind"] == "old":
             with suppress(OSError):  # another reader was first
                 old.rename(path)
             return
@@ -134,8 +134,8 @@ def recover_folder(path: Path) -> None:
 def clean_up_beside(path: Path) -> None:
     """Remove what killed processes left of one file or folder, once nobody else writes it."""
     for leftover in [] if not path.parent.is_dir() else list(path.parent.iterdir()):
-        found = _OURS.fullmatch(leftover.name)
-        if found and found["name"] == path.name:
+        parts = _OURS.fullmatch(leftover.name)
+        if parts and parts["name"] == path.name:
             recover_folder(path)
             _remove(leftover)
 
@@ -146,9 +146,9 @@ def clean_up(folder: Path) -> None:
         if place != folder and (place / LOCK).exists():  # a run of its own
             continue
         for leftover in [] if not place.is_dir() else list(place.iterdir()):
-            found = _OURS.fullmatch(leftover.name)
-            if found:
-                recover_folder(place / found["name"])
+            parts = _OURS.fullmatch(leftover.name)
+            if parts:
+                recover_folder(place / parts["name"])
                 _remove(leftover)
 
 

@@ -85,8 +85,8 @@ class Checkpoints:
         remove_folder(self.folder)
 
     def _newest_first(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if path.name[len("step-") :].isdigit()]
-        return sorted(found, key=_step, reverse=True)
+        folders = [path for path in self.folder.glob("step-*") if path.name[len("step-") :].isdigit()]
+        return sorted(folders, key=_step, reverse=True)
 
     def _restore(self, folder: Path) -> None:
         for name, module in self.modules.items():

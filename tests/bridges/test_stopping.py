@@ -1,4 +1,4 @@
-"""A run that is stopped in any stage, by any of the signals, says what is lost and ends with the same weights on resume.
+"""A run that is stopped in any stage, by any of the signals, says what is lost and resumes to the same weights.
 
 One that is begun again with other text, tokenizer, dense model or processes than it was begun with is refused.
 """
