@@ -55,7 +55,7 @@ class JointTrainer(SparseTrainer):
     @cached_property
     def identity(self) -> Identity:
         """What decides the weights besides the settings."""
-        return super().identity | {"dense": digest_of(self.dense.state_dict().values())}
+        return super().identity | {"dense": digest_of(self.dense.parameters())}
 
     @torch.no_grad()
     def where_not_finite(self, tokens: Int[Tensor, "batch pos"]) -> str:

@@ -63,8 +63,9 @@ def check_start(config: RunConfig, folder: Path, resume: bool) -> None:
 
 def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, resume: bool, progress: bool) -> dict:
     main = accelerator.is_main_process
-    with interruptible(NOTHING_WRITTEN), accelerator.main_process_first():
-        parts = run_folder.check_parts(config, folder, progress=progress)
+    with interruptible(RESUMES), accelerator.main_process_first():
+        with interruptible(NOTHING_WRITTEN):
+            parts = run_folder.check_parts(config, folder, progress=progress)
         if main:
             claim_folder(config, folder, resume)
             keep_identity(folder, run_identity(parts.blocks, parts.tokenizer, accelerator.num_processes))
@@ -75,7 +76,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
         started = time.monotonic()
         hf = run_folder.prepare_dense(config, folder, parts, accelerator.device, progress=progress)
         if main:
-            keep_identity(folder, {"dense": digest_of(hf.state_dict().values())})
+            keep_identity(folder, {"dense": digest_of(hf.parameters())})
         dense_seconds = time.monotonic() - started
     blocks = parts.blocks
     torch.manual_seed(config.seed)

@@ -80,12 +80,13 @@ def pretrain(
 
 def _pretrain(config: PretrainConfig, folder: Path, accelerator: Accelerator, resume: bool, progress: bool) -> dict:
     main, trained = accelerator.is_main_process, folder / "sparse"
-    with interruptible(NOTHING_WRITTEN), accelerator.main_process_first():
-        check_corpus(config)
-        check_budgets_of(config)
-        tokenizer = _tokenizer(config, folder)
-        check_vocabulary(tokenizer, config.sparse)
-        blocks = prepare_corpus(config, tokenizer, progress=progress and main)
+    with interruptible(RESUMES), accelerator.main_process_first():
+        with interruptible(NOTHING_WRITTEN):
+            check_corpus(config)
+            check_budgets_of(config)
+            tokenizer = _tokenizer(config, folder)
+            check_vocabulary(tokenizer, config.sparse)
+            blocks = prepare_corpus(config, tokenizer, progress=progress and main)
         if main:
             claim_folder(config, folder, resume)
             keep_identity(folder, run_identity(blocks, tokenizer, accelerator.num_processes))

@@ -1,16 +1,20 @@
 """The command line: every command explains itself at once, and a mistake is one sentence that names what was typed."""
 
 import dataclasses
+import fcntl
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support.helpers import digests
 
 from bridges.config import RunConfig
 from interventions.bundle.packaged import FOLDER
@@ -194,3 +198,49 @@ def test_solved_tasks_prints_and_keeps_what_the_call_gives(bundle: Path, capsys:
 def test_each_module_holds_one_command() -> None:
     for command in COMMANDS:
         assert callable(import_module(f"interventions.cli.{module_of(command)}").command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "--run", "RUN"),
+        ("find-channel", "--run", "RUN"),
+        ("find-circuit", "--run", "RUN"),
+        ("steer", "--run", "RUN"),
+        ("steer", "--run", "demo", "--out", "RUN"),
+        ("solved-tasks", "RUN"),
+        ("report", "--run", "RUN"),
+        ("train-bridge", "tiny", "--run", "RUN"),
+        ("train-sparse", "tiny", "--run", "RUN"),
+        ("train-dense", "tiny", "--run", "RUN"),
+    ],
+)
+def test_whoever_comes_second_is_told_who_is_first(
+    command: tuple[str, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "empty" if command[0].startswith("train") else folder
+    run.mkdir(exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on elsewhere (train-bridge)")
+        lock.flush()
+        before = digests(run)
+        code, _, err = said(capsys, *(str(run) if word == "RUN" else word for word in command))
+    assert (code, digests(run)) == (2, before)
+    assert err.splitlines()[-1] == (
+        f"error: {run} is in use by process 7 on elsewhere (train-bridge): wait for it, or stop it"
+    )
+    (run / ".lock").unlink()
+
+
+def test_a_signal_is_one_sentence_and_another_exit_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(folder)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name)
+        monkeypatch.setattr("bridges.pipeline.evaluate", lambda *_, number=number, **__: os.kill(os.getpid(), number))
+        code, _, err = said(capsys, "evaluate", "--run", str(folder))
+        assert code == 130
+        assert err.splitlines()[-1].startswith(f"error: stopped by {name}: what this command had not yet saved is lost")
+        assert digests(folder) == before

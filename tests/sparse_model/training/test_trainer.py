@@ -21,6 +21,7 @@ from sparse_model.config import OptimConfig, SparsityConfig
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import budget, prove_sparsity
 from sparse_model.sparsity.topk import NotFiniteError
+from sparse_model.training.accelerator import make_accelerator
 from sparse_model.training.checkpoints import CHECKPOINT
 from sparse_model.training.finite import TrainingDiverged
 from sparse_model.training.metrics_log import read_metrics
@@ -270,3 +271,13 @@ def test_mixed_precision_is_near_full_precision(tmp_path: Path, bf16: Accelerato
     full = make_trainer(run, tmp_path / "full").train_step()
     for name, value in full._asdict().items():
         torch.testing.assert_close(getattr(mixed, name), value, rtol=0.05, atol=0.02, equal_nan=True, check_dtype=False)
+
+
+def test_fp16_on_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for precision, said in (("fp16", 1), ("bf16", 0)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        caplog.clear()
+        make_accelerator(Path("run"))
+        assert caplog.text.count("fp16 does nothing on a CPU") == said
+    AcceleratorState._reset_state(reset_partial_state=True)
