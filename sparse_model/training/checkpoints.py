@@ -116,7 +116,7 @@ def _facts(folder: Path, config: Any, steps: int) -> tuple[Any, dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     whole = isinstance(state, dict) and isinstance(state.get("identity"), dict)
-    if not whole or state.get("step") != _step(folder) or state["step"] > steps:
+    if not whole or type(state.get("step")) is not int or state["step"] != _step(folder) or state["step"] > steps:
         raise ValueError(f"{path} is damaged: no step from 0 to {steps} with what it was made from")
     return made, state
 

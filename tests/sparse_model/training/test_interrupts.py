@@ -54,9 +54,11 @@ import sys, time
 from sparse_model.training.interrupts import Interrupted, end_with_launcher, stop_signals
 with end_with_launcher(), stop_signals() as caught:
     print("training", flush=True)
-    while not caught:
+    for _ in range(1200):
+        if caught:
+            open(sys.argv[1], "w").write("checkpoint")
+            break
         time.sleep(0.05)
-    open(sys.argv[1], "w").write("checkpoint")
 print("ended", flush=True)
 """
 LAUNCHER = """
