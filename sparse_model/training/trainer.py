@@ -186,11 +186,10 @@ class SparseTrainer:
 
     def _rates(self, step: int) -> tuple[float, float]:
         """The learning rates of sparse and of free parameters in a step, counted from 0."""
-        config = self.config
-        kept = annealed_fraction(config.sparsity.nonzero_fraction, config.sparsity, step / config.steps)
-        half_step = (step + 0.5) / config.steps  # so that neither the first nor the last step has rate zero
-        free = self.free_rule.lr * schedule(half_step, config.optim)
-        return config.optim.lr * schedule(half_step, config.optim, kept), free
+        sparsity, optim, steps = self.config.sparsity, self.config.optim, self.config.steps
+        kept = annealed_fraction(sparsity.nonzero_fraction, sparsity, step / steps)
+        half_step = (step + 0.5) / steps  # so that neither the first nor the last step has rate zero
+        return optim.lr * schedule(half_step, optim, kept), self.free_rule.lr * schedule(half_step, optim)
 
     def _accumulate(self) -> Any:
         """The losses of this step's batches, averaged, with their gradients in the parameters."""
@@ -307,8 +306,7 @@ class SparseTrainer:
     @cached_property
     def identity(self) -> Identity:
         """What decides the weights besides the settings."""
-        text = digest_of([self.blocks])
-        return {**versions(), "corpus": text, "processes": self.accelerator.num_processes}
+        return {**versions(), "corpus": digest_of([self.blocks]), "processes": self.accelerator.num_processes}
 
     def remove_checkpoint(self) -> None:
         """Drop the checkpoints once the final weights are saved."""
