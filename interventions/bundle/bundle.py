@@ -56,7 +56,15 @@ class Bundle:
         return load_sparse(self.folder / "sparse").eval().to(self.bridges.rms_sparse.device)
 
     def identity(self) -> dict[str, Any]:
-        """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now."""
+        """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now.
+
+        Raises ValueError where some of them are not in memory.
+        """
+        if any(tensor.is_meta for tensor in self.hf.state_dict().values()):
+            raise ValueError(
+                "the dense model's weights are offloaded, so what the intervention belongs to cannot be told: save or "
+                "load it on a model that is in memory"
+            )
         return {
             "layers": self.shape.n_layers,
             "dense": digest(self.hf.state_dict()),

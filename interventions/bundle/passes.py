@@ -174,36 +174,38 @@ class Calls:
         call = _pass_in_progress.get()
         return call if call is not None and call.calls is self else None
 
-    # Never compiled itself: what a pass is given differs from pass to pass. What it calls is compiled as before.
+    # Not compiled, as what a pass is given differs from pass to pass; the model's own code is, as it would be alone.
     @torch.compiler.disable(recursive=False)
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The body's forward pass, with the handles of this thread told of its begin and end."""
-        forward = type(self._body).forward
-        handles = tuple(h for h in _entered.get() if h.calls is self and h.is_open)
-        arguments = inspect.signature(forward).bind(self._body, *args, **kwargs).arguments
-        call = self._read(arguments | arguments.get("kwargs", {}), handles)
+        call = self._expected(args, kwargs)
         token = _pass_in_progress.set(call)
         try:
-            for handle in handles:
+            for handle in call.handles:
                 handle.begin(call)
             # Compiled code may go past hooks: under a handle the body runs as it is written.
-            run = torch.compiler.disable(forward) if handles else forward
+            forward = type(self._body).forward
+            run = torch.compiler.disable(forward) if call.handles else forward
             output = run(self._body, *args, **kwargs)
-            for handle in handles:
+            for handle in call.handles:
                 handle.end(call, output)
         finally:
             _pass_in_progress.reset(token)
-        if not handles:
-            for handle in [h for h in _open if h.calls is self]:
-                handle.elsewhere += 1
         self._remember(call, output)
         return output
+
+    @torch.compiler.disable
+    def _expected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The pass that these arguments make."""
+        bound = inspect.signature(type(self._body).forward).bind(self._body, *args, **kwargs).arguments
+        handles = tuple(h for h in _entered.get() if h.calls is self and h.is_open)
+        return self._read(bound | bound.get("kwargs", {}), handles)
 
     def _read(self, given: Mapping[str, Any], handles: tuple[Handle, ...]) -> Call:
         cache, ids = given.get("past_key_values"), given.get("input_ids")
         start = int(cache.get_seq_length()) if cache is not None else 0
         filled = self._filled.get(cache) if start else None
-        shown: Tensor = given["inputs_embeds"] if ids is None else ids.view(-1, ids.shape[-1])
+        shown: Tensor = given["inputs_embeds"] if ids is None else ids if ids.ndim == 2 else ids.view(-1, ids.shape[-1])
         # A hook's own call of the model inside a pass is none of `generate`.
         generation = generation_in_progress.get() if _pass_in_progress.get() is None else None
         generation = generation if generation is not None and generation.calls is self else None
@@ -234,7 +236,11 @@ class Calls:
         elif position_ids.device.type == "cpu" and position_ids.numel():  # elsewhere reading it would wait
             check_length(int(position_ids.max()) + 1, n_ctx)  # type: ignore[arg-type]
 
+    @torch.compiler.disable
     def _remember(self, call: Call, output: Any) -> None:
+        if not call.handles:
+            for handle in [h for h in _open if h.calls is self]:
+                handle.elsewhere += 1
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             length = call.start + call.length

@@ -96,6 +96,7 @@ class Entered(Handle):
             if history.width:
                 check_reached(edit.positions, history)
 
+    @torch.compiler.disable
     def begin(self, call: Call) -> None:
         """Refuse a pass that cannot be edited right."""
         if not self._edits:
@@ -110,27 +111,32 @@ class Entered(Handle):
             )
         check_checkpointing(self._dense)
 
+    @torch.compiler.disable
     def end(self, call: Call, output: Any) -> None:
         """Count the pass. Raises where an edit did not run in it, and where it gave no numbers."""
         self._passes += 1
-        for edit, history in self._edits:
-            if history not in call.views or not call.views[history].has_run:
-                raise RuntimeError(
-                    f"the edit at {edit.site.label} (where={edit.where!r}) did not run in this pass: its hook was "
-                    "taken off, or the model goes past it (compiled or replaced modules). Enter the handle on the "
-                    "model as it was loaded, and compile no part of it"
-                )
-        if self._edits and not _is_finite(output[0], call):
+        views = [call.views.get(history) for _, history in self._edits]
+        changes = [None if view is None else view.largest_change for view in views]
+        missing = [edit for (edit, _), change in zip(self._edits, changes, strict=True) if change is None]
+        if missing:
+            raise RuntimeError(
+                f"edits did not run in this pass: {', '.join(f'{e.site.label} (where={e.where!r})' for e in missing)}. "
+                "Their hooks were taken off, or the model goes past them (compiled or replaced modules): enter the "
+                "handle on the model as it was loaded, and compile no part of it"
+            )
+        if self._edits and not _is_usable(output[0], call, changes):
             raise ValueError(
                 "under the intervention the model's activations are no longer finite, or too large for float32: make "
                 "delta, set_to or strength smaller"
             )
 
 
-def _is_finite(stream: Tensor, call: Call) -> bool:
-    """Whether the last activations at real tokens are numbers that can be computed with."""
-    usable = (stream.detach().abs() < TOO_LARGE).all(-1)
-    return bool((usable | (call.counted < 0)).all())
+def _is_usable(last: Tensor, call: Call, changes: list[Any]) -> bool:
+    """Whether changes, and the last activations at real tokens, are numbers that can be computed with."""
+    usable = ((last.detach().abs() < TOO_LARGE).all(-1) | (call.counted < 0)).all()
+    for change in changes:
+        usable = usable & (change < TOO_LARGE).to(usable.device)
+    return bool(usable)
 
 
 def check_whole(dense: nn.Module) -> None:

@@ -74,7 +74,7 @@ class Edit:
         self, seen: Seen, value: Float[Tensor, "batch pos d_dense"], change: Float[Tensor, "#batch #pos d_dense"]
     ) -> Float[Tensor, "batch pos d_dense"]:
         edited = (_wide(value) + change.to(value.device)).to(value.dtype)
-        seen.has_run = True
+        seen.largest_change = change.detach().abs().amax()
         if self.positions is not None:
             seen.history.note(seen.call)
             if seen.history.one_pass:

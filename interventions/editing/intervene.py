@@ -199,7 +199,7 @@ def intervene_vector(
     return Intervention(dense, (acts(arguments.site(site, bundle.shape.n_layers), source),))
 
 
-def _weighted(channels: Any) -> list[tuple[str | Channel, int | float]]:
+def _weighted(channels: Any) -> list[tuple[Any, int | float]]:
     """Channels with their weights; ValueError for none, and for what is no channel."""
     if isinstance(channels, str | Channel):
         return [(channels, 1)]

@@ -77,8 +77,8 @@ def _from_items(items: list[Any]) -> Positions:
     kinds = {_is_bool(item) for item in items}
     if kinds == {True}:
         return torch.tensor([bool(item) for item in items])
-    if any(isinstance(item, Iterable) and not (hasattr(item, "ndim") and item.ndim == 0) for item in items):
-        rows = [_from_items(list(item)) if isinstance(item, Iterable) else None for item in items]
+    if any(_is_row(item) for item in items):
+        rows = [_from_items(list(item)) if _is_row(item) else None for item in items]
         if not all(isinstance(row, Tensor) and len(row) == len(rows[0]) for row in rows):  # type: ignore[arg-type]
             raise ValueError(
                 "positions is a list of lists: numbers are the same for every row, so give one list of them, or for "
@@ -88,6 +88,12 @@ def _from_items(items: list[Any]) -> Positions:
     if len(kinds) > 1:
         raise ValueError(f"positions={items}: some are booleans and some numbers, give only one of the two")
     return [_whole(item) for item in items]
+
+
+def _is_row(item: Any) -> bool:
+    if isinstance(item, Tensor | np.ndarray | np.generic):
+        return item.ndim > 0
+    return isinstance(item, Iterable) and not isinstance(item, str | bytes)
 
 
 def _is_bool(item: Any) -> bool:

@@ -45,7 +45,8 @@ class Seen:
         self.call, self.history = call, history
         self.stream: Tensor | None = None
         """The residual stream, where the edit sits behind the place that shows it."""
-        self.has_run = False
+        self.largest_change: Tensor | None = None
+        """Once the edit has run: the largest magnitude of what it added, or would add at tokens that are not chosen."""
         self._prompt = prompt_length
 
     def tokens(self) -> Int[Tensor, "batch all_pos"]:
