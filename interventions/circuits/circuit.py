@@ -63,6 +63,8 @@ class Circuit:
     ablation: Ablation
     config: dict[str, Any] = field(default_factory=dict)
     """The pruning configuration, its seed included."""
+    prompts: dict[str, Any] = field(default_factory=dict)
+    """Where the task's prompts came from (`Task.record`)."""
     controls: dict[str, Any] | None = None
     """Result of interventions.circuits.controls; None: the claim is uncontrolled."""
 
@@ -190,6 +192,7 @@ def save_circuit(folder: Path, circuit: Circuit) -> Path:
         "calibration": circuit.calibration._asdict(),
         "ablation": circuit.ablation.kind,
         "config": circuit.config,
+        "prompts": circuit.prompts,
         "controls": circuit.controls,
         "tensors_sha256": digest,
     }
@@ -265,5 +268,6 @@ def _from_json(data: dict[str, Any], shape: SparseConfig, values: dict[str, Tens
         edges=tuple(Edge(**edge) for edge in data["edges"]),
         calibration=Calibration(calibration["scale"], {int(i): s for i, s in calibration["shift"].items()}),
         ablation=Ablation(data["ablation"], values),
+        prompts=data.get("prompts", {}),
         controls=data["controls"],
     )

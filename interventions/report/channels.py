@@ -14,8 +14,9 @@ from interventions.bundle.channels import FILE, Channel, read_nodes
 from interventions.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.editing.intervene import intervene
 from interventions.report.generations import Continuation, continuations
-from interventions.report.texts import HeldOut, Text, heads, inline, prompts, task_of, visible
+from interventions.report.texts import HeldOut, Text, heads, inline, prompts, visible
 from interventions.tasks.base import TaskBatch, since_difference
+from interventions.tasks.of_run import recorded_task
 
 LENS_TOKENS = 8
 """Tokens at either end of the logit lens."""
@@ -121,8 +122,9 @@ def _batch(run: Run, channel: Channel) -> tuple[TaskBatch | None, list[str]]:
     if name is None:
         return None, ["No task is recorded for this channel, so there are none of its prompts to show."]
     try:
-        return task_of(run, name).sample(_PAIRS, split="evaluation", seed=run.config.seed), []
-    except (KeyError, ValueError) as error:
+        task = recorded_task(run, name, channel.selection.get("prompts", {}))
+        return task.sample_up_to(_PAIRS, split="evaluation", seed=run.config.seed), []
+    except (LookupError, ValueError, OSError) as error:
         return None, [f"There are no prompts of its task to show: {error.args[0]}"]
 
 
