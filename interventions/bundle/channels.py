@@ -57,7 +57,7 @@ class Rule:
         return f"{quantity}: {self.reached:.3g} reached, {self.bound} {self.threshold:.3g} asked for"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Channel:
     """A named direction of the sparse model's read at one site."""
 
@@ -100,6 +100,9 @@ class Channel:
         """The strength of `toward` that was chosen for the channel on selection prompts; 1 where none was."""
         dose = self.selection.get("doses", {}).get(str(len(self.indices)), {})
         return float(dose.get("strength", 1.0))
+
+    def __repr__(self) -> str:
+        return f"<channel {self}>"
 
     def __str__(self) -> str:
         parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))

@@ -47,6 +47,9 @@ class Edit:
     positions: Positions
     steps: Steps
 
+    def __str__(self) -> str:
+        return f"{self.source} at {self.site.label}, {self.where}, in {self.steps} steps"
+
     def read(
         self,
         seen: Seen,

@@ -42,6 +42,9 @@ class Intervention:
         self.dense, self.edits = dense, edits
         self._attached: list[tuple[list[Remove], list[Seen]]] = []
 
+    def __repr__(self) -> str:
+        return f"<intervention: {'; '.join(map(str, self.edits))}>"
+
     def hooks(self) -> list[tuple[str, Hook]]:
         """Hooks for `dense.run_with_hooks(tokens, fwd_hooks=handle.hooks())`, one pass of a TransformerLens model.
 

@@ -28,6 +28,9 @@ from interventions.tasks.base import PROMPT_SPLITS, PromptSplit, Strings, TaskSp
 from interventions.tasks.names import TASK_NAMES
 from interventions.tasks.stock import StockPair, StockTask
 
+EXAMPLES = tuple(sorted((Path(__file__).parent / "examples").glob("*.jsonl")))
+"""Two tasks of Drori's criticism of weight-sparse circuits, in our words, for models of English."""
+
 SUFFIXES = (".jsonl", ".csv")
 COLUMNS = ("prompt_0", "prompt_1", "answer_0", "answer_1", "split")
 MOST_FILLINGS = 1000

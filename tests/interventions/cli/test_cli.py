@@ -104,8 +104,14 @@ def test_the_module_and_the_wrappers_are_the_command() -> None:
         ("serve --port 70000", "--port 70000: use 0 to 65535"),
         ("evaluate --run no/such", "no run at no/such: train one with sparse-bridges train-bridge --run no/such"),
         ("check-task --run no/such --task for_while", "no run at no/such: train one"),
-        ("check-task --run demo --task ./none.jsonl", "no task file at none.jsonl: give one of the twenty tasks' names"),
-        ("check-task --run demo --task lambda_func --prompts natural", "task 'lambda_func' has no natural prompts; use"),
+        (
+            "check-task --run demo --task ./none.jsonl",
+            "no task file at none.jsonl: give one of the twenty",
+        ),
+        (
+            "check-task --run demo --task lambda_func --prompts natural",
+            "task 'lambda_func' has no natural prompts",
+        ),
         ("solved-tasks no/such", "no/such has neither dense/ nor sparse/"),
     ],
 )
