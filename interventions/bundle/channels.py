@@ -164,6 +164,12 @@ def read_nodes(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Floa
     """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
     hook = Site(site, sparse.n_layers).read_hook
     _, cache = sparse.run_with_cache(tokens, names_filter=hook)
+    return without_gain(sparse, site, cache[hook])
+
+
+def without_gain(
+    sparse: Any, site: int, hooked: Float[Tensor, "batch pos width"]
+) -> Float[Tensor, "batch pos d_sparse"]:
+    """What the hook of a site's read holds, in the unit of channels: without the norm's gain and without positions."""
     gain = read_gain(sparse, site)
-    read = cache[hook][..., : sparse.d_model]
-    return torch.where(gain != 0, read / gain, 0)
+    return torch.where(gain != 0, hooked[..., : sparse.d_model] / gain, 0)

@@ -17,7 +17,7 @@ from transformer_lens import ActivationCache
 from bridges.run_folder import Run
 from bridges.sites import Site, all_sites
 from interventions.bundle.bundle import get_bundle
-from interventions.bundle.channels import Channel, read_gain, resolve
+from interventions.bundle.channels import Channel, resolve, without_gain
 from sparse_model.model.node_names import parse_node
 from sparse_model.model.text import Prompts
 
@@ -71,6 +71,7 @@ def _keeping(sparse: Any, found: dict[str, Tensor]) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def activations(
     dense: nn.Module, prompts: Prompts, place: str | int | Channel, *, source: Source = "sparse"
 ) -> Float[Tensor, "batch pos *width"]:
@@ -96,9 +97,7 @@ def activations(
 
 
 def _reads(sparse: Any, cache: ActivationCache, site: int) -> Float[Tensor, "batch pos d_sparse"]:
-    gain = read_gain(sparse, site)
-    read = cache[Site(site, sparse.n_layers).read_hook][..., : sparse.d_model]
-    return torch.where(gain != 0, read / gain, 0)
+    return without_gain(sparse, site, cache[Site(site, sparse.n_layers).read_hook])
 
 
 def top_channels(

@@ -32,9 +32,9 @@ class LensWeights:
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx width"]:
-        """Positions, added or concatenated. Raises AttributeError for a model without learned ones."""
+        """Positions, added or concatenated. Raises ValueError for a model without learned ones."""
         if self.cfg.positions not in ("learned", "concat_learned"):
-            raise AttributeError(f"positions={self.cfg.positions!r}: the model has no W_pos")
+            raise ValueError(f"positions={self.cfg.positions!r}: the model has no W_pos")
         return self.pos_embed.weight
 
     W_Q = property(lambda self: self._qkv()[0])
