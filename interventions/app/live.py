@@ -236,14 +236,14 @@ def delta_range(channel: Channel) -> DeltaRange:
 
 def _class_means(channel: Channel) -> tuple[float, float] | None:
     """Means in the unit of `Channel.value`; None where they were not measured, or not of these indices."""
-    found = []
+    values = []
     for member in (0, 1):
         means = channel.statistics.get(f"mean_member_{member}")
         if not isinstance(means, list) or len(means) != len(channel.weights):
             return None
         total = sum(w * x for w, x in zip(channel.weights, means, strict=True))
-        found.append(total / sum(w * w for w in channel.weights))
-    return (found[0], found[1]) if all(map(math.isfinite, found)) else None
+        values.append(total / sum(w * w for w in channel.weights))
+    return (values[0], values[1]) if all(map(math.isfinite, values)) else None
 
 
 def _rounded_up(x: float) -> float:
@@ -259,15 +259,15 @@ def example_prompts(dense: nn.Module, channel: Channel, count: int = _EXAMPLES) 
     run's tokenizer or context cannot present gives none.
     """
     run: Run = get_bundle(dense).run
-    own = channel.selection.get("task")
+    task = channel.selection.get("task")
     record = channel.selection.get("prompts", {})
-    own_prompts = list(_task_prompts(run, own, record, count)) if isinstance(own, str) else []
-    found: dict[str, None] = {}
+    own_prompts = list(_task_prompts(run, task, record, count)) if isinstance(task, str) else []
+    prompts: dict[str, None] = {}
     for prompt in own_prompts or (prompt for name in TASK_NAMES for prompt in _task_prompts(run, name, {}, 1)):
-        if len(found) == count:
+        if len(prompts) == count:
             break
-        found[prompt] = None
-    return list(found)
+        prompts[prompt] = None
+    return list(prompts)
 
 
 def _task_prompts(run: Run, name: str, record: dict[str, Any], count: int) -> Iterator[str]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from interventions.circuits.task_scores import TaskScore
     from interventions.tasks.reports import TaskReport
 
-    Found = dict[str, dict[str, TaskScore] | str]
+    TaskScores = dict[str, dict[str, TaskScore] | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def main(options: Options) -> None:
         print(distances(reports))
 
 
-def measure(folder: Path, options: Options) -> "tuple[Found, dict[str, TaskReport | str]]":
+def measure(folder: Path, options: Options) -> "tuple[TaskScores, dict[str, TaskReport | str]]":
     """The scores and the reports of a folder's models, kept in its metrics.json."""
     from bridges.run_folder import update_metrics
     from interventions.circuits.task_scores import solved_tasks
@@ -71,39 +71,39 @@ def measure(folder: Path, options: Options) -> "tuple[Found, dict[str, TaskRepor
 
     models = models_in(folder)
     tasks = folder_tasks(folder, min(model.n_ctx for model in models.values()), options.tasks, options.prompts)
-    found = solved_tasks(folder, pairs=options.pairs, seed=options.seed, tasks=tasks)
+    scores = solved_tasks(folder, pairs=options.pairs, seed=options.seed, tasks=tasks)
     training = training_tokens(folder, progress=True) if options.floors else None
     shown = models if options.prompts == "natural" else {}
     reports = report_tasks(tasks, shown, training, pairs=options.pairs, seed=options.seed)
-    kept = {name: entry(of, reports[name]) for name, of in found.items()}
+    kept = {name: entry(of, reports[name]) for name, of in scores.items()}
     update_metrics(folder, merge=True, tasks=kept)
-    return found, reports
+    return scores, reports
 
 
-def entry(found: "dict[str, TaskScore] | str", report: "TaskReport | str") -> dict[str, Any]:
+def entry(scores: "dict[str, TaskScore] | str", report: "TaskReport | str") -> dict[str, Any]:
     """What metrics.json keeps of a task."""
-    if isinstance(found, str) or isinstance(report, str):
-        return {"unsupported": found if isinstance(found, str) else report}
-    return {label: score._asdict() for label, score in found.items()} | report.as_json()
+    if isinstance(scores, str) or isinstance(report, str):
+        return {"unsupported": scores if isinstance(scores, str) else report}
+    return {label: score._asdict() for label, score in scores.items()} | report.as_json()
 
 
-def table(scores: "dict[str, Found]", reports: "dict[str, dict[str, TaskReport | str]]") -> str:
+def table(scores: "dict[str, TaskScores]", reports: "dict[str, dict[str, TaskReport | str]]") -> str:
     """Pair accuracy and P(right) of the models of each run, by task, beside the floors; solved ones are bold."""
     from interventions.circuits.task_scores import SOLVED
 
     columns = [
         (folder, label)
-        for folder, found in scores.items()
+        for folder, column in scores.items()
         for label in ("dense", "sparse")
-        if any(not isinstance(of, str) and label in of for of in found.values())
+        if any(not isinstance(of, str) and label in of for of in column.values())
     ]
     counted = [folder for folder in scores if any(floor(report) for report in reports[folder].values())]
     heads = ["task", *(f"{Path(folder).name} {label}: pairs, P(right)" for folder, label in columns)]
     heads += [f"{Path(folder).name} counting: 2-, 3-, 5-gram" for folder in counted]
     lines, reasons = [heads, ["---"] * len(heads)], []
     for name in next(iter(scores.values())):
-        found = [(scores[folder][name], label) for folder, label in columns]
-        cells = ["-" if isinstance(of, str) else cell(of[label]) for of, label in found]
+        column = [(scores[folder][name], label) for folder, label in columns]
+        cells = ["-" if isinstance(of, str) else cell(of[label]) for of, label in column]
         lines.append([name, *cells, *(floor(reports[folder][name]) or "-" for folder in counted)])
         reasons += [f"{Path(run).name}: {of[name]}" for run, of in scores.items() if isinstance(of[name], str)]
     solved = [

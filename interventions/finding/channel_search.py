@@ -46,17 +46,17 @@ def find_channel(
     out of range or whose read does not differ between the prompts, and for bridges without scales.
     """
     run.bridges.check_scales()
-    found = run_task(run, task, prompts)
-    circuit = load_circuit(run, found.name) if by == "circuit" else None
-    name = name or found.spec.channel
-    batch = found.sample_up_to(pairs, split="selection", seed=run.config.seed)
+    bound = run_task(run, task, prompts)
+    circuit = load_circuit(run, bound.name) if by == "circuit" else None
+    name = name or bound.spec.channel
+    batch = bound.sample_up_to(pairs, split="selection", seed=run.config.seed)
     if circuit:
         channel = with_doses(run, channel_by_circuit(run, name, circuit, batch, site=site), batch)
     elif by == "patching":
-        channel = channel_by_patching(run, name, found.name, batch, site=site, progress=progress)
+        channel = channel_by_patching(run, name, bound.name, batch, site=site, progress=progress)
         channel = with_doses(run, channel, batch)
     else:
-        channel = channel_by_steering(run, name, found.name, batch, site=site, progress=progress)
+        channel = channel_by_steering(run, name, bound.name, batch, site=site, progress=progress)
     if not read_matters(channel.selection["whole_effect_nats"]):
         logger.warning("the sparse model's answer does not hang on this read; the channel means little")
-    return replace(channel, selection=channel.selection | {"prompts": found.record})
+    return replace(channel, selection=channel.selection | {"prompts": bound.record})

@@ -41,15 +41,15 @@ def sparse_cache(dense: nn.Module, prompts: Prompts, *, source: Source = "sparse
     """
     run: Run = get_bundle(dense).run
     tokens = run.sparse.to_tokens(prompts).to(run.sparse.W_E.device)
-    found: dict[str, Tensor] = {}
-    with _keeping(run.sparse, found):
+    values: dict[str, Tensor] = {}
+    with _keeping(run.sparse, values):
         if source == "sparse":
             run.sparse(tokens)
         elif source == "encoder":
             _run_on_encoded(run, tokens)
         else:
             raise ValueError(f"source={source!r}: use sparse or encoder")
-    return ActivationCache(found, run.sparse)
+    return ActivationCache(values, run.sparse)
 
 
 def _run_on_encoded(run: Run, tokens: Int[Tensor, "batch pos"]) -> None:
@@ -61,11 +61,11 @@ def _run_on_encoded(run: Run, tokens: Int[Tensor, "batch pos"]) -> None:
 
 
 @contextmanager
-def _keeping(sparse: Any, found: dict[str, Tensor]) -> Iterator[None]:
-    """Write every activation into `found` meanwhile."""
+def _keeping(sparse: Any, values: dict[str, Tensor]) -> Iterator[None]:
+    """Write every activation into `values` meanwhile."""
 
     def keep(value: Tensor, hook: Any) -> None:
-        found[hook.name] = value.detach()
+        values[hook.name] = value.detach()
 
     with sparse.hooks(fwd_hooks=[(lambda name: True, keep)]):
         yield

@@ -55,15 +55,15 @@ def top_examples(
     run: Run = get_bundle(dense).run
     values = torch.cat([activations(dense, rows.long(), place, source=source).cpu() for rows in corpus.split(_ROWS)])
     peak, where = (-values if lowest else values).max(1)
-    found = []
+    examples = []
     for row in peak.argsort(descending=True, stable=True)[:count].tolist():
         if peak[row] <= 0:
             break
         column = int(where[row])
         start = max(0, column - _BEFORE)
         tokens = corpus[row, start : column + 1 + _AFTER].cpu().long()
-        found.append(_example(run, float(values[row, column]), tokens, column - start))
-    return found
+        examples.append(_example(run, float(values[row, column]), tokens, column - start))
+    return examples
 
 
 def _example(run: Run, value: float, tokens: Int[Tensor, " pos"], peak: int) -> Example:

@@ -46,16 +46,16 @@ def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
     measured, left_out = sizes.get("tasks", {}), sizes.get("left_out", {})
     rows = []
     for name in dict.fromkeys([*TASKS, *scored]):
-        found = scored.get(name, {})
-        scores = {label: TaskScore(**found[label]) for label in get_args(ModelKind)[::-1] if label in found}
+        scores_of = scored.get(name, {})
+        scores = {label: TaskScore(**scores_of[label]) for label in get_args(ModelKind)[::-1] if label in scores_of}
         edges = {
             label: float(statistics.median(one["edges"] for one in seeds))
             for label, seeds in measured.get(name, {}).items()
         }
-        if scores or edges or found or name in left_out:
-            why = found.get("unsupported") or left_out.get(name, "")
-            floors = list(found.get("floors", {}).get("evaluation", {}).values())
-            rows.append(TaskRow(name, _description(name, found), scores, edges, why, floors))
+        if scores or edges or scores_of or name in left_out:
+            why = scores_of.get("unsupported") or left_out.get(name, "")
+            floors = list(scores_of.get("floors", {}).get("evaluation", {}).values())
+            rows.append(TaskRow(name, _description(name, scores_of), scores, edges, why, floors))
     return rows
 
 

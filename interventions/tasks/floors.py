@@ -71,9 +71,9 @@ def _decide(counts: np.ndarray, orders: Sequence[int]) -> dict[int, Bool[Tensor,
         member_right = np.zeros(counts.shape[1:3], bool)
         undecided = np.ones_like(member_right)
         for order in range(n, 0, -1):
-            found = counts[order - 1]
-            decides = undecided & found.any(axis=2)
-            member_right[decides] = (found[..., 0] > found[..., 1])[decides]
+            occurred = counts[order - 1]
+            decides = undecided & occurred.any(axis=2)
+            member_right[decides] = (occurred[..., 0] > occurred[..., 1])[decides]
             undecided &= ~decides
         right[n] = torch.from_numpy(member_right.all(axis=1))
     return right
@@ -94,7 +94,7 @@ def _counts(stream: np.ndarray, grams: np.ndarray) -> np.ndarray:
             columns[back, max(0, -first) :] = part[max(0, first) : first + ends]
         for order, keys in zip(wanted, _keys(columns), strict=True):
             order.add(keys)
-    return np.stack([order.found() for order in wanted])
+    return np.stack([order.counts() for order in wanted])
 
 
 class _Wanted:
@@ -112,7 +112,7 @@ class _Wanted:
         at = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
         self._count += np.bincount(at[self._sorted[at] == keys], minlength=len(self._count))
 
-    def found(self) -> np.ndarray:
+    def counts(self) -> np.ndarray:
         """How often each of the numbers was there."""
         return self._count[self._rows.reshape(-1)]
 

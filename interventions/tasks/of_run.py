@@ -53,8 +53,8 @@ def held_out_texts(corpus: CorpusConfig) -> HeldOutTexts:
 def _real_sources(corpus: CorpusConfig) -> dict[str, Source]:
     """The sources of files, by the name that the corpus gives them."""
     names = [entry.name for entry in parse_spec(corpus.spec)]
-    found = zip(names, open_sources(corpus), strict=True)
-    return {name: source for name, source in found if not isinstance(source, GeneratedSource)}
+    sources = zip(names, open_sources(corpus), strict=True)
+    return {name: source for name, source in sources if not isinstance(source, GeneratedSource)}
 
 
 class TrainingText(NamedTuple):
@@ -93,8 +93,10 @@ def task_for(
 @lru_cache(maxsize=16)
 def _natural_task(name: str, tokenizer: PreTrainedTokenizerFast, corpus: CorpusConfig, max_tokens: int) -> Task:
     """Kept, for finding the pairs takes seconds and a command asks more than once."""
-    found = held_out_texts(corpus)
-    return get_task(name, tokenizer, max_tokens=max_tokens, prompts="natural", texts=found.texts, text=found.words)
+    held_out = held_out_texts(corpus)
+    return get_task(
+        name, tokenizer, max_tokens=max_tokens, prompts="natural", texts=held_out.texts, text=held_out.words
+    )
 
 
 def run_task(run: Run, name: TaskName, prompts: PromptKind = "generated") -> Task:

@@ -43,7 +43,7 @@ class TaskReport(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """The report as it stands in metrics.json."""
-        scores = {label: {far: s._asdict() for far, s in found.items()} for label, found in self.scores.items()}
+        scores = {label: {far: s._asdict() for far, s in by.items()} for label, by in self.scores.items()}
         return {"prompts": self.record, "available": self.available, "floors": self.floors, "by_distance": scores}
 
 
@@ -125,7 +125,7 @@ def distance_table(report: TaskReport) -> str:
     every = next(iter(report.scores.values()), {})
     lines = [["distance", "pairs", *report.scores], ["---"] * (2 + len(report.scores))]
     for far, first in every.items():
-        lines.append([far, str(first.pairs), *(_cell(found[far]) for found in report.scores.values())])
+        lines.append([far, str(first.pairs), *(_cell(by[far]) for by in report.scores.values())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
