@@ -1,13 +1,13 @@
 """Tasks of one's own: what a file may hold, what is refused and how it says so, and where a task's name goes."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.helpers import make_tiny_run, tiny_tokenizer
+from support.task_files import GOOD, line, write
 from transformers import PreTrainedTokenizerFast
 
 from bridges.run_folder import Run
@@ -21,26 +21,6 @@ from interventions.tasks.base import PROMPT_SPLITS, Task, TaskSpec, Template
 from interventions.tasks.files import COLUMNS, EXAMPLES, MOST_FILLINGS, FileTask, read_task_file
 from interventions.tasks.of_run import change_of, recorded_task
 from sparse_model.data.tokenizer import train_tokenizer
-
-SLOTS = {"noun": ["cat", "dog", "bus", "cup"], "verb": ["load", "save"]}
-SPLIT_LINES = {"train": "", "selection": "{noun:2}\n", "evaluation": "{noun:2} = {noun}\n"}
-
-
-def line(split: str, before: str = "", **other: Any) -> dict[str, Any]:
-    return {
-        "split": split,
-        "prompts": [before + '{verb}("{noun}', before + "{verb}('{noun}"],
-        "answers": ['")', "')"],
-    } | other
-
-
-GOOD = [{"slots": SLOTS, "channel": "quote"}, *(line(split, before) for split, before in SPLIT_LINES.items())]
-
-
-def write(folder: Path, rows: list[Any], name: str = "mine.jsonl") -> Path:
-    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
-    (folder / name).write_text(text)
-    return folder / name
 
 
 def test_slots_are_filled_in_every_way_the_same_in_prompts_and_answers(tmp_path: Path) -> None:
