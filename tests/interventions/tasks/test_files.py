@@ -200,7 +200,9 @@ def test_a_spec_in_python_will_do() -> None:
 def example_tokenizer() -> PreTrainedTokenizerFast:
     """One that has every word of the examples, as a tokenizer of English has."""
     pairs = [pair for path in EXAMPLES for pair in read_task_file(path).pairs]
-    return train_tokenizer([p + a + "\n" for pair in pairs for p, a in zip(*pair[:2], strict=True)], 406)
+    texts = [p + a + "\n" for pair in pairs for p, a in zip(*pair[:2], strict=True)]
+    rare = ["zebras quickly jumped over fences\n"] * 3  # merges are learned by frequency: these words' come last
+    return train_tokenizer([*texts, *rare], 415)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
