@@ -154,7 +154,7 @@ def open_run(folder: str | Path) -> Run:
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()
     dense = DenseModel(load_gpt2(folder / "dense"))
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
     for name, found, wanted in (
         ("sites", bridges.n_sites, 2 * dense.n_layers + 1),

@@ -35,6 +35,13 @@ class Bundle:
         self.shape = from_json(SparseConfig, folder / "sparse" / "config.json")
         self._run = run
 
+    def __repr__(self) -> str:
+        return f"<bundle {self}>"
+
+    def __str__(self) -> str:
+        sites = f"{self.bridges.n_sites} sites, dense width {self.bridges.d_dense}, sparse {self.bridges.d_sparse}"
+        return f"{self.folder}: {sites}; channels: {', '.join(self.channels) or 'none'}"
+
     @property
     def run(self) -> Any:
         """The opened `bridges.run_folder.Run`; ValueError for a plain Hugging Face model, which has none."""
@@ -84,12 +91,12 @@ class Bundle:
         return digest(state)
 
 
-def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
     A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
-    and logits are those of the HF model. Raises what `bridges.run_folder.open_run` raises, and ValueError for a device
-    that torch does not have here.
+    and logits are those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises
+    what `bridges.run_folder.open_run` raises, and ValueError for a device that torch does not have here.
     """
     from bridges.run_folder import open_run
 
@@ -97,6 +104,7 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     run = open_run(find_run(folder))
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
+    run.dense.to(dtype)
     dense = boot(run.dense.hf, run.tokenizer, device)
     check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
     tokenizer = run.tokenizer

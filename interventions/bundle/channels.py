@@ -62,7 +62,7 @@ class Rule:
         return f"{quantity}: {self.reached:.3g} reached, {self.bound} {self.threshold:.3g} asked for"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Channel:
     """A named direction of the sparse model's read at one site."""
 
@@ -106,6 +106,9 @@ class Channel:
         """The strength of `toward` that was chosen for the channel on selection prompts; 1 where none was."""
         dose = self.selection.get("doses", {}).get(str(len(self.indices)), {})
         return float(dose.get("strength", 1.0))
+
+    def __repr__(self) -> str:
+        return f"<channel {self}>"
 
     def __str__(self) -> str:
         parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))
@@ -188,6 +191,12 @@ def read_nodes(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Floa
 
     with _one_reader, sparse.hooks([(hook_name, keep)]):  # TransformerLens counts the hooks it takes off by model
         sparse(tokens)
+    return without_gain(sparse, site, reads[-1])
+
+
+def without_gain(
+    sparse: Any, site: int, hooked: Float[Tensor, "batch pos width"]
+) -> Float[Tensor, "batch pos d_sparse"]:
+    """What the hook of a site's read holds, in the unit of channels: without the norm's gain and without positions."""
     gain = read_gain(sparse, site)
-    read = reads[-1][..., : sparse.d_model]
-    return torch.where(gain != 0, read / gain, 0)
+    return torch.where(gain != 0, hooked[..., : sparse.d_model] / gain, 0)

@@ -19,8 +19,11 @@ from sparse_model.config import InvalidOption, TrainConfig
 from sparse_model.io.lock import one_writer
 from sparse_model.training.interrupts import Interrupted, interruptible
 
-TASK_LIST = ", ".join(TASK_NAMES)
+TASK_LIST = f"one of {', '.join(TASK_NAMES)}, or a file of pairs of your own, such as ./my_task.jsonl"
 """For the help of --task."""
+
+PROMPTS_HELP = "Prompts from templates, or places in held-out files of the run's corpus (of stdlib where it has none)."
+"""For the help of --prompts."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 Options = TypeVar("Options")

@@ -52,6 +52,9 @@ class Edit:
     prompt_length: int | None = None
     """Columns of the prompt, where the caller said them."""
 
+    def __str__(self) -> str:
+        return f"{self.source} at {self.site.label}, {self.where}, in {self.steps} steps"
+
     def read(
         self,
         seen: Seen,

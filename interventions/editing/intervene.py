@@ -54,6 +54,9 @@ class Intervention:
             "handle.save(folder), and read it with Intervention.load(folder, dense)"
         )
 
+    def __repr__(self) -> str:
+        return f"<intervention: {'; '.join(map(str, self.edits))}>"
+
     def hooks(self) -> list[tuple[str, Hook]]:
         """Hooks for `dense.run_with_hooks(tokens, fwd_hooks=handle.hooks())`, one pass of a TransformerLens model.
 

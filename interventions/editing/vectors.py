@@ -67,6 +67,10 @@ class Delta:
     delta: int | float | Float[Tensor, " batch"]
     strength: int | float
 
+    def __str__(self) -> str:
+        amount = f"{self.delta:+g}" if isinstance(self.delta, int | float) else f"{len(self.delta)} amounts"
+        return f"{self.channel.name} by {amount}{_times(self.strength)}"
+
     @property
     def is_nothing(self) -> bool:
         return self.strength == 0 or (not isinstance(self.delta, Tensor) and self.delta == 0)
@@ -94,6 +98,9 @@ class SetTo:
     channel: Channel
     value: int | float | Float[Tensor, " batch"]
     strength: int | float
+
+    def __str__(self) -> str:
+        return f"{self.channel.name} to {self.value:g}{_times(self.strength)}"
 
     @property
     def is_nothing(self) -> bool:
@@ -124,6 +131,9 @@ class Toward:
         # Anything with `bridges` and `sparse`. Not annotated: the class of a run needs TransformerLens to be imported.
         self.models, self.channel, self.tokens, self.strength = models, channel, tokens, strength
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.channel.name} toward a counterfactual{_times(self.strength)}"
 
     @property
     def is_nothing(self) -> bool:
@@ -181,6 +191,9 @@ class Fixed:
     vector: Float[Tensor, "*batch_pos d_dense"]
     strength: int | float
 
+    def __str__(self) -> str:
+        return f"a vector of length {float(self.vector.norm(dim=-1).mean()):.3g}{_times(self.strength)}"
+
     @property
     def is_nothing(self) -> bool:
         return self.strength == 0
@@ -202,6 +215,10 @@ class Fixed:
         vector = vector[:, call.start : call.start + call.length]
         # Generated tokens have none of their own.
         return torch.nn.functional.pad(vector, (0, 0, 0, call.length - vector.shape[1]))
+
+
+def _times(strength: int | float) -> str:
+    return "" if strength == 1 else f" times {strength:g}"
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

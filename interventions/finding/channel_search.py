@@ -1,6 +1,7 @@
 """A task's channel in a run, in one call: by what steers the dense model, by patching, or from the task's circuit."""
 
 import logging
+from dataclasses import replace
 from typing import Literal
 
 from bridges.run_folder import Run
@@ -10,7 +11,9 @@ from interventions.finding.by_circuit import channel_by_circuit
 from interventions.finding.by_patching import channel_by_patching
 from interventions.finding.by_steering import channel_by_steering, read_matters
 from interventions.steering.strengths import with_doses
-from interventions.tasks.catalogue import get_task
+from interventions.tasks.catalogue import TaskName
+from interventions.tasks.names import PromptKind
+from interventions.tasks.of_run import run_task
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +22,9 @@ FindBy = Literal["steering", "patching", "circuit"]
 
 def find_channel(
     run: Run,
-    task: str,
+    task: TaskName,
     *,
+    prompts: PromptKind = "generated",
     by: FindBy = "steering",
     name: str | None = None,
     pairs: int = 64,
@@ -29,28 +33,30 @@ def find_channel(
 ) -> Channel:
     """The channel that carries a task's feature, with the strengths at which to steer it; nothing is saved.
 
+    task: one of the twenty, or a file of pairs (`interventions.tasks.files`).
+    prompts: generated from templates, or natural, from held-out files.
     by: "steering": of the channels that the sparse model uses, those that steer the dense model best; "patching": those
         that carry most of what patching a read does in the sparse model alone; "circuit": those of the task's circuit
         (see `find_circuit`) that the last deciding sublayer reads.
     name: None: the one that the task proposes, quote_type for single_double_quote.
-    pairs: selection prompt pairs; no others are looked at.
+    pairs: selection prompt pairs, or as many as the task has; no others are looked at.
     site: None: it is chosen among those where the read decides both models' answer.
 
-    Raises KeyError for an unknown task, FileNotFoundError for a circuit that has not been found, ValueError for a site
+    Raises what `run_task` raises, FileNotFoundError for a circuit that has not been found, ValueError for a site
     out of range or whose read does not differ between the prompts, and for bridges without scales.
     """
     run.bridges.check_scales()
-    found = get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-    circuit = load_circuit(run, task) if by == "circuit" else None
-    name = name or found.spec.channel
-    batch = found.sample(pairs, split="selection", seed=run.config.seed)
+    bound = run_task(run, task, prompts)
+    circuit = load_circuit(run, bound.name) if by == "circuit" else None
+    name = name or bound.spec.channel
+    batch = bound.sample_up_to(pairs, split="selection", seed=run.config.seed)
     if circuit:
         channel = with_doses(run, channel_by_circuit(run, name, circuit, batch, site=site), batch)
     elif by == "patching":
-        channel = channel_by_patching(run, name, task, batch, site=site, progress=progress)
+        channel = channel_by_patching(run, name, bound.name, batch, site=site, progress=progress)
         channel = with_doses(run, channel, batch)
     else:
-        channel = channel_by_steering(run, name, task, batch, site=site, progress=progress)
+        channel = channel_by_steering(run, name, bound.name, batch, site=site, progress=progress)
     if not read_matters(channel.selection["whole_effect_nats"]):
         logger.warning("the sparse model's answer does not hang on this read; the channel means little")
-    return channel
+    return replace(channel, selection=channel.selection | {"prompts": bound.record})

@@ -29,10 +29,11 @@ SOME = {
     "train-sparse": ("--sparsity.nonzero-fraction", "--text-field", "--trackers", "gpt2"),
     "train-dense": ("--dense-train.steps", "--run"),
     "evaluate": ("--run", "--tokens"),
-    "find-channel": ("--from", "--name", "--site", *TASK_NAMES),
-    "find-circuit": ("--controls", "--target-loss", "--start-from", *TASK_NAMES),
-    "steer": ("--anyway", "--channel", "--sets", "--where", *TASK_NAMES),
-    "solved-tasks": ("RUN", "--pairs"),
+    "find-channel": ("--from", "--name", "--prompts", "--site", *TASK_NAMES),
+    "find-circuit": ("--controls", "--prompts", "--target-loss", "--start-from", *TASK_NAMES),
+    "steer": ("--anyway", "--channel", "--prompts", "--sets", "--where", *TASK_NAMES),
+    "check-task": ("--task", "--prompts", *TASK_NAMES),
+    "solved-tasks": ("RUN", "--pairs", "--task", "--prompts"),
     "report": ("--run",),
     "serve": ("--host", "--port"),
     "package-bundle": ("--name",),
@@ -106,6 +107,15 @@ def test_the_module_and_the_wrappers_are_the_command() -> None:
         ("solved-tasks runs/x --pairs 0", "--pairs 0: must be at least 1"),
         ("serve --port 70000", "--port 70000: use 0 to 65535"),
         ("evaluate --run no/such", "no run at no/such: train one with sparse-bridges train-bridge --run no/such"),
+        ("check-task --run no/such --task for_while", "no run at no/such: train one"),
+        (
+            "check-task --run demo --task ./none.jsonl",
+            "no task file at none.jsonl: give one of the twenty",
+        ),
+        (
+            "check-task --run demo --task lambda_func --prompts natural",
+            "task 'lambda_func' has no natural prompts",
+        ),
         ("solved-tasks no/such", "no/such has neither dense/ nor sparse/"),
     ],
 )
@@ -186,13 +196,13 @@ def test_library_code_does_not_print() -> None:
 def test_solved_tasks_prints_and_keeps_what_the_call_gives(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from interventions import solved_tasks
 
-    assert said(capsys, "solved-tasks", str(bundle), "--pairs", "4")[0] == 0
+    assert said(capsys, "solved-tasks", str(bundle), "--pairs", "4", "--no-floors")[0] == 0
     kept = json.loads((bundle / "metrics.json").read_text())["tasks"]
     called = solved_tasks(bundle, pairs=4)
     assert list(kept) == list(called) == list(TASK_NAMES)
     for name, scores in called.items():
         plain = {"unsupported": scores} if isinstance(scores, str) else {k: s._asdict() for k, s in scores.items()}
-        assert kept[name] == plain
+        assert {label: kept[name][label] for label in plain} == plain
 
 
 def test_each_module_holds_one_command() -> None:
