@@ -7,9 +7,10 @@ from sparse_model.exports import lazy_names
 if TYPE_CHECKING:
     from bridges.bridge import BridgeSet
     from bridges.config import BridgeConfig, DenseTrainConfig, LossWeights, RunConfig
-    from bridges.dense import DenseModel, load_gpt2
+    from bridges.dense import DenseModel
     from bridges.evaluation import SiteReport, evaluate
     from bridges.hybrid import mixed_path, random_path, residuals, single_crossing, suffix
+    from bridges.loading import load_lm
     from bridges.losses import kl, nmse
     from bridges.pipeline import evaluate_run, make_dense, train_bridge
     from bridges.run_folder import Run, open_run
@@ -31,7 +32,7 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "kl",
-    "load_gpt2",
+    "load_lm",
     "make_dense",
     "mixed_path",
     "nmse",
@@ -48,9 +49,10 @@ __getattr__ = lazy_names(
     {
         "bridges.bridge": "BridgeSet",
         "bridges.config": "BridgeConfig DenseTrainConfig LossWeights RunConfig",
-        "bridges.dense": "DenseModel load_gpt2",
+        "bridges.dense": "DenseModel",
         "bridges.evaluation": "SiteReport evaluate",
         "bridges.hybrid": "mixed_path random_path residuals single_crossing suffix",
+        "bridges.loading": "load_lm",
         "bridges.losses": "kl nmse",
         "bridges.pipeline": "evaluate_run make_dense train_bridge",
         "bridges.run_folder": "Run open_run",

@@ -1,12 +1,8 @@
 """A run as one steerable object: the dense model, in TransformerLens or as it is, with its bridges and channels.
 
-TransformerLens calls its wrapper of an HF model `TransformerBridge`; that class has nothing to do with the bridges
-between models that this library trains.
-
 TransformerLens and what is built on it are imported where they are needed: `load_hf` works without them.
 """
 
-import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from bridges.bridge import BridgeSet, load_bridges
+from bridges.families import Anatomy
+from bridges.loading import load_lm
 from interventions.bundle.channels import Channel, load_channels
 from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
@@ -27,8 +25,9 @@ from sparse_model.io.tensors import digest
 class Bundle:
     """What an intervention needs beside the dense model; `dense.bundle` of a model from `load_dense` or `load_hf`."""
 
-    def __init__(self, folder: Path, hf: GPT2LMHeadModel, bridges: BridgeSet, calls: Calls, run: Any = None) -> None:
+    def __init__(self, folder: Path, hf: PreTrainedModel, bridges: BridgeSet, calls: Calls, run: Any = None) -> None:
         self.folder, self.hf, self.bridges, self.calls = folder, hf, bridges, calls
+        self.anatomy = Anatomy(hf)
         self.channels: dict[str, Channel] = load_channels(folder)
         self.shape = from_json(SparseConfig, folder / "sparse" / "config.json")
         self._run = run
@@ -53,6 +52,11 @@ class Bundle:
                 "or use delta, set_to or intervene_vector"
             ) from error
         return load_sparse(self.folder / "sparse").eval().to(self.bridges.rms_sparse.device)
+
+    def norm_scale(self, site: int) -> Tensor:
+        """The mean, over held-out text, of what the dense norm at a site divides by."""
+        scales = self.bridges.std_dense if self.anatomy.read_norm(site).centred else self.bridges.rms_dense
+        return scales[site]
 
     def identity(self) -> dict[str, Any]:
         """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now."""
@@ -79,8 +83,9 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
 
     A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
     and logits are those of the HF model. Raises what `bridges.run_folder.open_run` raises, and ValueError for a device
-    that torch does not have here.
+    that torch does not have here and for a model that TransformerLens sees otherwise than Hugging Face does.
     """
+    from bridges.lens_view import boot
     from bridges.run_folder import open_run
 
     _check_device(device)
@@ -88,13 +93,13 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
     dense = boot(run.dense.hf, run.tokenizer, device)
-    dense.bundle = Bundle(run.folder, run.dense.hf, run.bridges, Calls(dense.original_model.transformer), run)
+    dense.bundle = Bundle(run.folder, run.dense.hf, run.bridges, Calls(Anatomy(dense.original_model).body), run)
     return dense
 
 
 def load_hf(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> GPT2LMHeadModel:
+) -> PreTrainedModel:
     """The dense model of a run as a plain Hugging Face model that `intervene` takes; no TransformerLens is needed.
 
     Frozen, in eval mode. The bridges stay in float32 whatever the dtype. `toward` also loads the sparse model, which
@@ -106,48 +111,23 @@ def load_hf(
     for part in ("dense/config.json", "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
         if not (folder / part).is_file():
             raise FileNotFoundError(f"{folder / part} does not exist: is {folder} a run whose training has finished?")
-    hf = GPT2LMHeadModel.from_pretrained(folder / "dense", dtype=dtype, use_safetensors=True).eval()
+    hf: Any = load_lm(folder / "dense", dtype).eval()
     hf.requires_grad_(False)
     hf.to(device)
     bridges = load_bridges(folder / "bridges").eval().to(device)
-    if (bridges.n_sites, bridges.d_dense) != (2 * hf.config.n_layer + 1, hf.config.n_embd):
+    anatomy = Anatomy(hf)
+    if (bridges.n_sites, bridges.d_dense) != (2 * anatomy.n_layers + 1, anatomy.d_model):
         raise ValueError(
             f"{folder / 'bridges'} has {bridges.n_sites} sites of dense width {bridges.d_dense}, the dense model "
-            f"{2 * hf.config.n_layer + 1} of {hf.config.n_embd}: they are not of one run"
+            f"{2 * anatomy.n_layers + 1} of {anatomy.d_model}: they are not of one run"
         )
-    hf.bundle = Bundle(folder, hf, bridges, Calls(hf.transformer))
+    hf.bundle = Bundle(folder, hf, bridges, Calls(anatomy.body))
     return hf
 
 
 def _check_device(device: str | torch.device) -> None:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device}: torch sees no CUDA device here, use cpu")
-
-
-def boot(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:
-    """A TransformerLens view of an HF model that shares its tensors and leaves the HF object as it was.
-
-    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. A sequence longer
-    than the context is a ValueError.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    from sparse_model.model.transformer import check_length
-
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    name = tokenizer.name_or_path or "dense"
-    dense = TransformerBridge.boot_transformers(
-        name, hf_model=copy.deepcopy(model, shared), tokenizer=tokenizer, device=str(device)
-    ).eval()
-    n_ctx = model.config.n_positions
-
-    def refuse_long(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ids = inputs[0]
-        # Reading a position's value waits for a device; there only the length of one call is checked.
-        check_length(int(ids.max()) + 1 if ids.device.type == "cpu" and ids.numel() else ids.shape[-1], n_ctx)
-
-    dense.pos_embed.register_forward_pre_hook(refuse_long)
-    return dense
 
 
 def get_bundle(dense: nn.Module) -> Bundle:

@@ -66,7 +66,7 @@ class Call:
 
 
 class Calls:
-    """Watches the body of a GPT-2 (`GPT2Model`); changes nothing."""
+    """Watches a model's body (`Anatomy.body`); changes nothing."""
 
     def __init__(self, body: nn.Module) -> None:
         self.now: Call | None = None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bridges.dense import load_gpt2
+from bridges.loading import load_lm
 from interventions.circuits.gates import at_answer
 from interventions.circuits.node_model import NodeModel, as_nodes, device_of
 from interventions.tasks.base import CannotPresent, TaskBatch, answer_probabilities, pair_accuracy, task_loss
@@ -89,7 +89,7 @@ def solved_tasks(folder: str | Path, *, pairs: int = 128, seed: int = 0) -> dict
 def _models_in(folder: Path) -> dict[str, NodeModel]:
     models: dict[str, NodeModel] = {}
     if (folder / "dense").is_dir():
-        models["dense"] = as_nodes(load_gpt2(folder / "dense"))
+        models["dense"] = as_nodes(load_lm(folder / "dense"))
     if (folder / "sparse").is_dir():
         models["sparse"] = as_nodes(load_sparse(folder / "sparse").eval())
     if not models:

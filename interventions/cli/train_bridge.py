@@ -9,11 +9,13 @@ Examples:
 """
 
 from bridges.config import PRESETS
+from interventions.cli.dense_shape import fit, say_shape
 from interventions.cli.options import parse_run
 
 
 def command(arguments: list[str]) -> None:
-    options = parse_run("train-bridge", __doc__, arguments, PRESETS)
+    options = parse_run("train-bridge", __doc__, arguments, PRESETS, fit=fit)
+    say_shape(options)
     from bridges.pipeline import train_bridge
 
     train_bridge(options.config, options.folder, **options.how)

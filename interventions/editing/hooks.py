@@ -4,8 +4,8 @@ The algorithm:
 
 1. A source (`interventions.editing.vectors`) gives v, the change of the dense residual stream at each token.
 2. where="read" (the paper's, A.4): only what the next sublayer reads changes. The norm's response to a small v is
-   added behind it: gain * (v - mean(v)) / std, with std the stream's own standard deviation at that token (LayerNorm's
-   epsilon included). The residual stream stays as it was.
+   added behind it: gain * (v - mean(v)) / std, with std the stream's own standard deviation at that token (the norm's
+   epsilon included); for an RMSNorm gain * v / rms. The residual stream stays as it was.
 3. where="stream": v is added to the residual stream itself, so that everything downstream sees it.
 4. Tokens that are not selected (`interventions.editing.positions`) keep their values bit for bit.
 
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
+from bridges.families import ReadNorm
 from bridges.sites import Site
 from interventions.bundle.bundle import Bundle
 from interventions.editing.positions import Positions, Steps, check_reached, select
@@ -58,8 +59,7 @@ class Edit:
         wide = _wide(stream)
         vector = self.source(seen, wide)
         norm = self.norm
-        std = (wide.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-        return self._add(seen, value, norm.weight.to(wide) * (vector - vector.mean(-1, keepdim=True)) / std)
+        return self._add(seen, value, norm.response(vector, norm.scale(wide)))
 
     def write(
         self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"], value: Float[Tensor, "batch pos d_dense"]
@@ -90,13 +90,9 @@ class Edit:
         return edited if selected is None else torch.where(selected[..., None].to(value.device), edited, value)
 
     @property
-    def norm(self) -> nn.LayerNorm:
+    def norm(self) -> ReadNorm:
         """The dense norm that reads at the site."""
-        body: Any = self.bundle.hf.transformer
-        if self.site.is_final:
-            return body.ln_f
-        block = body.h[self.site.layer]
-        return block.ln_2 if self.site.reader == "mlp" else block.ln_1
+        return self.bundle.anatomy.read_norm(self.site.index)
 
     def vector(self) -> Float[Tensor, " d_dense"]:
         """What is added, at the mean scale of the stream over held-out text."""
@@ -105,8 +101,7 @@ class Edit:
             raise ValueError("only a fixed delta or vector has one direction; toward and set_to differ at each token")
         if self.where == "stream":
             return direction
-        weight = self.norm.weight.detach().to(direction)
-        return weight * (direction - direction.mean()) / self.bundle.bridges.std_dense[self.site.index]
+        return self.norm.response(direction, self.bundle.norm_scale(self.site.index))
 
 
 def lens_hooks(edit: Edit, seen: Seen) -> list[tuple[str, Hook]]:
@@ -135,7 +130,7 @@ def lens_hooks(edit: Edit, seen: Seen) -> list[tuple[str, Hook]]:
 
 def attach(dense: nn.Module, edit: Edit, seen: Seen) -> Iterator[Remove]:
     """Attach an edit to its model, hook by hook; yields what takes each one off again."""
-    if isinstance(dense, GPT2LMHeadModel):
+    if isinstance(dense, PreTrainedModel):
         yield from _attach_hf(dense, edit, seen)
     else:
         yield from _attach_lens(dense, edit, seen)
@@ -153,11 +148,12 @@ def _remove_lens(point: Any, handle: Any) -> None:
     point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
 
 
-def _attach_hf(model: GPT2LMHeadModel, edit: Edit, seen: Seen) -> Iterator[Remove]:
+def _attach_hf(model: PreTrainedModel, edit: Edit, seen: Seen) -> Iterator[Remove]:
     if edit.source.is_nothing:
         return
     stream: dict[str, Tensor] = {}
-    block: Any = model.transformer.h[edit.site.layer]
+    anatomy, site = edit.bundle.anatomy, edit.site
+    block = anatomy.blocks[site.layer]
 
     def edit_read(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return edit.read(seen, output, inputs[0])
@@ -171,18 +167,20 @@ def _attach_hf(model: GPT2LMHeadModel, edit: Edit, seen: Seen) -> Iterator[Remov
     def edit_input(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return edit.write(seen, inputs[0], inputs[0]), *inputs[1:]
 
-    def edit_output(block: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def edit_output(block: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return edit.write(seen, output[0], output[0]), *output[1:]
         return edit.write(seen, output, output)
 
     if edit.where == "read":
-        yield edit.norm.register_forward_hook(edit_read).remove
-    elif edit.site.is_final:
+        yield anatomy.norm(site.index).register_forward_hook(edit_read).remove
+    elif site.is_final:
         yield block.register_forward_hook(edit_output).remove
-    elif edit.site.reader == "attn":
+    elif site.reader == "attn":
         yield block.register_forward_pre_hook(edit_input).remove
     else:
-        yield block.ln_1.register_forward_pre_hook(see_stream).remove
-        yield block.attn.register_forward_hook(edit_attention).remove
+        yield anatomy.norm(site.index - 1).register_forward_pre_hook(see_stream).remove
+        yield anatomy.attention(site.layer).register_forward_hook(edit_attention).remove
 
 
 def _wide(t: Tensor) -> Tensor:

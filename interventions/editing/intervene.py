@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from bridges.sites import Site
 from interventions.bundle.bundle import Bundle, check_raw, get_bundle
@@ -48,7 +48,7 @@ class Intervention:
         There is no exit that could report a position that was never reached, so the pass itself raises IndexError.
         Raises ValueError for a plain Hugging Face model, which knows no such hooks.
         """
-        if isinstance(self.dense, GPT2LMHeadModel):
+        if isinstance(self.dense, PreTrainedModel):
             raise ValueError("a plain Hugging Face model has no run_with_hooks: enter the handle with `with`")
         check_raw(self.dense)
         return [pair for edit in self.edits for pair in lens_hooks(edit, Seen(one_pass=True))]
@@ -214,4 +214,4 @@ def _resolved(channel: str | Channel, bundle: Bundle) -> Channel:
 def _check_places(bundle: Bundle, positions: Positions, steps: Steps, where: Where) -> None:
     if where not in ("read", "stream"):
         raise ValueError(f"where={where!r}: use 'read' (only the next sublayer) or 'stream' (everything downstream)")
-    check_positions(positions, steps, bundle.hf.config.n_positions)
+    check_positions(positions, steps, bundle.anatomy.n_ctx)

@@ -189,9 +189,9 @@ def logit_lens(run: Run, dense: Any, channel: Channel) -> tuple[list[LensToken],
     uses for a read edit.
     """
     vector = intervene(dense, channel, delta=1.0, where="stream").vector()
-    body = run.dense.hf.transformer
-    read = body.ln_f.weight * (vector - vector.mean()) / run.bridges.std_dense[-1]
-    logits = run.dense.hf.lm_head.weight.float() @ read.float()
+    bundle, last = dense.bundle, 2 * run.dense.n_layers
+    read = bundle.anatomy.read_norm(last).response(vector, bundle.norm_scale(last))
+    logits = bundle.anatomy.head.weight.float() @ read.float()
     order = logits.argsort(descending=True)
 
     def tokens(ids: Tensor) -> list[LensToken]:

@@ -1,0 +1,114 @@
+"""Edits of every family: on the plain HF model, in TransformerLens and by hand they are the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.families import tiny_lm
+from support.helpers import make_tiny_run
+
+from bridges.families import FAMILIES
+from bridges.hybrid import residuals, suffix
+from interventions import intervene, intervene_vector, load_dense, load_hf
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A family's model on a run, in TransformerLens and plain."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    make_tiny_run(folder, lm=tiny_lm(request.param))
+    return load_dense(folder), load_hf(folder)
+
+
+def read_by_hand(dense: Any, site: int, resid: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What the edited norm gives, written out."""
+    norm = dense.anatomy.norm(site)
+    if isinstance(norm, torch.nn.LayerNorm):
+        std = (resid.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        return norm(resid) + norm.weight * (v - v.mean()) / std
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    gain = 1 + norm.weight if "Gemma" in type(norm).__name__ else norm.weight
+    return gain * (resid + v) / (resid.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize("where", ["read", "stream"])
+@pytest.mark.parametrize("site", range(5))
+def test_every_site(both: tuple[Any, Any], tokens: torch.Tensor, site: int, where: str) -> None:
+    dense, hf = both
+    run, v = dense.bundle.run, torch.randn(16)
+    with torch.no_grad():
+        resid = residuals(run.dense, tokens)[site]
+        if where == "stream":
+            expected = suffix(run.dense, site, resid + v, tokens)
+        elif site == 4:
+            expected = run.dense.anatomy.head(read_by_hand(run.dense, site, resid, v))
+        else:
+            sublayer = run.dense.anatomy.mlp if site % 2 else run.dense.anatomy.attend
+            after = resid + sublayer(site // 2, read_by_hand(run.dense, site, resid, v))
+            expected = suffix(run.dense, site + 1, after, tokens)
+    with intervene_vector(hf, site, v, where=where):
+        assert torch.allclose(hf(tokens).logits, expected, atol=1e-5)
+        assert (expected - run.dense.hf(tokens).logits).abs().max() > 1e-2
+    with intervene_vector(dense, site, v, where=where):
+        assert torch.allclose(dense(tokens), expected, atol=1e-5)
+    label = ("attn.0", "mlp.0", "attn.1", "mlp.1", "unembed")[site]
+    for options in ({"set_to": 3.0}, {"toward": tokens.flip(1), "strength": 2.0}):
+        with intervene(hf, f"{label}.read.5", where=where, **options):
+            measured = hf(tokens).logits
+        with intervene(dense, f"{label}.read.5", where=where, **options):
+            assert torch.allclose(measured, dense(tokens), atol=1e-5)
+
+
+def test_the_direction_is_the_mean_response_of_the_norm(both: tuple[Any, Any]) -> None:
+    dense, hf = both
+    v, bridges = torch.randn(16), hf.bundle.bridges
+    for site in range(5):
+        norm = hf.bundle.anatomy.read_norm(site)
+        expected = norm.gain * (
+            (v - v.mean()) / bridges.std_dense[site] if norm.centred else v / bridges.rms_dense[site]
+        )
+        for model in both:
+            assert torch.allclose(intervene_vector(model, site, v).vector(), expected)
+
+
+def test_generation_with_and_without_a_cache(both: tuple[Any, Any], tokens: torch.Tensor) -> None:
+    """The prompt is longer than the sliding windows; the edits depend on absolute positions and on the prompt."""
+    dense, hf = both
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    plain = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    for padding in (None, mask):
+        for options in (
+            {"delta": 8, "positions": [2, -1, 13], "where": "stream"},
+            {"toward": tokens.flip(1), "strength": 4.0},
+        ):
+            outs = []
+            for cache in (True, False):
+                with intervene(hf, ["attn.1.read.3", "mlp.0.read.2"], **options):
+                    outs.append(
+                        hf.generate(
+                            tokens,
+                            attention_mask=torch.ones_like(tokens) if padding is None else padding,
+                            use_cache=cache,
+                            output_logits=True,
+                            return_dict_in_generate=True,
+                            **plain,
+                        )
+                    )
+            assert torch.equal(outs[0].sequences, outs[1].sequences)
+            for a, b in zip(outs[0].logits, outs[1].logits, strict=True):
+                assert torch.allclose(a, b, atol=1e-4)
+            with intervene(dense, ["attn.1.read.3", "mlp.0.read.2"], **options):
+                seen = dense.generate(
+                    tokens, max_new_tokens=6, do_sample=False, verbose=False, stop_at_eos=False, attention_mask=padding
+                )
+            assert torch.equal(seen, outs[0].sequences)
+
+
+def test_the_copy_in_the_run_is_the_model(tmp_path: Path, tokens: torch.Tensor) -> None:
+    for kind in ("gpt2", "gemma"):
+        for tied in (True, False):
+            lm = tiny_lm(kind, tie_word_embeddings=tied)
+            run = make_tiny_run(tmp_path / f"{kind}-{tied}", lm=lm)
+            assert torch.equal(run.dense.hf(tokens).logits, lm(tokens).logits)
