@@ -8,7 +8,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.families import Anatomy
@@ -56,7 +56,7 @@ def _compare(dense: Any, anatomy: Anatomy, what: str) -> None:
 
 
 def _refuse_long(dense: Any, n_ctx: int) -> None:
-    def check(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+    def check(module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         ids = named.get("position_ids")
         ids = inputs[0] if ids is None else ids
         # Reading a position's value waits for a device; there only the length of one call is checked.

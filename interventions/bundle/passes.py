@@ -126,7 +126,10 @@ def _real(mask: Tensor | None, columns: int) -> Bool[Tensor, "batch all_pos"] | 
 def _last_keys(cache: Any, length: int) -> Tensor | None:
     layers = getattr(cache, "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
-    return None if keys is None else keys[:, :, length - 1].detach().clone()
+    if keys is None:
+        return None
+    # A sliding window's cache keeps its last tokens only, a static one has room for more.
+    return keys[:, :, min(length, keys.shape[2]) - 1].detach().clone()
 
 
 def _same_rows(filled: Filled, cache: Any) -> bool:

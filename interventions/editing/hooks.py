@@ -51,15 +51,16 @@ class Edit:
     def read(
         self,
         seen: Seen,
-        value: Float[Tensor, "batch pos d_dense"],
-        stream: Float[Tensor, "batch pos d_dense"],
-    ) -> Float[Tensor, "batch pos d_dense"]:
+        value: Float[Tensor, "*tokens d_dense"],
+        stream: Float[Tensor, "*tokens d_dense"],
+    ) -> Float[Tensor, "*tokens d_dense"]:
         """The reading norm's output for a stream, edited."""
         self._look(seen)
-        wide = _wide(stream)
+        rows = (-1, seen.now().length, value.shape[-1])  # OPT lays batch and positions side by side before its MLP
+        wide = _wide(stream).reshape(rows)
         vector = self.source(seen, wide)
         norm = self.norm
-        return self._add(seen, value, norm.response(vector, norm.scale(wide)))
+        return self._add(seen, value.reshape(rows), norm.response(vector, norm.scale(wide))).view_as(value)
 
     def write(
         self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"], value: Float[Tensor, "batch pos d_dense"]

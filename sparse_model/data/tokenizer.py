@@ -41,6 +41,7 @@ _PIECE_PATTERN = "|".join(
 # What a tokenizer can be made from, the usual ones first, and what may say of which kind it is.
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model", "tekken.json")
 _BESIDE = ("tokenizer_config.json", "config.json")
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _SMALLEST_VOCAB = 1 + len(_BYTES) + len(QUOTE_TOKENS)
 
@@ -193,7 +194,12 @@ def _from_hub(name: str) -> Any:
 
 
 def _from_folder(folder: Path) -> Any:
-    if not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
+    named = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() and named.is_file():
+        kind = json.loads(named.read_text(encoding="utf-8")).get("tokenizer_class")
+        if kind in _GENERIC:  # transformers would put the class that config.json's model usually has in its place
+            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    elif not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
         if not (folder / "merges.txt").is_file():
             raise ValueError("merges.txt is missing beside vocab.json; copy it there")
         if not any((folder / name).is_file() for name in _BESIDE):  # nothing says which kind: GPT-2's files

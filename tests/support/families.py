@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi3": _LLAMA | {"sliding_window": 4},
     "smollm3": _LLAMA | {"no_rope_layers": [1, 0]},
     "starcoder2": _LLAMA,
-    "stablelm": _LLAMA,
+    "stablelm": _LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 1},
 }
 """Grouped queries wherever the family has them, and windows shorter than the tests' prompts."""
 
