@@ -78,6 +78,12 @@ class DenseModel(nn.Module):
         return self.unembed(resid)
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a model's parameters to a type. Its buffers stay: rotary frequencies lose positions in bfloat16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def check_fit(dense: DenseModel, sparse: SparseConfig) -> None:
     """Raise ValueError unless a dense and a sparse model have the same depth and vocabulary and a context that fits."""
     require(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bridges import run_folder as run_folder
 from bridges.config import RunConfig
-from bridges.dense import DenseModel
+from bridges.dense import DenseModel, cast_parameters
 from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from bridges.scales import measure_scales
@@ -65,7 +65,8 @@ def train_bridge(
     if (folder / "bridges").exists() and not (folder / CHECKPOINT).exists():
         return _finish(run_folder.open_run(folder), blocks.val, progress)
     torch.manual_seed(config.seed)
-    dense, sparse = DenseModel(hf.to(getattr(torch, config.dense_dtype))), SparseTransformer(config.sparse)
+    cast_parameters(hf, getattr(torch, config.dense_dtype))
+    dense, sparse = DenseModel(hf), SparseTransformer(config.sparse)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if resume and trainer.load_checkpoint() and accelerator.is_main_process:

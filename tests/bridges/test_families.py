@@ -7,7 +7,7 @@ from support.helpers import TINY_VOCAB
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bridges.dense import DenseModel
+from bridges.dense import DenseModel, cast_parameters
 from bridges.families import FAMILIES
 from bridges.hybrid import residuals, suffix
 
@@ -32,7 +32,8 @@ def test_the_sites_are_the_streams_of_the_hf_model(kind: str, tokens: torch.Tens
     dense = DenseModel(lm)
     given: dict[int, torch.Tensor] = {}
     for site in range(5):
-        dense.anatomy.norm(site).register_forward_pre_hook(lambda norm, inputs, site=site: given.update({site: inputs[0]}))
+        norm = dense.anatomy.norm(site)
+        norm.register_forward_pre_hook(lambda norm, inputs, site=site: given.update({site: inputs[0]}))
     hidden = lm(tokens, output_hidden_states=True).hidden_states
     streams = [given[site].view(2, 12, 16) for site in range(5)]
     for site, resid in enumerate(residuals(dense, tokens)):
@@ -66,10 +67,21 @@ def test_windows_slide_beyond_their_length(kind: str, tokens: torch.Tensor) -> N
 def test_half_precision_sublayers_add_up_in_float32(tokens: torch.Tensor) -> None:
     lm = tiny_lm("gemma")
     expected = lm(tokens).logits.detach()
-    dense = DenseModel(lm.to(torch.bfloat16))
+    cast_parameters(lm, torch.bfloat16)
+    dense = DenseModel(lm)
     assert dense.embed(tokens).dtype == torch.float32
     assert dense(tokens).dtype == torch.bfloat16
     assert torch.allclose(dense(tokens).float(), expected, atol=0.1 * float(expected.abs().max()))
+
+
+def test_positions_survive_half_precision(tokens: torch.Tensor) -> None:
+    """Rotary frequencies are no parameters: rounded to bfloat16 they would turn far positions by another angle."""
+    lm = tiny_lm("llama")
+    frequencies = lm.model.rotary_emb.inv_freq.clone()
+    cast_parameters(lm, torch.bfloat16)
+    DenseModel(lm).float()
+    assert torch.equal(lm.model.rotary_emb.inv_freq, frequencies)
+    assert not torch.equal(frequencies, frequencies.bfloat16().float())
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from support.helpers import TINY_VOCAB
+from transformers import AutoConfig, AutoModelForCausalLM
 
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _LLAMA = {

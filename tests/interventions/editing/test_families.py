@@ -61,10 +61,10 @@ def test_every_site(both: tuple[Any, Any], tokens: torch.Tensor, site: int, wher
 
 
 def test_the_direction_is_the_mean_response_of_the_norm(both: tuple[Any, Any]) -> None:
-    dense, hf = both
-    v, bridges = torch.randn(16), hf.bundle.bridges
+    v, bundle = torch.randn(16), both[1].bundle
+    bridges = bundle.bridges
     for site in range(5):
-        norm = hf.bundle.anatomy.read_norm(site)
+        norm = bundle.anatomy.read_norm(site)
         expected = norm.gain * (
             (v - v.mean()) / bridges.std_dense[site] if norm.centred else v / bridges.rms_dense[site]
         )
