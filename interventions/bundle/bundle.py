@@ -16,6 +16,7 @@ from bridges.bridge import BridgeSet, load_bridges
 from bridges.families import Anatomy
 from bridges.loading import load_lm
 from interventions.bundle.channels import Channel, load_channels
+from interventions.bundle.generation_check import check_generation
 from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
@@ -93,6 +94,7 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
     dense = boot(run.dense.hf, run.tokenizer, device)
+    check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
     dense.bundle = Bundle(run.folder, run.dense.hf, run.bridges, Calls(Anatomy(dense.original_model).body), run)
     return dense
 
@@ -121,6 +123,7 @@ def load_hf(
             f"{folder / 'bridges'} has {bridges.n_sites} sites of dense width {bridges.d_dense}, the dense model "
             f"{2 * anatomy.n_layers + 1} of {anatomy.d_model}: they are not of one run"
         )
+    check_generation(hf, "use_cache", anatomy.d_vocab, anatomy.n_ctx)
     hf.bundle = Bundle(folder, hf, bridges, Calls(anatomy.body))
     return hf
 
