@@ -146,6 +146,14 @@ class Anatomy:
     d_model = property(lambda self: self.model.config.hidden_size)
     n_ctx = property(lambda self: self.model.config.max_position_embeddings)
     d_vocab = property(lambda self: self.model.config.vocab_size)
+    n_heads = property(lambda self: self.model.config.num_attention_heads)
+
+    @property
+    def d_mlp(self) -> int:
+        """MLP neurons per layer."""
+        names = ("n_inner", "intermediate_size", "ffn_dim")
+        given = (getattr(self.model.config, name, None) for name in names)
+        return next((width for width in given if width), 4 * self.d_model)
 
     @property
     def body(self) -> Any:

@@ -172,13 +172,12 @@ class DenseNodes:
         self._anatomy = model.anatomy
         self.module: nn.Module = model.hf
         cfg: Any = model.hf.config
-        inner = next((getattr(cfg, n) for n in ("n_inner", "intermediate_size", "ffn_dim") if getattr(cfg, n, 0)), 0)
         self.shape = SparseConfig(
             n_layers=model.n_layers,
             d_model=model.d_model,
-            d_mlp=inner or 4 * model.d_model,
-            n_heads=cfg.num_attention_heads,
-            d_head=getattr(cfg, "head_dim", None) or model.d_model // cfg.num_attention_heads,
+            d_mlp=model.anatomy.d_mlp,
+            n_heads=model.anatomy.n_heads,
+            d_head=getattr(cfg, "head_dim", None) or model.d_model // model.anatomy.n_heads,
             n_ctx=model.n_ctx,
             d_vocab=model.d_vocab,
         )

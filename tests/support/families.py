@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def tiny_lm(kind: str, seed: int = 0, **settings: Any) -> Any:
     """A random model of a family whose norms, biases and logits differ enough to test anything with."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, vocab_size=TINY_VOCAB, **_ENDS | SETTINGS[kind] | settings)
+    config = AutoConfig.for_model(kind, **{"vocab_size": TINY_VOCAB} | _ENDS | SETTINGS[kind] | settings)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
