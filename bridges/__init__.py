@@ -1,4 +1,4 @@
-"""Bridges between a frozen dense GPT-2 and a weight-sparse transformer: training, hybrids, evaluation."""
+"""Bridges between a frozen dense model and a weight-sparse transformer: training, hybrids, evaluation."""
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bridges.losses import kl, nmse
     from bridges.pipeline import evaluate_run, make_dense, train_bridge
     from bridges.run_folder import Run, open_run
+    from bridges.shape import fit_to
     from bridges.sites import Site, all_sites
     from sparse_model.version import __version__
 
@@ -31,6 +32,7 @@ __all__ = [
     "all_sites",
     "evaluate",
     "evaluate_run",
+    "fit_to",
     "kl",
     "load_lm",
     "make_dense",
@@ -56,6 +58,7 @@ __getattr__ = lazy_names(
         "bridges.losses": "kl nmse",
         "bridges.pipeline": "evaluate_run make_dense train_bridge",
         "bridges.run_folder": "Run open_run",
+        "bridges.shape": "fit_to",
         "bridges.sites": "Site all_sites",
     },
 )

@@ -41,7 +41,7 @@ def train_bridge(
     processes: int | None = None,
     progress: bool = True,
 ) -> dict:
-    """Train a sparse model and bridges beside a frozen dense GPT-2 in `folder`; returns what metrics.json holds.
+    """Train a sparse model and bridges beside a frozen dense model in `folder`; returns what metrics.json holds.
 
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises. A start that is refused writes nothing there.

@@ -1,4 +1,4 @@
-"""Train a sparse model and bridges beside a frozen dense GPT-2, and evaluate them.
+"""Train a sparse model and bridges beside a frozen dense model, and evaluate them.
 
 Examples:
     sparse-bridges train-bridge                    # preset demo: minutes on a laptop

@@ -222,12 +222,12 @@ def test_broken_run_folders_are_named(tmp_path: Path) -> None:
 def test_dense_that_is_no_gpt2_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model at"):
         load_lm(tmp_path / "missing")
-    with pytest.raises(ValueError, match="could not load a GPT-2 from 'no-such-model-name'"):
+    with pytest.raises(ValueError, match="could not load a language model from 'no-such-model-name'"):
         load_lm("no-such-model-name")
     run = make_tiny_run(tmp_path / "run")
     weights = run.folder / "dense" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(ValueError, match="could not load a GPT-2"):
+    with pytest.raises(ValueError, match="could not load a language model"):
         DenseModel(load_lm(run.folder / "dense"))
 
 
