@@ -18,7 +18,7 @@ from sparse_model.io.copied import check_copied
 from sparse_model.io.local import local_path
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "a parallel wrapper", "_fsdp_wrapped_module.": "FSDP"}
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "a parallel wrapper"}
 # Constants that earlier versions of transformers saved and later ones make anew.
 _CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")
 
@@ -110,18 +110,18 @@ def _check_info(info: dict[str, Any], model: PreTrainedModel, source: str) -> No
     """Refuse what transformers only prints a table about."""
     kind = type(model).__name__
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith(_CONSTANTS))
-    for prefix, wrapper in _WRAPPERS.items():
-        if unexpected and all(name.startswith(prefix) for name in unexpected):
-            raise ValueError(
-                f"{source}: the names of its tensors begin with {prefix!r}, which {wrapper} puts before them, so that "
-                "no weight would be found: take the prefix off, or save the model inside the wrapper"
-            )
+    missing = sorted(info["missing_keys"])
+    prefix = _prefix(unexpected, missing)
+    if prefix:
+        raise ValueError(
+            f"{source}: the names of its tensors begin with {prefix!r}, which {_WRAPPERS.get(prefix, 'a wrapper')} "
+            "puts before them, so that no weight would be found: take the prefix off, or save the model inside it"
+        )
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(
             f"{source} does not fit config.json: {name} has shape {tuple(found)} instead of {tuple(wanted)}; take both "
             "from the same model"
         )
-    missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} of the tensors of a {kind} ({_few(missing)}), which would be random: copy "
@@ -132,6 +132,15 @@ def _check_info(info: dict[str, Any], model: PreTrainedModel, source: str) -> No
             f"{source} holds {len(unexpected)} tensors that a {kind} of this config has no place for "
             f"({_few(unexpected)}): take weights and config.json from the same model"
         )
+
+
+def _prefix(unexpected: list[str], missing: list[str]) -> str | None:
+    """What stands before all names in a file, and before none of the model's."""
+    if not unexpected:
+        return None
+    first = unexpected[0]
+    found = (first.removesuffix(name) for name in missing if first.endswith(f".{name}"))
+    return next((p for p in (*_WRAPPERS, *found) if all(name.startswith(p) for name in unexpected)), None)
 
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:

@@ -92,7 +92,7 @@ class Calls:
             # Of a cache that others filled, all is taken for the prompt.
             first=filled.first if filled else start or length,
             tokens=None if ids is None else _so_far(start, filled, shown),
-            real=_real(given.get("attention_mask"), start + length),
+            real=_real(_whole_mask(body, given.get("attention_mask")), start + length),
             reordered=filled is not None and not _same_rows(filled, cache),
         )
 
@@ -112,6 +112,22 @@ def _so_far(start: int, filled: Filled | None, new: Int[Tensor, "batch pos"]) ->
     if filled is None or filled.tokens is None or filled.length < start or len(filled.tokens) != len(new):
         return None
     return torch.cat([filled.tokens[:, :start], new], 1)
+
+
+def _whole_mask(body: Any, mask: Any) -> Tensor | None:
+    """The mask that shows every real token; ValueError where static caches bring those of sliding windows alone."""
+    if isinstance(mask, Mapping):  # by kind of layer
+        whole = mask.get("full_attention")
+    else:
+        config = body.config
+        slides = getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None)
+        whole = None if mask is not None and mask.ndim == 4 and slides else mask
+    if mask is not None and whole is None:
+        raise ValueError(
+            "a static cache gives this model masks of its sliding window alone, which do not tell padding from what is "
+            "out of sight: leave out cache_implementation"
+        )
+    return whole
 
 
 def _real(mask: Tensor | None, columns: int) -> Bool[Tensor, "batch all_pos"] | None:

@@ -136,6 +136,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, lambda t: {f"module.{n}": v for n, v in t.items()}),
         r"begin with 'module\.'.*take the prefix off",
     ),
+    "a training framework's prefix": (
+        lambda f: rewrite(f, lambda t: {f"net.lm.{n}": v for n, v in t.items()}),
+        r"begin with 'net\.lm\.', which a wrapper puts before them",
+    ),
     "missing tensors": (
         lambda f: rewrite(f, lambda t: {n: v for n, v in t.items() if ".h.1.mlp." not in n}),
         r"lacks 4 of the tensors of a GPT2LMHeadModel \(transformer\.h\.1\.mlp\.c_fc\.bias, .*, \.\.\.\), which ",

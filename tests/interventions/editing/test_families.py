@@ -11,6 +11,7 @@ from support.helpers import make_tiny_run
 from bridges.families import FAMILIES
 from bridges.hybrid import residuals, suffix
 from interventions import intervene, intervene_vector, load_dense, load_hf
+from interventions.steering.steered_prompts import Prompts, SteeredPrompts
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -112,3 +113,40 @@ def test_the_copy_in_the_run_is_the_model(tmp_path: Path, tokens: torch.Tensor) 
             lm = tiny_lm(kind, tie_word_embeddings=tied)
             run = make_tiny_run(tmp_path / f"{kind}-{tied}", lm=lm)
             assert torch.equal(run.dense.hf(tokens).logits, lm(tokens).logits)
+
+
+def test_static_caches_bring_masks_by_kind_of_layer(tmp_path: Path, tokens: torch.Tensor) -> None:
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    plain = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    outs = []
+    make_tiny_run(tmp_path / "qwen2", lm=tiny_lm("qwen2"))
+    hf = load_hf(tmp_path / "qwen2")
+    for cache in (None, "static"):
+        with intervene(hf, "attn.1.read.3", delta=20, positions=[1, -1, 13], where="stream"):
+            outs.append(hf.generate(tokens, cache_implementation=cache, **plain))
+    assert torch.equal(*outs)
+    make_tiny_run(tmp_path / "mistral", lm=tiny_lm("mistral"))
+    hf = load_hf(tmp_path / "mistral")
+    with pytest.raises(ValueError, match="masks of its sliding window alone"):
+        hf.generate(tokens, cache_implementation="static", **plain)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "mistral", "gemma"])
+def test_many_edits_in_one_pass_share_a_prefix_longer_than_the_window(tmp_path: Path, kind: str) -> None:
+    make_tiny_run(tmp_path / "run", lm=tiny_lm(kind))
+    hf, tokens = load_hf(tmp_path / "run"), torch.randint(384, (3, 12))
+    other, last = tokens.clone(), torch.tensor([11, 11, 10])
+    other[:, 9] = (other[:, 9] + 1) % 384
+    prompts = Prompts(tokens, other, torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10]), last)
+    steered = SteeredPrompts(hf, prompts, 2, "stream")
+    edits = torch.randn(2, 3, 12, 16) * prompts.open[..., None]
+    found = steered.answers(list(edits), [0.5])
+    with torch.no_grad():
+        for row in range(3):
+            for number, strength in ((None, 0), (0, 0.5), (1, 0.5)):
+                edit = edits[number or 0, row : row + 1, : last[row] + 1]
+                with intervene_vector(hf, 2, edit, strength=strength, where="stream"):
+                    p = hf(tokens[row : row + 1, : last[row] + 1]).logits[0, -1].softmax(-1)[prompts.target[row]]
+                answers = steered.base.target[row] if number is None else found.target[0, number, row]
+                assert torch.allclose(answers, p, atol=1e-6)
