@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bridges.families import Anatomy, Resid
-from sparse_model.config import SparseConfig, check_length, require
+from sparse_model.config import SparseConfig, require
+from sparse_model.model.lengths import check_length
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.families import Anatomy
 from bridges.loading import check_same_logits, sample_tokens
-from sparse_model.config import check_length
+from sparse_model.model.lengths import check_length
 
 
 def boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:

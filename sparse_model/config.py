@@ -26,12 +26,6 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
         raise InvalidOption(f"{name}={value!r}: {remedy}")
 
 
-def check_length(length: int, n_ctx: int) -> None:
-    """Raise ValueError for a sequence longer than the context."""
-    if length > n_ctx:
-        raise ValueError(f"the sequence has {length} tokens but the model's context holds {n_ctx}: shorten it")
-
-
 def check_choices(config: Any) -> None:
     """Raise ValueError for a field whose annotation lists its values and which has another one."""
     for name, hint in typing.get_type_hints(type(config)).items():

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 
 from bridges.dense import DenseModel
 from bridges.hybrid import advance
-from sparse_model.config import SparseConfig, check_length
+from sparse_model.config import SparseConfig
+from sparse_model.model.lengths import check_length
 from sparse_model.model.node_names import Node, parse_node
 from sparse_model.model.transformer import SparseTransformer
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from sparse_model.config import SparseConfig, check_length
+from sparse_model.config import SparseConfig
 from sparse_model.model.generation import generate_steps
 from sparse_model.model.hub import HubModel
+from sparse_model.model.lengths import check_length
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import NeuronAxis, SparseParameter
 from sparse_model.sparsity.sparse_linear import SparseLinear
