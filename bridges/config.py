@@ -97,7 +97,8 @@ class RunConfig(TrainConfig):
     """Everything that shapes a run; saved as config.json in its folder."""
 
     dense: str | None = None
-    """Local folder or hub name of the GPT-2 to bridge; unset: a small one is trained on the corpus."""
+    """Local folder or hub name of the model to bridge (GPT-2, Llama, ...), from which on the command line the sparse
+    model's shape follows; unset: a small GPT-2 is trained on the corpus."""
     dense_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the frozen dense model's sublayers run during training."""
     bridge: BridgeConfig = field(default_factory=BridgeConfig)

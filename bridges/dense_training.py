@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.config import RunConfig
 from sparse_model.data.batch_order import BatchOrder
@@ -162,7 +162,7 @@ def dense_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def save_dense(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write model and tokenizer as one Hugging Face folder, by way of a temporary name."""
     with replace_folder(folder) as temporary:
         model.save_pretrained(temporary)

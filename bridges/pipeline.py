@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridges import run_folder as run_folder
 from bridges.config import RunConfig
-from bridges.dense import DenseModel
+from bridges.dense import DenseModel, cast_parameters
 from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from bridges.scales import measure_scales
@@ -44,7 +44,7 @@ def train_bridge(
     processes: int | None = None,
     progress: bool = True,
 ) -> dict:
-    """Train a sparse model and bridges beside a frozen dense GPT-2 in `folder`; returns what metrics.json holds.
+    """Train a sparse model and bridges beside a frozen dense model in `folder`; returns what metrics.json holds.
 
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises. A start that is refused writes nothing there.
@@ -80,7 +80,8 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
         dense_seconds = time.monotonic() - started
     blocks = parts.blocks
     torch.manual_seed(config.seed)
-    dense, sparse = DenseModel(hf.to(getattr(torch, config.dense_dtype))), SparseTransformer(config.sparse)
+    cast_parameters(hf, getattr(torch, config.dense_dtype))
+    dense, sparse = DenseModel(hf), SparseTransformer(config.sparse)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if (folder / "bridges").exists():  # written last

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.bridge import SCALES, BridgeSet, load_bridges, save_bridges
 from bridges.config import RunConfig
-from bridges.dense import DenseModel, check_fit, load_gpt2
+from bridges.dense import DenseModel, check_fit
 from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
+from bridges.lens_view import boot
+from bridges.loading import load_lm, read_config
 from sparse_model.config import from_json
 from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
-from sparse_model.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from sparse_model.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, remove_folder, write_text
 from sparse_model.io.local import local_path
 from sparse_model.io.lock import one_writer
@@ -43,7 +45,7 @@ class Parts(NamedTuple):
     """What a run starts from, in memory."""
 
     tokenizer: PreTrainedTokenizerFast
-    dense: GPT2LMHeadModel | None
+    dense: PreTrainedModel | None
     """None where a small one is to be trained."""
     blocks: CorpusBlocks
 
@@ -58,10 +60,13 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     check_budgets_of(config)
     for part in ("tokenizer", "dense"):
         recover_folder(folder / part)
+    if config.dense and not (folder / "dense").exists():
+        read_config(config.dense)
     tokenizer = _tokenizer(config, folder)
     dense = _dense(config, folder, tokenizer)
     if dense is not None:
         check_fit(DenseModel(dense), config.sparse)
+        boot(dense, tokenizer)  # what cannot be steered afterwards is refused before it is trained
     return Parts(tokenizer, dense, prepare_corpus(config, tokenizer, progress=progress))
 
 
@@ -69,30 +74,42 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
     """The run folder's tokenizer, the one named, the dense model's, or a BPE trained on the corpus."""
     tokenizer_folder = folder / "tokenizer"
     dense_folder = local_path(config.dense) if config.dense else None
-    bare = dense_folder is not None and dense_folder.is_dir() and not (dense_folder / "tokenizer.json").exists()
+    bare = dense_folder is not None and dense_folder.is_dir() and not has_tokenizer(dense_folder)
     with_dense = None if bare else config.dense
     if tokenizer_folder.exists():
         tokenizer = load_tokenizer(tokenizer_folder)
     elif config.tokenizer or with_dense:
         tokenizer = load_tokenizer(config.tokenizer or with_dense or "")
     elif config.dense:
-        raise ValueError(f"{config.dense} has no tokenizer.json: name its tokenizer with --tokenizer")
+        raise ValueError(
+            f"{config.dense} has no tokenizer (no tokenizer.json, nor vocab.json with merges.txt): name the one that "
+            "it was trained with by --tokenizer"
+        )
     else:
         tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
     if with_dense and not (folder / "dense").exists():
         name = str(tokenizer_folder) if tokenizer_folder.exists() else config.tokenizer or with_dense
         check_same_tokenizer(tokenizer, load_tokenizer(with_dense), name, with_dense)
-    check_vocabulary(tokenizer, config.sparse)
+    if config.dense is None:
+        check_vocabulary(tokenizer, config.sparse)
     return tokenizer
 
 
-def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel | None:
+def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel | None:
     """The run folder's dense model or the one named; None where a small one is to be trained."""
     dense_folder = folder / "dense"
     if dense_folder.exists():
         check_same_tokenizer(tokenizer, load_tokenizer(dense_folder), str(folder / "tokenizer"), str(dense_folder))
-        return load_gpt2(dense_folder)
-    return load_gpt2(config.dense) if config.dense else None
+        return load_lm(dense_folder)
+    if config.dense is None:
+        return None
+    model, largest = load_lm(config.dense), max(tokenizer.get_vocab().values())
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the vocabulary of {config.dense} has {model.config.vocab_size} tokens, but its tokenizer gives ids up to "
+            f"{largest}: name the one that it was trained with by --tokenizer"
+        )
+    return model
 
 
 def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, name_a: str, name_b: str) -> None:
@@ -106,11 +123,11 @@ def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast,
 
 def prepare_dense(
     config: RunConfig, folder: Path, parts: Parts, device: torch.device, *, progress: bool = True
-) -> GPT2LMHeadModel:
+) -> PreTrainedModel:
     """The run's dense model, trained now, or to its end, where there is none yet, in the run's dense/ folder."""
     model, dense_folder = parts.dense, folder / "dense"
     if model is None and dense_folder.exists():  # another process has just trained it
-        return load_gpt2(dense_folder)
+        return load_lm(dense_folder)
     if model is None:
         blocks = parts.blocks.train
         model = train_dense(config, blocks, parts.tokenizer, device, folder=folder, progress=progress)
@@ -153,7 +170,7 @@ def open_run(folder: str | Path) -> Run:
     config = from_json(RunConfig, folder / "config.json")
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()
-    dense = DenseModel(load_gpt2(folder / "dense"))
+    dense = DenseModel(load_lm(folder / "dense"))
     tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
     for name, found, wanted in (

@@ -22,6 +22,7 @@ import nbformat
 import pytest
 import tyro
 from support.helpers import HANG_SECONDS
+from transformers import GPT2Config
 
 import bridges
 import interventions
@@ -176,6 +177,7 @@ def parse(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(tyro, "cli", cli)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr("bridges.loading.read_config", lambda name: GPT2Config())  # of the models that pages name
     name, *words = [*program.split(), *arguments]
     monkeypatch.setattr(sys, "argv", [name, *words])
     said = io.StringIO()

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.losses import kl
 from bridges.run_folder import Run
@@ -188,7 +188,7 @@ def encode_prompt(run: Run, prompt: str) -> Int[Tensor, " pos"]:
 
 @torch.no_grad()
 def _continue(
-    hf: GPT2LMHeadModel, run: Run, prompt: Int[Tensor, " pos"], new_tokens: int, sampling: Sampling | None
+    hf: PreTrainedModel, run: Run, prompt: Int[Tensor, " pos"], new_tokens: int, sampling: Sampling | None
 ) -> tuple[Float[Tensor, " vocab"], list[int]]:
     """Logits behind the prompt, and the tokens that follow it."""
     generator = torch.Generator().manual_seed(sampling.seed) if sampling else None

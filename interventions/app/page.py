@@ -47,7 +47,7 @@ CSS = """
 def make_page(gr: Any, dense: Any, run: str) -> Any:
     """The page itself, as `gradio.Blocks`. Every text that is not ours is escaped (see `shown`)."""
     bundle = get_bundle(dense)
-    n_ctx = bundle.hf.config.n_positions
+    n_ctx = bundle.anatomy.n_ctx
     names = list(bundle.channels)
     first = names[0] if names else "attn.0.read.0"
     channel = channel_named(dense, first)

@@ -1,22 +1,20 @@
 """A run as one steerable object: the dense model, in TransformerLens or as it is, with its bridges and channels.
 
-TransformerLens calls its wrapper of an HF model `TransformerBridge`; that class has nothing to do with the bridges
-between models that this library trains.
-
 TransformerLens and what is built on it are imported where they are needed: `load_hf` works without them.
 """
 
-import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bridges.bridge import BridgeSet, load_bridges
+from bridges.families import Anatomy
+from bridges.loading import load_lm
 from interventions.bundle.channels import Channel, load_channels
 from interventions.bundle.generating import AnnouncedGenerate
 from interventions.bundle.generation_check import check_generation
@@ -29,8 +27,9 @@ from sparse_model.io.tensors import digest
 class Bundle:
     """What an intervention needs beside the dense model; `dense.bundle` of a model from `load_dense` or `load_hf`."""
 
-    def __init__(self, folder: Path, hf: GPT2LMHeadModel, bridges: BridgeSet, calls: Calls, run: Any = None) -> None:
+    def __init__(self, folder: Path, hf: PreTrainedModel, bridges: BridgeSet, calls: Calls, run: Any = None) -> None:
         self.folder, self.hf, self.bridges, self.calls = folder, hf, bridges, calls
+        self.anatomy = Anatomy(hf)
         self.channels: dict[str, Channel] = load_channels(folder)
         self.shape = from_json(SparseConfig, folder / "sparse" / "config.json")
         self._run = run
@@ -62,6 +61,11 @@ class Bundle:
                 "or use delta, set_to or intervene_vector"
             ) from error
         return load_sparse(self.folder / "sparse").eval().to(self.bridges.rms_sparse.device)
+
+    def norm_scale(self, site: int) -> Tensor:
+        """The mean, over held-out text, of what the dense norm at a site divides by."""
+        scales = self.bridges.std_dense if self.anatomy.read_norm(site).centred else self.bridges.rms_dense
+        return scales[site]
 
     def identity(self) -> dict[str, Any]:
         """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now.
@@ -96,16 +100,19 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: to
 
     A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
     and logits are those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises
-    what `bridges.run_folder.open_run` raises, and ValueError for a device that torch does not have here.
+    what `bridges.run_folder.open_run` raises, and ValueError for a device that torch does not have here and for a model
+    that TransformerLens sees otherwise than Hugging Face does.
     """
+    from bridges.lens_view import boot
     from bridges.run_folder import open_run
+    from interventions.bundle.lens import threaded
 
     _check_device(device)
     run = open_run(find_run(folder))
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
     run.dense.to(dtype)
-    dense = boot(run.dense.hf, run.tokenizer, device)
+    dense = threaded(boot(run.dense.hf, run.tokenizer, device))
     check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
     tokenizer = run.tokenizer
     dense.bundle = Bundle(
@@ -120,7 +127,7 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: to
 
 def load_hf(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> GPT2LMHeadModel:
+) -> PreTrainedModel:
     """The dense model of a run as a plain Hugging Face model that `intervene` takes; no TransformerLens is needed.
 
     Frozen, in eval mode. The bridges stay in float32 whatever the dtype. `toward` also loads the sparse model, which
@@ -132,16 +139,17 @@ def load_hf(
     for part in ("dense/config.json", "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
         if not (folder / part).is_file():
             raise FileNotFoundError(f"{folder / part} does not exist: is {folder} a run whose training has finished?")
-    hf = GPT2LMHeadModel.from_pretrained(folder / "dense", dtype=dtype, use_safetensors=True).eval()
+    hf: Any = load_lm(folder / "dense", dtype).eval()
     hf.requires_grad_(False)
     hf.to(device)
     bridges = load_bridges(folder / "bridges").eval().to(device)
-    if (bridges.n_sites, bridges.d_dense) != (2 * hf.config.n_layer + 1, hf.config.n_embd):
+    anatomy = Anatomy(hf)
+    if (bridges.n_sites, bridges.d_dense) != (2 * anatomy.n_layers + 1, anatomy.d_model):
         raise ValueError(
             f"{folder / 'bridges'} has {bridges.n_sites} sites of dense width {bridges.d_dense}, the dense model "
-            f"{2 * hf.config.n_layer + 1} of {hf.config.n_embd}: they are not of one run"
+            f"{2 * anatomy.n_layers + 1} of {anatomy.d_model}: they are not of one run"
         )
-    check_generation(hf, "use_cache", hf.config.vocab_size, hf.config.max_position_embeddings)
+    check_generation(hf, "use_cache", anatomy.d_vocab, anatomy.n_ctx)
     hf.bundle = Bundle(folder, hf, bridges, watched(hf))
     return hf
 
@@ -155,7 +163,7 @@ def watched(hf: Any, padding: tuple[int | None, int | None] | None = None) -> Ca
         config = hf.config
         pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         padding = (pad if isinstance(pad, int) else None, config.bos_token_id)
-    calls = Calls(hf.base_model, padding)
+    calls = Calls(Anatomy(hf).body, padding)
     hf.generate = AnnouncedGenerate(hf, calls)
     return calls
 
@@ -163,25 +171,6 @@ def watched(hf: Any, padding: tuple[int | None, int | None] | None = None) -> Ca
 def _check_device(device: str | torch.device) -> None:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device}: torch sees no CUDA device here, use cpu")
-
-
-def boot(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:
-    """A TransformerLens view of an HF model that shares its tensors and leaves the HF object as it was.
-
-    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. A text longer than
-    the context is a ValueError, where TransformerLens cuts it.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    from interventions.bundle.lens import ThreadedBridge, ThreadedPosEmbed
-
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    name = tokenizer.name_or_path or "dense"
-    dense = TransformerBridge.boot_transformers(
-        name, hf_model=copy.deepcopy(model, shared), tokenizer=tokenizer, device=str(device)
-    ).eval()
-    dense.__class__, dense.pos_embed.__class__ = ThreadedBridge, ThreadedPosEmbed
-    return dense
 
 
 def uncompiled(dense: nn.Module) -> nn.Module:

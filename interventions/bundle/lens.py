@@ -92,3 +92,11 @@ class ThreadedBridge(TransformerBridge):
         bundle = getattr(self, "bundle", None)
         masked = kwargs.get("attention_mask") is not None
         return None if bundle is None else Generation(bundle.calls, masked=masked)
+
+
+def threaded(dense: Any) -> Any:
+    """The same TransformerLens model, made one that several threads can call and that cuts no text."""
+    dense.__class__ = ThreadedBridge
+    if isinstance(getattr(dense, "pos_embed", None), PosEmbedBridge):  # rotary families have none
+        dense.pos_embed.__class__ = ThreadedPosEmbed
+    return dense

@@ -151,7 +151,7 @@ def is_entered(handle: Handle) -> bool:
 
 
 class Calls:
-    """Runs the body of a dense model and knows the pass in progress; changes nothing by itself."""
+    """Runs the body of a dense model (`Anatomy.body`) and knows the pass in progress; changes nothing by itself."""
 
     def __init__(self, body: nn.Module, padding: tuple[int | None, int | None] = (None, None)) -> None:
         self.padding = padding
@@ -221,7 +221,7 @@ class Calls:
             device=shown.device,
             start=start,
             tokens=tokens,
-            real=_real(given.get("attention_mask"), start + shown.shape[1]),
+            real=_real(_whole_mask(self._body, given.get("attention_mask")), start + shown.shape[1]),
             position_ids=None if position_ids is None else position_ids.view(-1, position_ids.shape[-1]),
             reordered=filled is not None and not _same_rows(filled, cache),
             packed=given.get("cu_seq_lens_q") is not None or given.get("block_table") is not None,
@@ -263,6 +263,22 @@ def _so_far(
     return None
 
 
+def _whole_mask(body: Any, mask: Any) -> Tensor | None:
+    """The mask that shows every real token; ValueError where static caches bring those of sliding windows alone."""
+    if isinstance(mask, Mapping):  # by kind of layer
+        whole = mask.get("full_attention")
+    else:
+        config = body.config
+        slides = getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None)
+        whole = None if mask is not None and mask.ndim == 4 and slides else mask
+    if mask is not None and whole is None:
+        raise ValueError(
+            "a static cache gives this model masks of its sliding window alone, which do not tell padding from what is "
+            "out of sight: leave out cache_implementation"
+        )
+    return whole
+
+
 def _real(mask: Tensor | None, columns: int) -> Bool[Tensor, "batch all_pos"] | None:
     """Which tokens are no padding, from a mask [batch, pos] or, as static caches get it, [batch, 1, query, key]."""
     if mask is None:
@@ -275,7 +291,10 @@ def _real(mask: Tensor | None, columns: int) -> Bool[Tensor, "batch all_pos"] | 
 def _last_keys(cache: Any, length: int) -> Tensor | None:
     layers = getattr(cache, "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
-    return None if keys is None else keys[:, :, length - 1].detach().clone()
+    if keys is None:
+        return None
+    # A sliding window's cache keeps its last tokens only, a static one has room for more.
+    return keys[:, :, min(length, keys.shape[2]) - 1].detach().clone()
 
 
 def _same_rows(filled: Filled, cache: Any) -> bool:

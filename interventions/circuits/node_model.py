@@ -12,7 +12,8 @@ What has no weight of its own is no edge: a residual write reaches the same chan
 k channel of the same index meet in the attention scores, both with the constant weight 1. Nor are embeddings,
 unembedding, biases and the read before the unembedding: they are the frame that every circuit of the model shares.
 
-The dense GPT-2 has the same locations under the same names, its reads being the outputs of its layer norms.
+A dense GPT-2 has the same locations under the same names, its reads being the outputs of its layer norms. Dense models
+of other families run, but their nodes are not told apart.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,13 +24,14 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from bridges.dense import DenseModel
 from bridges.hybrid import advance
 from sparse_model.config import SparseConfig
+from sparse_model.model.lengths import check_length
 from sparse_model.model.node_names import Node, parse_node
-from sparse_model.model.transformer import SparseTransformer, check_length
+from sparse_model.model.transformer import SparseTransformer
 
 Values = Float[Tensor, "batch pos width"]
 NodeEdit = Callable[[str, Values], Values]
@@ -119,9 +121,11 @@ def as_nodes(model: NodeModel | nn.Module) -> NodeModel:
         return model
     if isinstance(model, SparseTransformer):
         return SparseNodes(model)
-    if isinstance(model, DenseModel | GPT2LMHeadModel):
+    if isinstance(model, DenseModel):
         return DenseNodes(model)
-    raise TypeError(f"a {type(model).__name__} has no nodes: give a SparseTransformer, a DenseModel or HF's GPT-2")
+    if isinstance(model, PreTrainedModel):
+        return DenseNodes(DenseModel(model))
+    raise TypeError(f"a {type(model).__name__} has no nodes: give a SparseTransformer, a DenseModel or an HF model")
 
 
 class SparseNodes:
@@ -161,25 +165,31 @@ class SparseNodes:
 
 
 class DenseNodes:
-    """The nodes of a GPT-2, by hooks on the HF modules: reads are the outputs of ln_1 and ln_2."""
+    """A dense model and, if it is a GPT-2, its nodes, by hooks on the HF modules: reads are what ln_1 and ln_2 give."""
 
     kind: ModelKind = "dense"
 
-    def __init__(self, model: DenseModel | GPT2LMHeadModel) -> None:
-        self._hf = model.hf if isinstance(model, DenseModel) else model
-        self.module: nn.Module = self._hf
-        self._blocks: Any = self._hf.transformer.h
-        cfg = self._hf.config
+    def __init__(self, model: DenseModel) -> None:
+        self._anatomy = model.anatomy
+        self.module: nn.Module = model.hf
+        cfg: Any = model.hf.config
         self.shape = SparseConfig(
-            n_layers=cfg.n_layer,
-            d_model=cfg.n_embd,
-            d_mlp=cfg.n_inner or 4 * cfg.n_embd,
-            n_heads=cfg.n_head,
-            d_head=cfg.n_embd // cfg.n_head,
-            n_ctx=cfg.n_positions,
-            d_vocab=cfg.vocab_size,
+            n_layers=model.n_layers,
+            d_model=model.d_model,
+            d_mlp=model.anatomy.d_mlp,
+            n_heads=model.anatomy.n_heads,
+            d_head=getattr(cfg, "head_dim", None) or model.d_model // model.anatomy.n_heads,
+            n_ctx=model.n_ctx,
+            d_vocab=model.d_vocab,
         )
         """Only the sizes mean something here."""
+
+    def _blocks(self) -> Any:
+        """The blocks of a GPT-2; ValueError for another family."""
+        kind = self._anatomy.model.config.model_type
+        if kind != "gpt2":
+            raise ValueError(f"circuits of a dense {kind!r} model are not supported: find them in the sparse model")
+        return self._anatomy.blocks
 
     def logits(
         self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
@@ -187,16 +197,16 @@ class DenseNodes:
         """As `SparseNodes.logits`. Raises ValueError beyond the context."""
         check_length(tokens.shape[1], self.shape.n_ctx)
         with self._edited(edit):
-            resid = self._hf.transformer(tokens, use_cache=False).last_hidden_state
+            resid = self._anatomy.body(input_ids=tokens, use_cache=False).last_hidden_state
         if last is not None:
             resid = resid[torch.arange(len(last), device=tokens.device), last][:, None]
-        return self._hf.lm_head(resid)
+        return self._anatomy.head(resid)
 
     @contextmanager
     def _edited(self, edit: NodeEdit | None) -> Iterator[None]:
         """Forward hooks that pass every location through `edit`, removed on leaving."""
-        handles, blocks = [], self._blocks
-        for i, block in enumerate(blocks if edit is not None else ()):
+        handles = []
+        for i, block in enumerate(self._blocks() if edit is not None else ()):
             assert edit is not None
             for module, hook in (
                 (block.ln_1, "attn.hook_in"),
@@ -216,7 +226,7 @@ class DenseNodes:
 
     def matrices(self) -> Iterator[Matrix]:
         """Every matrix between two locations; HF's Conv1D keeps them as [source, target]."""
-        for i, block in enumerate(self._blocks):
+        for i, block in enumerate(self._blocks()):
             qkv = block.attn.c_attn.weight.detach().T.chunk(3)
             rest = (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
             yield from _block_matrices(i, *qkv, *(m.weight.detach().T for m in rest))

@@ -1,4 +1,4 @@
-"""The command `sparse-bridges`: explain and steer a dense GPT-2 through a weight-sparse transformer.
+"""The command `sparse-bridges`: explain and steer a dense language model through a weight-sparse transformer.
 
 Only the module of the command that is asked for is imported, and what it computes with once its options are parsed, so
 that a list or a mistake comes at once.
@@ -47,7 +47,7 @@ def overview() -> str:
         [
             "usage: sparse-bridges COMMAND [OPTIONS]",
             "",
-            "Explain and steer a dense GPT-2 through a weight-sparse transformer.",
+            "Explain and steer a dense language model through a weight-sparse transformer.",
             "",
             "commands (each explains its options with --help):",
             *lines,

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +72,12 @@ def parse_run(
     presets: Mapping[str, tuple[str, Config]],
     *,
     prefix: str = "",
+    fit: Callable[[Config, str, Path], Config] | None = None,
 ) -> RunOptions[Config]:
     """Parse `[PRESET] [--option value ...]`; the preset may also be given as --preset NAME, the first is the default.
 
-    The folder is by default runs/PRESET with a prefix, so that two kinds of training do not share one.
+    The folder is by default runs/PRESET with a prefix, so that two kinds of training do not share one. Where --dense is
+    given, `fit` (preset, dense model, folder) gives the defaults that go with it.
     Raises ValueError for an unknown preset.
     """
     preset = next(iter(presets))
@@ -87,11 +89,14 @@ def parse_run(
         preset, *arguments = arguments
     if preset not in presets:
         raise ValueError(f"preset {preset!r} is unknown: use one of {', '.join(presets)}")
-    chosen = presets[preset][1]
+    chosen, folder = presets[preset][1], f"runs/{prefix}{preset}"
+    dense = _given(arguments, "--dense")
+    if fit and dense:
+        chosen = fit(chosen, dense, Path(_given(arguments, "--run") or folder))
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        run: str = f"runs/{prefix}{preset}"
+        run: str = folder
         """Run folder."""
         resume: bool = False
         """Go on from the run's last checkpoint (and keep what it has already made)."""
@@ -106,6 +111,16 @@ def parse_run(
     options = parse(Options, f"{command} {preset}", arguments, title)
     how = {name: getattr(options, name) for name in ("resume", "trackers", "processes")}
     return RunOptions(options.config, Path(options.run), how)
+
+
+def _given(arguments: list[str], flag: str) -> str | None:
+    """The value that stands behind a flag; None where it does not."""
+    for at, argument in enumerate(arguments):
+        if argument == flag and at + 1 < len(arguments):
+            return arguments[at + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
 
 
 def _flags(options: type, prefix: str = "") -> dict[str, str]:

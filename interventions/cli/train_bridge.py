@@ -1,4 +1,4 @@
-"""Train a sparse model and bridges beside a frozen dense GPT-2, and evaluate them.
+"""Train a sparse model and bridges beside a frozen dense model, and evaluate them.
 
 Examples:
     sparse-bridges train-bridge                    # preset demo: minutes on a laptop
@@ -9,11 +9,13 @@ Examples:
 """
 
 from bridges.config import PRESETS
+from interventions.cli.dense_shape import fit, say_shape
 from interventions.cli.options import parse_run
 
 
 def command(arguments: list[str]) -> None:
-    options = parse_run("train-bridge", __doc__, arguments, PRESETS)
+    options = parse_run("train-bridge", __doc__, arguments, PRESETS, fit=fit)
+    say_shape(options)
     from bridges.pipeline import train_bridge
 
     train_bridge(options.config, options.folder, **options.how)

@@ -8,11 +8,13 @@ Examples:
 """
 
 from bridges.config import PRESETS
+from interventions.cli.dense_shape import fit, say_shape
 from interventions.cli.options import parse_run
 
 
 def command(arguments: list[str]) -> None:
-    options = parse_run("train-dense", __doc__, arguments, PRESETS)
+    options = parse_run("train-dense", __doc__, arguments, PRESETS, fit=fit)
+    say_shape(options)
     from bridges.pipeline import make_dense
 
     loss = make_dense(options.config, options.folder, resume=options.how["resume"])

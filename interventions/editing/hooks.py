@@ -4,8 +4,8 @@ The algorithm:
 
 1. A source (`interventions.editing.vectors`) gives v, the change of the dense residual stream at each token.
 2. where="read" (the paper's, A.4): only what the next sublayer reads changes. The norm's response to a small v is
-   added behind it: gain * (v - mean(v)) / std, with std the stream's own standard deviation at that token (LayerNorm's
-   epsilon included). The residual stream stays as it was.
+   added behind it: gain * (v - mean(v)) / std, with std the stream's own standard deviation at that token (the norm's
+   epsilon included); for an RMSNorm gain * v / rms. The residual stream stays as it was.
 3. where="stream": v is added to the residual stream itself, so that everything downstream sees it.
 4. Tokens that are not selected (`interventions.editing.positions`) keep their values bit for bit.
 
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
+from bridges.families import ReadNorm
 from bridges.sites import Site
 from interventions.bundle.bundle import Bundle
 from interventions.editing.positions import Positions, Steps, check_reached, select
@@ -58,14 +59,15 @@ class Edit:
     def read(
         self,
         seen: Seen,
-        value: Float[Tensor, "batch pos d_dense"],
-        stream: Float[Tensor, "batch pos d_dense"],
-    ) -> Float[Tensor, "batch pos d_dense"]:
+        value: Float[Tensor, "*tokens d_dense"],
+        stream: Float[Tensor, "*tokens d_dense"],
+    ) -> Float[Tensor, "*tokens d_dense"]:
         """The reading norm's output for a stream, edited."""
-        wide = _wide(stream)
+        rows = (-1, seen.call.length, value.shape[-1])  # OPT lays batch and positions side by side before its MLP
+        wide = _wide(stream).reshape(rows)
         vector = self.source(seen, wide)
-        std = (wide.var(-1, correction=0, keepdim=True) + self.norm.eps).sqrt()
-        return self._add(seen, value, self._gain().to(wide) * (vector - vector.mean(-1, keepdim=True)) / std)
+        norm = self.norm
+        return self._add(seen, value.reshape(rows), norm.response(vector, norm.scale(wide))).view_as(value)
 
     def write(
         self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"], value: Float[Tensor, "batch pos d_dense"]
@@ -86,22 +88,9 @@ class Edit:
         return edited if selected is None else torch.where(selected[..., None].to(value.device), edited, value)
 
     @property
-    def norm(self) -> nn.LayerNorm:
+    def norm(self) -> ReadNorm:
         """The dense norm that reads at the site."""
-        body: Any = self.bundle.hf.transformer
-        if self.site.is_final:
-            return body.ln_f
-        block = body.h[self.site.layer]
-        return block.ln_2 if self.site.reader == "mlp" else block.ln_1
-
-    def _gain(self) -> Float[Tensor, " d_dense"]:
-        """The reading norm's weight, also where accelerate has offloaded it."""
-        if not self.norm.weight.is_meta:
-            return self.norm.weight
-        from accelerate.utils import align_module_device
-
-        with align_module_device(self.norm):
-            return self.norm.weight.detach().clone()
+        return self.bundle.anatomy.read_norm(self.site.index)
 
     def vector(self) -> Float[Tensor, " d_dense"]:
         """What is added, at the mean scale of the stream over held-out text."""
@@ -110,8 +99,7 @@ class Edit:
             raise ValueError("only a fixed delta or vector has one direction; toward and set_to differ at each token")
         if self.where == "stream":
             return direction
-        weight = self._gain().detach().to(direction)
-        return weight * (direction - direction.mean()) / self.bundle.bridges.std_dense[self.site.index]
+        return self.norm.response(direction, self.bundle.norm_scale(self.site.index))
 
 
 def lens_hooks(edit: Edit, see: See, dense: Any) -> list[tuple[str, Hook]]:
@@ -163,7 +151,7 @@ def _shown(seen: Seen) -> Tensor:
 
 def attach(dense: nn.Module, edit: Edit, see: See) -> Iterator[Remove]:
     """Attach an edit to its model, hook by hook; yields what takes each one off again."""
-    if isinstance(dense, GPT2LMHeadModel):
+    if isinstance(dense, PreTrainedModel):
         yield from _attach_hf(dense, edit, see)
     else:
         yield from _attach_lens(dense, edit, see)
@@ -181,11 +169,10 @@ def _remove_lens(point: Any, handle: Any) -> None:
     point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
 
 
-def _attach_hf(model: GPT2LMHeadModel, edit: Edit, see: See) -> Iterator[Remove]:
+def _attach_hf(model: PreTrainedModel, edit: Edit, see: See) -> Iterator[Remove]:
     if edit.source.is_nothing:
         return
-    blocks: Any = model.transformer.h
-    block = blocks[edit.site.layer]
+    anatomy, site = edit.bundle.anatomy, edit.site
 
     def edit_read(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return None if (seen := see()) is None else edit.read(seen, output, inputs[0])
@@ -202,18 +189,22 @@ def _attach_hf(model: GPT2LMHeadModel, edit: Edit, see: See) -> Iterator[Remove]
     def edit_input(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if (seen := see()) is None else (edit.write(seen, inputs[0], inputs[0]), *inputs[1:])
 
-    def edit_output(block: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        return None if (seen := see()) is None else edit.write(seen, output, output)
+    def edit_output(block: nn.Module, inputs: Any, output: Any) -> Any:
+        if (seen := see()) is None:
+            return None
+        if isinstance(output, tuple):
+            return edit.write(seen, output[0], output[0]), *output[1:]
+        return edit.write(seen, output, output)
 
     if edit.where == "read":
-        yield edit.norm.register_forward_hook(edit_read).remove
-    elif edit.site.reader == "mlp":
-        yield block.ln_1.register_forward_pre_hook(see_stream).remove
-        yield block.attn.register_forward_hook(edit_attention).remove
-    elif edit.site.index == 0:
-        yield block.register_forward_pre_hook(edit_input).remove
+        yield anatomy.norm(site.index).register_forward_hook(edit_read).remove
+    elif site.reader == "mlp":
+        yield anatomy.norm(site.index - 1).register_forward_pre_hook(see_stream).remove
+        yield anatomy.attention(site.layer).register_forward_hook(edit_attention).remove
+    elif site.index == 0:
+        yield anatomy.blocks[0].register_forward_pre_hook(edit_input).remove
     else:
-        yield _first(block if edit.site.is_final else blocks[edit.site.layer - 1], edit_output)
+        yield _first(anatomy.blocks[site.layer if site.is_final else site.layer - 1], edit_output)
 
 
 def _first(module: nn.Module, hook: Callable[..., Any]) -> Remove:

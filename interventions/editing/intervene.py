@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from bridges.sites import Site
 from interventions.bundle.bundle import Bundle, check_raw, get_bundle, uncompiled
@@ -64,7 +64,7 @@ class Intervention:
         TransformerLens attaches them for all threads, so only one thread may run the model with them at a time.
         Raises ValueError for a plain Hugging Face model, which knows no such hooks.
         """
-        if isinstance(self.dense, GPT2LMHeadModel):
+        if isinstance(self.dense, PreTrainedModel):
             raise ValueError("a plain Hugging Face model has no run_with_hooks: enter the handle with `with`")
         check_raw(self.dense)
         return [pair for edit in self.edits for pair in lens_hooks(edit, one_pass(edit), self.dense)]

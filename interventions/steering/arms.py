@@ -64,7 +64,7 @@ def make_edits(setting: Setting) -> Edits:
         sets=through["decoder"],
         ridge=through["ridge"],
         difference_of_means=difference_of_means(run.dense, setting.selection, site, prompts),
-        exact_patch=exact_patch(setting.hf, run.dense, site, prompts, setting.plan.where),
+        exact_patch=exact_patch(run.dense, site, prompts, setting.plan.where),
         ridge_fit=ridge_report(run, site, ridge, setting.held_out),
     )
 

@@ -21,10 +21,9 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import GPT2LMHeadModel
 
 from bridges.bridge import BridgeSet
-from bridges.dense import Sublayered
+from bridges.dense import DenseModel, Sublayered
 from bridges.hybrid import residuals
 from interventions.editing.hooks import Where
 from interventions.steering.edits import Columns
@@ -92,20 +91,16 @@ def _token_kinds(prompts: Prompts) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def exact_patch(hf: GPT2LMHeadModel, dense: Sublayered, site: int, prompts: Prompts, where: Where) -> Vectors:
+def exact_patch(dense: DenseModel, site: int, prompts: Prompts, where: Where) -> Vectors:
     """The edit that at full strength gives the dense model its own counterfactual read, or stream, at the site.
 
     A read edit adds gain * (v - mean(v)) / std, with std that of the presented stream; the v for which this is the
-    difference of the two normalised streams is std times that difference, without the gain.
+    difference of the two normalised streams is std times that difference, without the gain. For an RMSNorm likewise.
     """
     here, there = (residuals(dense, tokens)[site] for tokens in (prompts.tokens, prompts.counterfactual))
     change = there - here
     if where == "read":
-        eps = hf.config.layer_norm_epsilon
-
-        def std(stream: Tensor) -> Tensor:
-            return (stream.var(-1, correction=0, keepdim=True) + eps).sqrt()
-
-        centred = [stream - stream.mean(-1, keepdim=True) for stream in (here, there)]
-        change = std(here) * (centred[1] / std(there) - centred[0] / std(here))
+        norm = dense.anatomy.read_norm(site)
+        units = [norm.centre(stream) / norm.scale(stream) for stream in (here, there)]
+        change = norm.scale(here) * (units[1] - units[0])
     return change * prompts.open[..., None]

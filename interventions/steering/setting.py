@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from bridges.run_folder import Run
 from interventions.bundle.bundle import get_bundle
@@ -28,7 +28,7 @@ class Setting:
     """What an experiment works with."""
 
     run: Run
-    hf: GPT2LMHeadModel
+    hf: PreTrainedModel
     """The dense model that is steered."""
     plan: Experiment
     """With nothing left open."""

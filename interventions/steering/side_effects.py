@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from bridges.losses import kl
 from bridges.run_folder import Run
@@ -72,7 +72,7 @@ class Bystanders:
     @torch.no_grad()
     def __init__(
         self,
-        hf: GPT2LMHeadModel,
+        hf: PreTrainedModel,
         run: Run,
         prompts: Prompts,
         site: int,
@@ -87,7 +87,7 @@ class Bystanders:
             for name, batch in _task_batches(run, plan.task_pairs, self.seed).items()
             if name != str(plan.task).removesuffix(NATURAL) and solves(self._pair_accuracy(batch.to(hf.device)))
         }
-        self.new_tokens = min(plan.new_tokens, hf.config.n_positions - int(prompts.last.max()))
+        self.new_tokens = min(plan.new_tokens, hf.config.max_position_embeddings - int(prompts.last.max()))
 
     @torch.no_grad()
     def measure(self, vector: Vector | None) -> SideEffects:

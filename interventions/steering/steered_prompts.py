@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2LMHeadModel
+from transformers import DynamicCache, PreTrainedModel
 
 from bridges.run_folder import Run
 from interventions.bundle.bundle import Bundle, check_raw, get_bundle, watched
@@ -62,7 +62,7 @@ class Answers(NamedTuple):
     """P(counterfactual answer) / (P(counterfactual answer) + P(own answer))."""
 
 
-def plain_model(dense: nn.Module) -> GPT2LMHeadModel:
+def plain_model(dense: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside one from `load_dense`, itself steerable: it runs several times as fast.
 
     Raises ValueError for a model without bridges, or with processed weights.
@@ -72,7 +72,7 @@ def plain_model(dense: nn.Module) -> GPT2LMHeadModel:
     return steerable(bundle.run)
 
 
-def steerable(run: Run) -> GPT2LMHeadModel:
+def steerable(run: Run) -> PreTrainedModel:
     """The dense model of an opened run, as `intervene` takes it."""
     hf: Any = run.dense.hf
     if getattr(hf, "bundle", None) is None:
@@ -81,7 +81,7 @@ def steerable(run: Run) -> GPT2LMHeadModel:
 
 
 def logits_at(
-    hf: GPT2LMHeadModel, tokens: Int[Tensor, "row pos"], positions: Int[Tensor, " row"]
+    hf: PreTrainedModel, tokens: Int[Tensor, "row pos"], positions: Int[Tensor, " row"]
 ) -> Float[Tensor, "row vocab"]:
     """Logits behind one token of each row; only the columns that are asked for are unembedded."""
     columns, place = positions.unique(return_inverse=True)
@@ -103,7 +103,7 @@ class SteeredPrompts:
     """Answers to the same prompts under edits at one site."""
 
     @torch.no_grad()
-    def __init__(self, hf: GPT2LMHeadModel, prompts: Prompts, site: int, where: Where) -> None:
+    def __init__(self, hf: PreTrainedModel, prompts: Prompts, site: int, where: Where) -> None:
         self.hf, self.prompts, self.site, self.where = hf, prompts, site, where
         self._groups = list(self._grouped())
         self.base = Answers(torch.zeros(len(prompts.last)), torch.zeros(len(prompts.last)))
@@ -164,12 +164,14 @@ class SteeredPrompts:
             rows = ((starts == start) & (stops == stop)).nonzero().flatten()
             prefix: list[tuple[Tensor, Tensor]] = []
             if start:
-                filled = self.hf(input_ids=self.prompts.tokens[rows, :start], use_cache=True, logits_to_keep=1)
-                prefix = [(layer.keys, layer.values) for layer in filled.past_key_values.layers]
+                cache: Any = DynamicCache()  # not the model's own: a sliding window's forgets what the repeats need
+                given = self.prompts.tokens[rows, :start]
+                self.hf(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                prefix = [(layer.keys, layer.values) for layer in cache.layers]
             yield _Group(rows, start, stop, prefix)
 
     def _chunks(self, edits: Iterable[Vectors]) -> Iterator[list[Vectors]]:
-        size = max(1, _ENTRIES // (self.prompts.tokens.numel() * self.hf.config.n_embd))
+        size = max(1, _ENTRIES // (self.prompts.tokens.numel() * self.hf.config.hidden_size))
         waiting = iter(edits)
         while chunk := list(islice(waiting, size)):
             yield chunk

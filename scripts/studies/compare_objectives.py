@@ -24,8 +24,9 @@ from summary import figures
 from tqdm.auto import tqdm
 
 from bridges.config import PRESETS, RunConfig
-from bridges.dense import DenseModel, load_gpt2
+from bridges.dense import DenseModel
 from bridges.joint_trainer import JointTrainer
+from bridges.loading import load_lm
 from bridges.run_folder import new_bridges
 from interventions.cli.options import report_errors
 from sparse_model.model.transformer import SparseTransformer
@@ -58,7 +59,7 @@ def cpu_seconds_per_step(config: RunConfig, dense: Path, steps: int = 60) -> flo
     """CPU seconds of a training step, on random tokens."""
     torch.set_num_threads(1)
     blocks = torch.randint(config.sparse.d_vocab, (4 * config.batch_size, config.sparse.n_ctx))
-    model = DenseModel(load_gpt2(dense))
+    model = DenseModel(load_lm(dense))
     with tempfile.TemporaryDirectory() as folder:
         bridges = new_bridges(config, model.d_model)
         trainer = JointTrainer(config, model, SparseTransformer(config.sparse), bridges, blocks, Path(folder))

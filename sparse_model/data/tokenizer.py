@@ -15,11 +15,13 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from sparse_model.io.atomic import temporary_folder
+from sparse_model.io.copied import check_copied
 from sparse_model.io.local import local_path
 
 QUOTE_TOKENS = ('("', "('", '")', "')")
@@ -38,6 +40,10 @@ _PIECE_PATTERN = "|".join(
         r"\s",
     )
 )
+# What a tokenizer can be made from, the usual ones first, and what may say of which kind it is.
+_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model", "tekken.json")
+_BESIDE = ("tokenizer_config.json", "config.json")
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _SMALLEST_VOCAB = 1 + len(_BYTES) + len(QUOTE_TOKENS)
 
@@ -156,31 +162,71 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
             os.replace(path, folder / path.name)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file from which a tokenizer can be made."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder that holds `tokenizer.json`, or by its name on the Hugging Face hub.
+    """Load a tokenizer from a folder, or by its name on the Hugging Face hub; no code that comes with it is run.
+
+    A folder holds `tokenizer.json`, `vocab.json` with `merges.txt`, or another file that transformers turns into a
+    fast (Rust) tokenizer.
 
     Raises:
         FileNotFoundError: a local path (one that exists, starts with `.`, `/` or `~`, or has more than one
-            slash) that is not a folder with `tokenizer.json`.
+            slash) that is not a folder with such a file.
         OSError: a name that the hub does not know, or cannot be asked for.
-        ValueError: a tokenizer without a fast (Rust) form.
+        ValueError: a file that is damaged, or a tokenizer without a fast form.
     """
     name = str(name_or_folder)
     folder = local_path(name_or_folder)
-    if folder is not None:
-        if not (folder / "tokenizer.json").is_file():
-            missing = "has no tokenizer.json" if folder.is_dir() else "is not a folder"
-            raise FileNotFoundError(
-                f"no tokenizer at {name}: it {missing}; give a folder of save_tokenizer() or a hub name"
-            )
-        name = str(folder)
+    if folder is None:
+        return _fast(_from_hub(name), name)
+    if not has_tokenizer(folder):
+        missing = f"has no {_FILES[0]}, {_FILES[1]} with merges.txt, or {_FILES[2]}"
+        raise FileNotFoundError(
+            f"no tokenizer at {name}: it {missing if folder.is_dir() else 'is not a folder'}; give a folder of "
+            "save_tokenizer() or a hub name"
+        )
+    for path in (folder / file for file in (*_FILES, *_BESIDE)):
+        if path.is_file():
+            check_copied(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = _from_folder(folder)
+    except Exception as error:  # transformers and tokenizers raise a dozen types
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {first[0]}") from error
+    return _fast(tokenizer, name)
+
+
+def _from_hub(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub client raises a dozen types, none of which names the remedy
         raise OSError(
             f"cannot load tokenizer {name!r}: it is no local folder, and the hub gave {type(error).__name__};"
             " check the spelling and the network, or give a folder that holds tokenizer.json"
         ) from error
+
+
+def _from_folder(folder: Path) -> Any:
+    named = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() and named.is_file():
+        kind = json.loads(named.read_text(encoding="utf-8")).get("tokenizer_class")
+        if kind in _GENERIC:  # transformers would put the class that config.json's model usually has in its place
+            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    elif not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
+        if not (folder / "merges.txt").is_file():
+            raise ValueError("merges.txt is missing beside vocab.json; copy it there")
+        if not any((folder / name).is_file() for name in _BESIDE):  # nothing says which kind: GPT-2's files
+            return GPT2Tokenizer.from_pretrained(str(folder))
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def _fast(tokenizer: Any, name: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name!r} has no fast form (tokenizer.json); choose one that has")
+    if not tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False):
+        raise ValueError(f"tokenizer {name!r} knows no token: copy its vocabulary again")
     return tokenizer

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.config import DenseTrainConfig, RunConfig
 from bridges.dense import DenseModel
@@ -35,8 +35,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer([generate_document(rng) for _ in range(200)], TINY_VOCAB)
 
 
-def make_tiny_run(folder: Path, *, n_layers: int = 2, d_dense: int = 16, d_sparse: int = 32, seed: int = 0) -> Run:
-    """Write a complete run of random weights into `folder` and open it."""
+def make_tiny_run(
+    folder: Path,
+    *,
+    n_layers: int = 2,
+    d_dense: int = 16,
+    d_sparse: int = 32,
+    seed: int = 0,
+    lm: PreTrainedModel | None = None,
+) -> Run:
+    """Write a complete run of random weights, or around the dense model `lm`, into `folder` and open it."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     shape = SparseConfig(
@@ -45,7 +53,7 @@ def make_tiny_run(folder: Path, *, n_layers: int = 2, d_dense: int = 16, d_spars
     config = RunConfig(
         corpus_tokens=20_000, seed=seed, sparse=shape, dense_train=DenseTrainConfig(d_model=d_dense, n_heads=2)
     )
-    dense = DenseModel(_random_gpt2(shape, d_dense, tokenizer.eos_token_id))
+    dense = DenseModel(lm or _random_gpt2(shape, d_dense, tokenizer.eos_token_id))
     sparse, bridges = SparseTransformer(shape), new_bridges(config, d_dense)
     tokens = torch.randint(TINY_VOCAB, (4, shape.n_ctx))
     measure_scales(dense, sparse, bridges, tokens)

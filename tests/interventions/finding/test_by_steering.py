@@ -88,7 +88,7 @@ def test_a_planted_channel_is_found(run: Run, batch: TaskBatch) -> None:
     site, planted = 2, 7
     dosing = Dosing(run, batch, site)
     patch = ReadPatch(run, batch, site)
-    wanted = exact_patch(steerable(run), run.dense, site, prompts_of(batch), "read")
+    wanted = exact_patch(run.dense, site, prompts_of(batch), "read")
     with torch.no_grad():
         weight = run.bridges.decoders[site].weight
         weight.mul_(1e-3)

@@ -21,7 +21,7 @@ def test_exact_patch_is_the_models_own_counterfactual(dense, run: Run, prompts: 
         "read": suffix(run.dense, site + 1, here + run.dense.sublayer(site, there) - there, prompts.tokens),
     }
     for where, logits in own.items():
-        edit = rivals.exact_patch(hf, run.dense, site, prompts, where)  # type: ignore[arg-type]
+        edit = rivals.exact_patch(run.dense, site, prompts, where)  # type: ignore[arg-type]
         found = SteeredPrompts(hf, prompts, site, where).answers([edit], (1,))  # type: ignore[arg-type]
         assert torch.allclose(found.target[0, 0], p_target(logits, prompts), rtol=1e-3, atol=1e-7)
 

@@ -148,7 +148,7 @@ def test_loading_from_a_wrong_folder_names_it(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_name_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(name: str) -> None:
+    def unreachable(name: str, **options: object) -> None:
         raise OSError("can't connect")
 
     monkeypatch.setattr("sparse_model.data.tokenizer.AutoTokenizer.from_pretrained", unreachable)

@@ -14,8 +14,9 @@ from support.helpers import make_tiny_run
 
 from bridges.bridge import load_bridges
 from bridges.config import RunConfig
-from bridges.dense import DenseModel, check_fit, load_gpt2
+from bridges.dense import DenseModel, check_fit
 from bridges.joint_trainer import JointTrainer
+from bridges.loading import load_lm
 from bridges.run_folder import Run, new_bridges, open_run
 from sparse_model.config import OptimConfig, SparsityConfig
 from sparse_model.model.transformer import SparseTransformer
@@ -223,14 +224,14 @@ def test_broken_run_folders_are_named(tmp_path: Path) -> None:
 
 def test_dense_that_is_no_gpt2_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model at"):
-        load_gpt2(tmp_path / "missing")
-    with pytest.raises(ValueError, match="could not load a GPT-2 from 'no-such-model-name'"):
-        load_gpt2("no-such-model-name")
+        load_lm(tmp_path / "missing")
+    with pytest.raises(ValueError, match="could not load a language model from 'no-such-model-name'"):
+        load_lm("no-such-model-name")
     run = make_tiny_run(tmp_path / "run")
     weights = run.folder / "dense" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(ValueError, match="could not load a GPT-2"):
-        DenseModel(load_gpt2(run.folder / "dense"))
+    with pytest.raises(ValueError, match="could not load a language model"):
+        DenseModel(load_lm(run.folder / "dense"))
 
 
 def test_config_survives_the_run_folder(tmp_path: Path) -> None:
