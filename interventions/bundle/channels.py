@@ -157,7 +157,7 @@ def read_gain(sparse: Any, site: int) -> Float[Tensor, " d_sparse"]:
     return getattr(sparse.blocks[where.layer], f"ln{1 + site % 2}").weight
 
 
-def read_nodes(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
+def residual_reads(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
     """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
     hook = Site(site, sparse.n_layers).read_hook
     _, cache = sparse.run_with_cache(tokens, names_filter=hook)

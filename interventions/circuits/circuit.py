@@ -75,21 +75,21 @@ class Circuit:
     n_edges = property(lambda self: len(self.edges))
 
     def _named(self) -> Iterator[tuple[str, int, str]]:
-        for at in locations(self.shape):
-            for channel in self.nodes[at.name]:
-                yield at.name, channel, node_name(at, channel, tied_qk=self.tied_qk)
+        for location in locations(self.shape):
+            for channel in self.nodes[location.name]:
+                yield location.name, channel, node_name(location, channel, tied_qk=self.tied_qk)
 
     @property
     def kept(self) -> Kept:
         """The nodes as one mask per location."""
-        masks = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(self.shape)}
+        masks = {location.name: torch.zeros(location.width, dtype=torch.bool) for location in locations(self.shape)}
         for name, channels in self.nodes.items():
             masks[name][list(channels)] = True
         return masks
 
     def __contains__(self, name: object) -> bool:
         """Whether a node, by OpenAI's name or ours, is in the circuit. A name of no node is a ValueError."""
-        return all(channel in self.nodes[at] for at, channel in find_node(self.shape, str(name)))
+        return all(channel in self.nodes[place] for place, channel in find_node(self.shape, str(name)))
 
     def edges_at(self, name: str) -> list[Edge]:
         """The edges into and out of a node, by OpenAI's name or ours.
@@ -99,8 +99,8 @@ class Circuit:
         if name not in self:
             raise KeyError(f"{name} is not among the {self.n_nodes} nodes of the circuit for {self.task}: see .names")
         wanted = set(find_node(self.shape, name))
-        own = {given for at, channel, given in self._named() if (at, channel) in wanted}
-        return [edge for edge in self.edges if own & {edge.source, edge.target}]
+        names = {given for place, channel, given in self._named() if (place, channel) in wanted}
+        return [edge for edge in self.edges if names & {edge.source, edge.target}]
 
     @torch.no_grad()
     def run(
@@ -120,9 +120,9 @@ class Circuit:
         read, and "qk" between a q and a k channel of the same index.
         """
         graph = nx.MultiDiGraph(task=self.task, model=self.model, fingerprint=self.fingerprint)
-        by_name = {at.name: at for at in locations(self.shape)}
-        for at, channel, name in self._named():
-            graph.add_node(name, layer=by_name[at].layer, place=by_name[at].place, channel=channel)
+        by_name = {location.name: location for location in locations(self.shape)}
+        for place, channel, name in self._named():
+            graph.add_node(name, layer=by_name[place].layer, place=by_name[place].place, channel=channel)
         for edge in self.edges:
             graph.add_edge(edge.source, edge.target, weight=edge.weight, matrix=edge.matrix)
         for source, target, kind in self._links() if links else ():
@@ -131,13 +131,13 @@ class Circuit:
 
     def _links(self) -> Iterator[tuple[str, str, str]]:
         named = list(self._named())
-        for i, (at, channel, name) in enumerate(named):
+        for i, (earlier, channel, name) in enumerate(named):
             for later, same, other in named[i + 1 :]:
                 if channel != same or name == other:
                     continue
-                if at.endswith("_out") and later.endswith("hook_in"):
+                if earlier.endswith("_out") and later.endswith("hook_in"):
                     yield name, other, "residual"
-                if at.endswith("hook_q") and later == at.removesuffix("q") + "k":
+                if earlier.endswith("hook_q") and later == earlier.removesuffix("q") + "k":
                     yield name, other, "qk"
 
     def plot(self) -> Figure:
@@ -161,7 +161,10 @@ def make_circuit(model: NodeModel | nn.Module, kept: Kept, *, tied_qk: bool, **f
     return Circuit(
         model=nodes.kind,
         shape=nodes.shape,
-        nodes={at.name: tuple(kept[at.name].nonzero().flatten().tolist()) for at in locations(nodes.shape)},
+        nodes={
+            location.name: tuple(kept[location.name].nonzero().flatten().tolist())
+            for location in locations(nodes.shape)
+        },
         edges=tuple(edges_between(nodes, kept, tied_qk=tied_qk)),
         tied_qk=tied_qk,
         **fields,
@@ -213,9 +216,9 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
         belongs = data["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): {again}") from error
-    own = fingerprint(run)
-    if belongs != own:
-        raise ValueError(f"{path} is the circuit of another run ({belongs}; {run.folder} is {own}): {again}")
+    of_this_run = fingerprint(run)
+    if belongs != of_this_run:
+        raise ValueError(f"{path} is the circuit of another run ({belongs}; {run.folder} is {of_this_run}): {again}")
     shape = as_nodes(run.sparse if model == "sparse" else run.dense).shape
     values = _read_values(tensors, data, shape, again)
     try:
@@ -231,10 +234,10 @@ def read_kept_nodes(path: str | Path, shape: SparseConfig) -> Kept:
     """
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))["nodes"]
-        masks = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(shape)}
+        masks = {location.name: torch.zeros(location.width, dtype=torch.bool) for location in locations(shape)}
         for name in names:
-            for at, channel in find_node(shape, name):
-                masks[at][channel] = True
+            for place, channel in find_node(shape, name):
+                masks[place][channel] = True
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: name the .json file of a circuit") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -246,22 +249,22 @@ def _read_values(path: Path, data: dict[str, Any], shape: SparseConfig, again: s
     values = read_tensors(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != data.get("tensors_sha256"):
         raise ValueError(f"{path} does not belong to the .json beside it (other digest): {again}")
-    wanted = {at.name: at.width for at in locations(shape)}
+    wanted = {location.name: location.width for location in locations(shape)}
     if {name: t.shape[-1] for name, t in values.items()} != wanted:
         raise ValueError(f"{path} does not have the model's node locations: {again}")
     return values
 
 
 def _from_json(data: dict[str, Any], shape: SparseConfig, values: dict[str, Tensor]) -> Circuit:
-    nodes: dict[str, set[int]] = {at.name: set() for at in locations(shape)}
+    nodes: dict[str, set[int]] = {location.name: set() for location in locations(shape)}
     for name in data["nodes"]:
-        for at, channel in find_node(shape, name):
-            nodes[at].add(channel)
+        for place, channel in find_node(shape, name):
+            nodes[place].add(channel)
     calibration = data["calibration"]
     return Circuit(
         **{n: data[n] for n in ("task", "model", "fingerprint", "tied_qk", "loss", "unpruned_loss", "config")},
         shape=shape,
-        nodes={at: tuple(sorted(channels)) for at, channels in nodes.items()},
+        nodes={place: tuple(sorted(channels)) for place, channels in nodes.items()},
         edges=tuple(Edge(**edge) for edge in data["edges"]),
         calibration=Calibration(calibration["scale"], {int(i): s for i, s in calibration["shift"].items()}),
         ablation=Ablation(data["ablation"], values),

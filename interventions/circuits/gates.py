@@ -39,12 +39,12 @@ class GateLayout:
     def __init__(self, places: list[Location], *, tied_qk: bool = False) -> None:
         self.slices: dict[str, slice] = {}
         self.n_gates = 0
-        for at in places:
-            if tied_qk and at.place == "attn.k":
-                self.slices[at.name] = self.slices[at.name.removesuffix("k") + "q"]
+        for location in places:
+            if tied_qk and location.place == "attn.k":
+                self.slices[location.name] = self.slices[location.name.removesuffix("k") + "q"]
                 continue
-            self.slices[at.name] = slice(self.n_gates, self.n_gates + at.width)
-            self.n_gates += at.width
+            self.slices[location.name] = slice(self.n_gates, self.n_gates + location.width)
+            self.n_gates += location.width
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector over gates as one vector per location."""

@@ -99,13 +99,13 @@ class NodeModel(Protocol):
 
 def locations(shape: SparseConfig) -> list[Location]:
     """The node locations of a model of these sizes, in the order of computation: eight per layer."""
-    found = []
+    places = []
     for layer in range(shape.n_layers):
         for place, hook, field in _LOCATIONS:
             width = shape.n_heads * shape.d_head if field == "heads" else getattr(shape, field)
             width += shape.d_pos if place.endswith("act_in") else 0
-            found.append(Location(f"blocks.{layer}.{hook}", layer, place, width, shape.d_head * (field == "heads")))
-    return found
+            places.append(Location(f"blocks.{layer}.{hook}", layer, place, width, shape.d_head * (field == "heads")))
+    return places
 
 
 def device_of(model: NodeModel) -> torch.device:
@@ -141,7 +141,7 @@ class SparseNodes:
         """Logits with every location's values passed through `edit`; with `last`, of those positions alone."""
         # Heads laid side by side: only q, k and v have a head axis.
         hooks: list[Any] = (
-            [] if edit is None else [(at.name, partial(_edit_hooked, edit)) for at in locations(self.shape)]
+            [] if edit is None else [(location.name, partial(_edit_hooked, edit)) for location in locations(self.shape)]
         )
         with self._model.hooks(fwd_hooks=hooks):
             resid = advance(self._model, 0, self._model.embed(tokens))
@@ -239,12 +239,12 @@ def _edit_qkv(edit: NodeEdit, name: str, module: nn.Module, inputs: tuple[Tensor
 def _block_matrices(
     layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fc: Tensor, mlp_out: Tensor
 ) -> Iterator[Matrix]:
-    at = f"blocks.{layer}."
+    block = f"blocks.{layer}."
     for name, weight in (("q", q), ("k", k), ("v", v)):
-        yield Matrix(f"{at}attn.hook_in", f"{at}attn.hook_{name}", weight)
-    yield Matrix(f"{at}attn.hook_v", f"{at}hook_attn_out", out)
-    yield Matrix(f"{at}mlp.hook_in", f"{at}mlp.hook_post", fc)
-    yield Matrix(f"{at}mlp.hook_post", f"{at}hook_mlp_out", mlp_out)
+        yield Matrix(f"{block}attn.hook_in", f"{block}attn.hook_{name}", weight)
+    yield Matrix(f"{block}attn.hook_v", f"{block}hook_attn_out", out)
+    yield Matrix(f"{block}mlp.hook_in", f"{block}mlp.hook_post", fc)
+    yield Matrix(f"{block}mlp.hook_post", f"{block}hook_mlp_out", mlp_out)
 
 
 class Edge(NamedTuple):
@@ -268,10 +268,10 @@ _MATRIX_NAMES = {
 }
 
 
-def node_name(at: Location, channel: int, *, tied_qk: bool = False) -> str:
+def node_name(location: Location, channel: int, *, tied_qk: bool = False) -> str:
     """A channel's published name; where q and k share their gate both are the one node attn.qk."""
-    node = at.node(channel)
-    return str(node._replace(place="attn.qk") if tied_qk and at.place in ("attn.q", "attn.k") else node)
+    node = location.node(channel)
+    return str(node._replace(place="attn.qk") if tied_qk and location.place in ("attn.q", "attn.k") else node)
 
 
 def find_node(shape: SparseConfig, name: str) -> tuple[tuple[str, int], ...]:
@@ -281,7 +281,7 @@ def find_node(shape: SparseConfig, name: str) -> tuple[tuple[str, int], ...]:
     """
     node = parse_node(name, shape)
     channel = node.channel if node.head is None else node.head * shape.d_head + node.channel
-    known = {at.name for at in locations(shape)}
+    known = {location.name for location in locations(shape)}
     if not set(node.hooks) <= known:
         places = ", ".join(place for place, _, _ in _LOCATIONS)
         raise ValueError(f"{name!r}: {node.place} is no place of a circuit's nodes; they are {places}, attn.qk")
@@ -290,7 +290,7 @@ def find_node(shape: SparseConfig, name: str) -> tuple[tuple[str, int], ...]:
 
 def edges_between(model: NodeModel, kept: Kept, *, tied_qk: bool = False) -> list[Edge]:
     """The nonzero weights between two kept nodes, in the order of computation."""
-    by_name = {at.name: at for at in locations(model.shape)}
+    by_name = {location.name: location for location in locations(model.shape)}
     edges = []
     for source, target, weight in model.matrices():
         rows, columns = (kept[name].nonzero().flatten() for name in (target, source))

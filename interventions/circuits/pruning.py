@@ -34,7 +34,10 @@ from interventions.tasks.base import Task, TaskBatch, task_loss
 def everything(model: NodeModel) -> Kept:
     """All nodes kept."""
     device = device_of(model)
-    return {at.name: torch.ones(at.width, dtype=torch.bool, device=device) for at in locations(model.shape)}
+    return {
+        location.name: torch.ones(location.width, dtype=torch.bool, device=device)
+        for location in locations(model.shape)
+    }
 
 
 def reference_ablation(model: NodeModel | nn.Module, blocks: Int[Tensor, "block pos"], config: PruneConfig) -> Ablation:

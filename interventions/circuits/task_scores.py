@@ -63,15 +63,15 @@ def score_tasks(
 
     Raises KeyError for an unknown task, ValueError for fewer than one pair.
     """
-    found: dict[str, dict[str, TaskScore] | str] = {}
+    scores: dict[str, dict[str, TaskScore] | str] = {}
     for name in only or list_tasks():
         try:
             batch = get_task(name, tokenizer, max_tokens=max_tokens).sample(pairs, split="evaluation", seed=seed)
         except CannotPresent as error:
-            found[name] = str(error)
+            scores[name] = str(error)
             continue
-        found[name] = {label: score_task(model, batch) for label, model in models.items()}
-    return found
+        scores[name] = {label: score_task(model, batch) for label, model in models.items()}
+    return scores
 
 
 def solved_tasks(folder: str | Path, *, pairs: int = 128, seed: int = 0) -> dict[str, dict[str, TaskScore] | str]:

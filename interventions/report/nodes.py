@@ -62,7 +62,7 @@ class NodeWords(NamedTuple):
 def words(circuit: Circuit, name: str) -> NodeWords:
     """A node's names."""
     node = parse_node(name, circuit.shape)
-    index = ", ".join(str(i) for i in node.at)
+    index = ", ".join(str(i) for i in node.channel_index)
     letters = node.place.removeprefix("attn.") if node.head is not None else ""
     short = str(node.channel) if node.head is None else f"{letters}{node.head}.{node.channel}"
     hooks = " and ".join(f"{hook}[{index}]" for hook in node.hooks)

@@ -77,12 +77,12 @@ def _circuit_warnings(page: CircuitPage) -> list[str]:
         return [
             f"The controls of the circuit for {name} were written by another version and do not read: run them again."
         ]
-    if not page.verdicts:
+    if not page.controls:
         return [
             f"The circuit for {name} is uncontrolled: pruning also finds small circuits where there is nothing. "
             f"Add controls with sparse-bridges find-circuit --task {page.circuit.task} --controls."
         ]
-    failed = [verdict.control for verdict in page.verdicts if not verdict.survived]
+    failed = [control.control for control in page.controls if not control.survived]
     return [f"The circuit for {name} fails its controls: {', '.join(failed)}."] if failed else []
 
 

@@ -74,8 +74,8 @@ def test_examples_are_the_extremes_of_held_out_text(full: Run, page: Page) -> No
     assert node["ablated"] == pytest.approx(float(found.ablation.values["blocks.0.mlp.hook_in"][0, 3]), rel=1e-2)
 
 
-def test_circuits_show_their_verdicts_or_a_warning(page: Page) -> None:
-    names = [row[0] for row in page.tables["verdicts words"][1:]]
+def test_circuits_show_their_controls_or_a_warning(page: Page) -> None:
+    names = [row[0] for row in page.tables["controls words"][1:]]
     assert {"sufficiency", "necessity", "minimality"} <= set(names)
     warned = [a for tag, a in page.tags if "uncontrolled" in (a.get("class") or "")]
     assert len(warned) == 1  # the dense model's circuit alone
@@ -127,7 +127,7 @@ def test_the_sentence_on_a_circuit(full: Run, page: Page) -> None:
 def test_the_table_of_nodes(full: Run, page: Page) -> None:
     found = saved(full)
     edges, effects = found["edges"], found["controls"]["node_effects"]
-    table = page.sections["circuits"][1]  # after the verdicts
+    table = page.sections["circuits"][1]  # after the controls
     rows = {row[0]: row for row in table[1:]}
     assert sorted(rows) == sorted(found["nodes"])
     for name, row in rows.items():
@@ -142,7 +142,7 @@ def test_the_table_of_nodes(full: Run, page: Page) -> None:
     assert order == sorted(order, reverse=True)
 
 
-def test_every_verdict_from_the_controls_that_were_saved(full: Run, page: Page) -> None:
+def test_every_control_from_the_controls_that_were_saved(full: Run, page: Page) -> None:
     controls = saved(full)["controls"]
     rows = {row[0]: row[1:] for row in page.sections["circuits"][0][1:]}
     alone, removed, moved = controls["sufficiency"], controls["necessity"], controls["interchange"]
@@ -180,8 +180,8 @@ def test_every_verdict_from_the_controls_that_were_saved(full: Run, page: Page) 
     assert rows[other][0] == ("survived" if controls["other_loss"] <= twice else "failed")
     assert rows[other][1].startswith(f"same circuit {controls['other_loss']:.3f}; pruned so: ")
     frozen = controls["frozen_loss"]
-    verdict = "survived" if frozen <= twice else "failed"
-    assert rows["frozen norms"] == [verdict, f"same circuit {frozen:.3f}", f"at most {twice:.3g}"]
+    outcome = "survived" if frozen <= twice else "failed"
+    assert rows["frozen norms"] == [outcome, f"same circuit {frozen:.3f}", f"at most {twice:.3g}"]
     assert set(rows) - set(REPRUNINGS) == {
         "sufficiency",
         "necessity",
