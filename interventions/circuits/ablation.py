@@ -28,13 +28,23 @@ class Ablation:
         rows = len(next(iter(self.values.values())))
         return torch.randint(rows, (batch, pos), generator=generator)
 
-    def edit(self, gates: dict[str, Tensor], rows: Int[Tensor, "#batch #pos"]) -> NodeEdit:
-        """The edit that keeps nodes whose gate is 1 and puts ablated values (of these rows) in place of the others."""
+    def edit(
+        self, gates: dict[str, Tensor], rows: Int[Tensor, "#batch #pos"], last: Int[Tensor, " batch"] | None = None
+    ) -> NodeEdit:
+        """The edit that keeps nodes whose gate is 1 and puts ablated values (of these rows) in place of the others.
+
+        `last`: the position that a location has where it has only one (see `SparseNodes.logits`).
+        """
 
         def edit(name: str, values: Values) -> Values:
             gate = gates[name].to(values)
             instead = self.values[name]
-            instead = instead[0] if len(instead) == 1 else instead[rows.to(instead.device)]
+            if len(instead) == 1:
+                instead = instead[0]
+            elif last is not None and values.shape[1] < rows.shape[1]:
+                instead = instead[rows.gather(1, last.to(rows)[:, None]).to(instead.device)]
+            else:
+                instead = instead[rows.to(instead.device)]
             # In this form a gate of exactly 1 or 0 gives exactly one of the two values.
             return torch.addcmul((1 - gate) * instead.to(values), values, gate)
 
@@ -78,8 +88,7 @@ def measure_ablation(
                 rows[name].append(values.flatten(0, 1)[picked])
             return values
 
-        # No logits are wanted: `last` spares all but one position's unembedding.
-        nodes.logits(batch.long().to(device), note, torch.zeros(len(batch), dtype=torch.long, device=device))
+        nodes.visit(batch.long().to(device), note)
     if kind == "mean":
         return Ablation(kind, {name: (total / blocks.numel()).float()[None] for name, total in sums.items()})
     return Ablation(kind, {name: torch.cat(batches).float() for name, batches in rows.items()})

@@ -6,6 +6,7 @@ channel of the same index as two nodes, or as the one node attn.qk where pruning
 counts their meeting in the attention scores.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from bridges.run_folder import Run, fingerprint
 from interventions.circuits.ablation import Ablation, Calibration
 from interventions.circuits.draw import draw_circuit
+from interventions.circuits.faithfulness import Faithfulness
 from interventions.circuits.node_model import (
     Edge,
     Kept,
@@ -34,6 +36,7 @@ from interventions.circuits.node_model import (
     locations,
     node_name,
 )
+from interventions.circuits.pruning_seeds import SeedSummary
 from sparse_model.config import SparseConfig
 from sparse_model.io.atomic import replace_file, write_text
 from sparse_model.io.tensors import read_tensors
@@ -65,6 +68,12 @@ class Circuit:
     """The pruning configuration, its seed included."""
     controls: dict[str, Any] | None = None
     """Result of interventions.circuits.controls; None: the claim is uncontrolled."""
+    faithfulness: Faithfulness | None = None
+    """On evaluation prompts; None for a circuit of an earlier version, which did not take it."""
+    seeds: tuple[SeedSummary, ...] = ()
+    """The prunings that the circuit was taken from, itself among them, and their consensus; none likewise."""
+    ngram_floor: float | None = None
+    """Pair accuracy of counting alone on the task, where the run has it."""
 
     @property
     def names(self) -> list[str]:
@@ -73,6 +82,16 @@ class Circuit:
 
     n_nodes = property(lambda self: len(self.names))
     n_edges = property(lambda self: len(self.edges))
+
+    @property
+    def failed(self) -> bool:
+        """Whether it misses the target loss that it was cut out for on evaluation prompts."""
+        return self.faithfulness is not None and self.faithfulness.loss > self.config["target_loss"]
+
+    @property
+    def overlaps(self) -> list[float]:
+        """Nodes shared with each other pruning, over the nodes of either."""
+        return [summary.overlap for summary in self.seeds if not summary.taken and summary.seed is not None]
 
     def _named(self) -> Iterator[tuple[str, int, str]]:
         for location in locations(self.shape):
@@ -142,7 +161,7 @@ class Circuit:
 
     def plot(self) -> Figure:
         """The circuit as `interventions.circuits.draw` draws it; needs no display."""
-        controlled = "" if self.controls is not None else ", UNCONTROLLED"
+        controlled = ("" if self.controls is not None else ", UNCONTROLLED") + ", FAILED" * self.failed
         title = (
             f"{self.task}, {self.model} model: {self.n_nodes} nodes, {self.n_edges} edges, "
             f"task loss {self.loss:.3f}{controlled}"
@@ -194,10 +213,26 @@ def save_circuit(folder: Path, circuit: Circuit) -> Path:
         "ablation": circuit.ablation.kind,
         "config": circuit.config,
         "controls": circuit.controls,
+        "failed": circuit.failed,
+        "faithfulness": circuit.faithfulness and circuit.faithfulness.to_dict(),
+        "seeds": [summary._asdict() for summary in circuit.seeds],
+        "ngram_floor": circuit.ngram_floor,
         "tensors_sha256": digest,
     }
     write_text(path, json.dumps(plain | counts | rest, indent=1) + "\n")
     return path
+
+
+def failed_circuits(folder: Path) -> dict[str, str]:
+    """Circuits in a run folder that were saved as failed: what is wrong in words, by file name without .json."""
+    failed = {}
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # loading says what is wrong with a damaged file
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["failed"]:
+                loss, target = data["faithfulness"]["loss"], data["config"]["target_loss"]
+                failed[path.stem] = f"its circuit failed: task loss {loss:.3f} on evaluation prompts, target {target:g}"
+    return failed
 
 
 def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
@@ -269,4 +304,7 @@ def _from_json(data: dict[str, Any], shape: SparseConfig, values: dict[str, Tens
         calibration=Calibration(calibration["scale"], {int(i): s for i, s in calibration["shift"].items()}),
         ablation=Ablation(data["ablation"], values),
         controls=data["controls"],
+        faithfulness=Faithfulness.from_dict(data["faithfulness"]) if data.get("faithfulness") else None,
+        seeds=tuple(SeedSummary(**summary) for summary in data.get("seeds", ())),
+        ngram_floor=data.get("ngram_floor"),
     )

@@ -1,6 +1,7 @@
 """A task's circuit in a run, in one call: prompts, ablated values, pruning, and on request the controls."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from interventions.bundle.channels import load_channels
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes
 from interventions.circuits.controls import validate
+from interventions.circuits.faithfulness import measure_faithfulness
 from interventions.circuits.interchange import channel_nodes
 from interventions.circuits.node_model import Kept, ModelKind, NodeModel, as_nodes, count_edges
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
+from interventions.circuits.pruning_seeds import choose, consensus, prune_seeds, summaries
 from interventions.circuits.settings_search import RANGES, search_config
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import get_task
@@ -33,27 +36,43 @@ def find_circuit(
     controls: bool = False,
     search: int = 0,
     start_from: str | Path | None = None,
+    seeds: int = 3,
+    agreed: bool = False,
+    evaluation_pairs: int = 128,
     progress: bool = False,
 ) -> Circuit:
     """The circuit of a task in a run's sparse (or dense) model; nothing is saved (see `save_circuit`).
 
+    It says how it does on evaluation prompts (`Circuit.faithfulness`); one that misses its target there is `failed`.
+
     config: settings of the pruning; None: their defaults.
     controls: also run the controls, as `with_controls` does; without them the claim is uncontrolled.
     search: trials of a search over the settings for the fewest edges. They are kept in RUN/circuits/search.db.
+    seeds: prunings that it is chosen from, see `pruning_seeds`; the config's seed is the first.
+    agreed: take the consensus of the prunings in place of the best of them.
+    evaluation_pairs: of templates that neither pruning nor selection saw.
     start_from: a warm start, the .json file of a circuit whose nodes begin kept, all others deleted.
 
     Raises KeyError for an unknown task, ValueError for one that the model does not solve (see `prune`), and what
     `read_kept_nodes`, `search_config` and `prepare_corpus` raise.
     """
     config, nodes = config or PruneConfig(), _model(run, model)
-    pairs = splits(get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx), config)
+    bound = get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
+    if agreed and seeds < 2:
+        raise ValueError(f"seeds={seeds}: a consensus needs at least two prunings")
     start = read_kept_nodes(start_from, nodes.shape) if start_from else None
     ablation = reference_ablation(nodes, _held_out(run, progress), config)
     if search:
         key = f"{task} {model} {fingerprint(run)}"
-        config = _searched(nodes, pairs, ablation, config, search, run.folder / FOLDER / "search.db", key, progress)
-    pruned = prune(nodes, *pairs, ablation, config, start=start, progress=progress)
+        config = _searched(
+            nodes, splits(bound, config), ablation, config, search, run.folder / FOLDER / "search.db", key, progress
+        )
+    prunings = prune_seeds(nodes, bound, ablation, config, seeds, start=start, progress=progress)
+    common = consensus(nodes, bound, ablation, prunings)
+    taken = common if agreed and common else choose(prunings)
+    pruned, config = taken.pruned, taken.config
     _report_gates(pruned, config)
+    evaluation = bound.sample(evaluation_pairs, split="evaluation", seed=config.seed)
     circuit = make_circuit(
         nodes,
         pruned.kept,
@@ -65,6 +84,9 @@ def find_circuit(
         calibration=pruned.calibration,
         ablation=ablation,
         config=dataclasses.asdict(config),
+        faithfulness=measure_faithfulness(nodes, pruned.kept, ablation, pruned.calibration, evaluation, config),
+        seeds=summaries(prunings, common, taken),
+        ngram_floor=_floor(run.folder, task),
     )
     return with_controls(run, circuit, progress=progress) if controls else circuit
 
@@ -77,6 +99,12 @@ def with_controls(
     draws: random sets of nodes that necessity and interchange are compared with.
     evaluation_pairs: of templates that neither pruning nor selection saw.
     """
+    belongs, of_this_run = circuit.fingerprint, fingerprint(run)
+    if belongs != of_this_run:
+        raise ValueError(
+            f"the circuit for {circuit.task} is of another model ({belongs}; {run.folder} is {of_this_run}): open the "
+            "run that it was found in"
+        )
     config = PruneConfig(**circuit.config)
     task = get_task(circuit.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
     evaluation = task.sample(evaluation_pairs, split="evaluation", seed=config.seed)
@@ -92,6 +120,13 @@ def with_controls(
         progress=progress,
     )
     return dataclasses.replace(circuit, controls=result.to_dict())
+
+
+def _floor(folder: Path, task: str) -> float | None:
+    """Pair accuracy of counting alone, where the run's metrics.json has it."""
+    path = folder / "metrics.json"
+    floors = json.loads(path.read_text(encoding="utf-8")).get("floors", {}) if path.is_file() else {}
+    return floors.get(task)
 
 
 def _model(run: Run, kind: ModelKind) -> NodeModel:

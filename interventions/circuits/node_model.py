@@ -16,7 +16,7 @@ The dense GPT-2 has the same locations under the same names, its reads being the
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -94,6 +94,8 @@ class NodeModel(Protocol):
         self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]: ...
 
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None: ...
+
     def matrices(self) -> Iterator[Matrix]: ...
 
 
@@ -138,17 +140,35 @@ class SparseNodes:
     def logits(
         self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]:
-        """Logits with every location's values passed through `edit`; with `last`, of those positions alone."""
+        """Logits with every location's values passed through `edit`; with `last`, of those positions alone.
+
+        What the last MLP does elsewhere is not computed then, and `edit` sees one position there: no later part reads
+        another token. (A model that concatenates positions runs it everywhere.)
+        """
+        n_sublayers = 2 * self.shape.n_layers
+        skips = last is not None and not self.shape.d_pos
+        with self._edited(edit):
+            resid = self._model.embed(tokens)
+            for i in range(n_sublayers - skips):
+                resid = self._model.sublayer(i, resid)
+            if last is not None:
+                row = torch.arange(len(last), device=tokens.device)
+                resid, tokens = resid[row, last][:, None], tokens[row, last][:, None]
+            if skips:
+                resid = self._model.sublayer(n_sublayers - 1, resid)
+        return self._model.unembed(resid, tokens)
+
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None:
+        """Show every location's values at all tokens to `note`, which gives them back; no logits are made."""
+        with self._edited(note):
+            advance(self._model, 0, self._model.embed(tokens))
+
+    def _edited(self, edit: NodeEdit | None) -> AbstractContextManager[Any]:
         # Heads laid side by side: only q, k and v have a head axis.
         hooks: list[Any] = (
             [] if edit is None else [(location.name, partial(_edit_hooked, edit)) for location in locations(self.shape)]
         )
-        with self._model.hooks(fwd_hooks=hooks):
-            resid = advance(self._model, 0, self._model.embed(tokens))
-        if last is not None:
-            row = torch.arange(len(last), device=tokens.device)
-            resid, tokens = resid[row, last][:, None], tokens[row, last][:, None]
-        return self._model.unembed(resid, tokens)
+        return self._model.hooks(fwd_hooks=hooks)
 
     def matrices(self) -> Iterator[Matrix]:
         """Every matrix between two locations."""
@@ -191,6 +211,12 @@ class DenseNodes:
         if last is not None:
             resid = resid[torch.arange(len(last), device=tokens.device), last][:, None]
         return self._hf.lm_head(resid)
+
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None:
+        """As `SparseNodes.visit`. Raises ValueError beyond the context."""
+        check_length(tokens.shape[1], self.shape.n_ctx)
+        with self._edited(note):
+            self._hf.transformer(tokens, use_cache=False)
 
     @contextmanager
     def _edited(self, edit: NodeEdit | None) -> Iterator[None]:

@@ -115,6 +115,10 @@ class FrozenNorms:
                 stack.callback(norm.register_forward_hook(hook).remove)
             yield
 
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None:
+        """As `NodeModel.visit`: nothing is edited, so norms are those of the whole model anyway."""
+        self._model.visit(tokens, note)
+
     def matrices(self) -> Iterator[Matrix]:
         """Those of the model."""
         return self._model.matrices()
@@ -163,5 +167,5 @@ def _varying(model: NodeModel, batch: TaskBatch) -> dict[str, Bool[Tensor, " wid
         return values
 
     tokens = batch.tokens[..., : int(batch.last.max()) + 1].flatten(0, 1).to(device_of(model))
-    model.logits(tokens, note, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
+    model.visit(tokens, note)
     return varying

@@ -43,6 +43,7 @@ def main(options: Options) -> None:
     from tqdm.auto import tqdm
 
     from bridges.run_folder import update_metrics
+    from interventions.circuits.circuit import failed_circuits
     from interventions.circuits.task_scores import solved_tasks
 
     scores = {}
@@ -56,6 +57,9 @@ def main(options: Options) -> None:
             },
         )
     print(table(scores))
+    for folder in options.runs:
+        for name, reason in failed_circuits(Path(folder)).items():
+            print(f"{Path(folder).name}, {name}: {reason}")
 
 
 def table(scores: "dict[str, dict[str, dict[str, TaskScore] | str]]") -> str:

@@ -64,6 +64,7 @@ def channel_by_circuit(run: Run, name: str, circuit: Circuit, batch: TaskBatch, 
             "edges": circuit.n_edges,
             "loss": circuit.loss,
             "controlled": circuit.controls is not None,
+            "failed": circuit.failed,
             "read_effect_nats": {str(i): round(effect, 4) for i, effect in effects.items()},
         },
     )

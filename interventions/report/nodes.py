@@ -89,7 +89,7 @@ def node_values(
     for batch in tokens.split(batch_size):
         # Only the nodes are wanted: one position's logits are enough.
         batch = batch.to(device_of(model))
-        model.logits(batch, note, torch.zeros(len(batch), dtype=torch.long, device=batch.device))
+        model.visit(batch, note)
     whole = {location: torch.cat(parts) for location, parts in found.items()}
     return {name: whole[location][..., wanted[location].index(channel)] for name, (location, channel) in at.items()}
 

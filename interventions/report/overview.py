@@ -73,6 +73,17 @@ def warnings(
 
 def _circuit_warnings(page: CircuitPage) -> list[str]:
     name = f"{page.circuit.task} in the {page.circuit.model} model"
+    faithfulness = page.circuit.faithfulness
+    failed = []
+    if page.circuit.failed and faithfulness is not None:
+        failed = [
+            f"The circuit for {name} failed: on evaluation prompts its task loss is {faithfulness.loss:.3f}, its "
+            f"target {page.circuit.config['target_loss']:g}."
+        ]
+    return failed + _control_warnings(page, name)
+
+
+def _control_warnings(page: CircuitPage, name: str) -> list[str]:
     if page.stale:
         return [
             f"The controls of the circuit for {name} were written by another version and do not read: run them again."

@@ -23,6 +23,7 @@ from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import load_channels
 from interventions.charts import Chart
+from interventions.circuits.circuit import failed_circuits
 from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
@@ -91,7 +92,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "hybrids": hybrids,
         "steering": steering,
         "controls": CONTROLS,
-        "tasks": task_rows(metrics),
+        "tasks": task_rows(metrics, failed_circuits(run.folder)),
         "solved": SOLVED,
         "size_ratio": size_ratio(metrics),
         "circuits": circuits,

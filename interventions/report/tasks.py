@@ -1,6 +1,7 @@
 """The report's twenty tasks: which the run's models solve, and how many edges their circuits have."""
 
 import statistics
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from interventions.circuits.task_scores import TaskScore
@@ -20,7 +21,7 @@ class TaskRow(NamedTuple):
     edges: dict[str, float]
     """By model, median over pruning seeds; empty where no circuits were cut out."""
     why: str
-    """Why one of them is empty."""
+    """Why one of them is empty, and which circuit failed."""
 
     @property
     def ratio(self) -> float | None:
@@ -28,8 +29,11 @@ class TaskRow(NamedTuple):
         return max(1.0, self.edges["dense"]) / max(1.0, self.edges["sparse"]) if self.edges else None
 
 
-def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
-    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order; none without either."""
+def task_rows(metrics: dict[str, Any], failed: Mapping[str, str]) -> list[TaskRow]:
+    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order; none without either.
+
+    `failed` are circuits that failed, in words by task (see `failed_circuits`).
+    """
     scored, sizes = metrics.get("tasks", {}), metrics.get("circuit_size", {})
     measured, left_out = sizes.get("tasks", {}), sizes.get("left_out", {})
     rows = []
@@ -41,10 +45,18 @@ def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
             for label, seeds in measured.get(name, {}).items()
         }
         if scores or edges or found or name in left_out:
-            rows.append(
-                TaskRow(name, spec.description, scores, edges, found.get("unsupported") or left_out.get(name, ""))
-            )
+            rows.append(TaskRow(name, spec.description, scores, edges, _why(name, found, left_out, failed)))
     return rows
+
+
+def _why(name: str, scored: Mapping[str, Any], left_out: Mapping[str, str], failed: Mapping[str, str]) -> str:
+    dense = failed.get(f"{name}-dense", "")
+    reasons = (
+        scored.get("unsupported") or left_out.get(name, ""),
+        failed.get(name, ""),
+        f"dense model: {dense}" if dense else "",
+    )
+    return "; ".join(reason for reason in reasons if reason)
 
 
 def size_ratio(metrics: dict[str, Any]) -> float | None:
