@@ -11,7 +11,7 @@
    prompts, on templates that step 2 has not seen.
 4. Every loss of step 3 is taken after calibration: logits times a scale, plus a shift per answer token, fitted on the
    same prompts by 16 L-BFGS steps. One shift for all tokens would do nothing: cross-entropy cannot see it.
-5. Where `outside` is not "all" (ours), the target must be reached in other ways too, each calibrated anew: with every
+5. Where `outside` is not "all" (ours), the target must be reached in other ways too, without calibration: with every
    prompt's outside nodes ablated at a random rate, and with the subsets that an adversary finds against the circuits on
    the way (see `partial_ablation`). Step 2 then ablates as `gates.OutsideMasks` says.
 6. With `eliminate` (ours, not the paper's): nodes are deleted one by one, from the lowest tau up and again until none
@@ -20,7 +20,7 @@
 The model's own weights never change, and receive no gradients.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,6 +139,7 @@ class Ranking:
             generator = torch.Generator().manual_seed(config.seed)
             rows = 2 * len(selection.last)
             self._random = rows_at_random_rates(rows, self.layout.n_gates, generator).to(self.order.device)
+        self._whole = 0.0 if config.outside == "all" else self._plain_loss(everything(model))
         self._attacks = [] if fitted.attack is None else [fitted.attack > 0.5]
 
     def first(self, k: int) -> Bool[Tensor, " gate"]:
@@ -152,15 +153,25 @@ class Ranking:
         return score(self._model, self.layout.split(mask), self._ablation, self._selection, self.config)
 
     def worst(self, mask: Bool[Tensor, " gate"], target: int | float) -> float:
-        """The highest calibrated loss of the ways in which others are to be ablated; the first one over `target`."""
+        """The highest loss of the ways in which others are to be ablated; the first one over `target`.
+
+        With all others ablated it is calibrated. In the other ways it is as it is, less what the whole model is over
+        the target as it is: what no circuit can reach is not asked for.
+        """
         loss = self.scored(mask).loss
         ways = self._attacks if self._random is None else [self._random, *self._attacks]
+        excess = max(0.0, self._whole - target) if ways else 0.0
         for ablated in ways:
             if loss > target:
                 break
-            gates = self.layout.split(open_gates(mask, ablated))
-            loss = max(loss, score(self._model, gates, self._ablation, self._selection, self.config).loss)
+            loss = max(loss, self._plain_loss(self.layout.split(open_gates(mask, ablated))) - excess)
         return loss
+
+    @torch.no_grad()
+    def _plain_loss(self, gates: Mapping[str, Tensor]) -> float:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        logits = answer_logits(self._model, dict(gates), self._ablation, self._selection, generator)
+        return float(task_loss(logits, at_answer(self._selection.to(logits.device))))
 
     def smallest(self, target: int | float, start: int) -> int | None:
         """As `smallest_k` over the ranking."""

@@ -2,21 +2,24 @@
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from support.helpers import make_tiny_run
-from support.solver import CONFIG, solver, solver_batch
+from support.solver import CONFIG, SolverTask, cancelling, solver_batch
 from torch import Tensor
 
 from bridges.run_folder import Run
+from interventions.circuits import faithfulness, partial_ablation
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.faithfulness import DRAWS, RATES, Faithfulness, measure_faithfulness
-from interventions.circuits.gates import GateLayout, rows_at_random_rates
-from interventions.circuits.node_model import NodeModel, as_nodes, locations
+from interventions.circuits.gates import Fitted, GateLayout, fit_gates, rows_at_random_rates
+from interventions.circuits.node_model import NodeModel, as_nodes, count_edges, locations
 from interventions.circuits.partial_ablation import Adversary
 from interventions.circuits.prune_config import PruneConfig
-from interventions.circuits.pruning import prune
+from interventions.circuits.pruning import Ranking
+from interventions.circuits.worst_case import plot_worst_case, worst_case_curve
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import get_task
 from sparse_model.model.transformer import SparseTransformer
@@ -89,17 +92,6 @@ def test_scores_are_those_of_ablation_by_hand(run: Run) -> None:
     assert Faithfulness.from_dict(got.to_dict()) == got
 
 
-def cancelling() -> SparseTransformer:
-    """The solver with two more neurons that read what its own does; together they do nothing, alone much harm."""
-    model = solver()
-    with torch.no_grad():
-        fc, out = model.blocks[0].mlp.fc, model.blocks[0].mlp.out
-        for neuron, weight in ((6, -4.0), (7, 4.0)):
-            fc.weight[neuron], out.weight[:, neuron], fc.bias[neuron] = 0, 0, 0
-            fc.weight[neuron, 0], out.weight[7, neuron] = 1.0, weight
-    return model
-
-
 def only(model: NodeModel, *neurons: int) -> dict[str, Tensor]:
     """The path of the answer: what is read, neurons of the first MLP, what they write."""
     kept = {place.name: torch.zeros(place.width, dtype=torch.bool) for place in locations(model.shape)}
@@ -131,17 +123,34 @@ def test_the_adversary_finds_what_brute_force_finds() -> None:
     assert adversary.attack(only(model, 5, 6, 7)).loss < attack.loss / 2  # what cancels is out of its reach
 
 
-def test_only_prunings_that_meet_partial_ablation_keep_what_cancels() -> None:
-    model, train = as_nodes(cancelling()), solver_batch(32)
-    ablation = measure_ablation(model, train.tokens[:, 0])
-    neurons: dict[str, set[int]] = {}
+def test_what_cancels_is_kept_only_where_partial_ablation_counts() -> None:
+    """In the order of nodes the path comes first, then the two that cancel, then all others."""
+    model, selection = as_nodes(cancelling()), solver_batch(8)
+    layout = GateLayout(locations(model.shape))
+    tau = torch.linspace(-0.5, -1, layout.n_gates)
+    tau[layout.join(only(model, 5, 6, 7))] = 0.4
+    tau[layout.join(only(model, 5))] = 0.5
+    sizes = {}
     for outside in ("all", "random", "adversary"):
-        config = replace(CONFIG, outside=outside, steps=60, k_coef=3e-3)
-        pruned = prune(model, train, solver_batch(16, seed=1), ablation, config)
-        neurons[outside] = set(pruned.kept[NEURON].nonzero().flatten().tolist())
-    assert not {6, 7} & neurons["all"]
-    assert {6, 7} <= neurons["random"]
-    assert {6, 7} <= neurons["adversary"]
+        config = replace(CONFIG, outside=outside, eliminate=False, target_loss=0.3)
+        ranking = Ranking(model, Fitted(tau, []), measure_ablation(model, selection.tokens[:, 0]), selection, config)
+        mask = ranking.circuit(0.3)
+        assert mask is not None
+        sizes[outside] = int(mask.sum())
+    assert sizes["all"] <= 3
+    assert sizes["random"] == 5
+    assert sizes["adversary"] >= 5
+
+
+def test_the_adversary_of_the_optimisation_goes_up_the_loss() -> None:
+    model, train = as_nodes(cancelling()), solver_batch(32)
+    config = replace(CONFIG, outside="adversary", steps=5)
+    fitted = fit_gates(model, train, measure_ablation(model, train.tokens[:, 0]), config, start=only(model, 5))
+    assert fitted.attack is not None
+    neurons = GateLayout(locations(model.shape)).slices[NEURON].start
+    assert fitted.attack[neurons + 7] == 1
+    assert fitted.attack[neurons + 6] == 0
+    assert fitted.attack[neurons + 5] == 0.5  # inside the circuit there is nothing to gain
 
 
 def test_rates_are_drawn_row_by_row() -> None:
@@ -152,3 +161,20 @@ def test_rates_are_drawn_row_by_row() -> None:
     rest = share[share < 1]
     assert float(rest.mean()) == pytest.approx(0.5, abs=0.04)
     assert float(rest.std()) > 0.25  # one rate for all rows would give .07
+
+
+def test_the_worst_case_curve_ends_at_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faithfulness, "DRAWS", 1)
+    monkeypatch.setattr(partial_ablation, "ASCENT_STEPS", 2)
+    monkeypatch.setattr(partial_ablation, "FLIP_ROUNDS", 2)
+    model = as_nodes(cancelling())
+    ablation = measure_ablation(model, solver_batch(8).tokens[:, 0])
+    config = replace(CONFIG, steps=20, selection_pairs=8)
+    points = worst_case_curve(model, SolverTask(), ablation, config, pairs=4)
+    n_gates = sum(place.width for place in locations(model.shape))
+    assert [point.nodes for point in points] == [0, 8, 16, 32, 64, 128, n_gates]
+    everything = {place.name: torch.ones(place.width, dtype=torch.bool) for place in locations(model.shape)}
+    assert (points[0].edges, points[-1].edges) == (0, count_edges(model, everything))
+    assert points[-1].worst == points[-1].alone == points[-1].random  # nothing is left to ablate
+    assert points[0].worst >= max(points[0].alone, points[0].random)
+    assert plot_worst_case({"sparse": points, "other": points[:3]}, 0.15, tmp_path / "worst.png").stat().st_size > 5000

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import make_tiny_run
-from support.solver import CONFIG, solver, solver_batch
-from torch import Tensor
+from support.solver import CONFIG, SolverTask, cancelling, solver, solver_batch
 
 from bridges.run_folder import Run, open_run
 from interventions.circuits.ablation import measure_ablation
@@ -30,7 +29,6 @@ from interventions.circuits.pruning_seeds import (
 from interventions.cli.find_circuit import Options, format_faithfulness, main
 from interventions.cli.solved_tasks import Options as SolvedOptions
 from interventions.cli.solved_tasks import main as solved_tasks
-from interventions.tasks.base import TaskBatch
 
 NEURON = "blocks.0.mlp.hook_post"
 SCORES = Faithfulness(
@@ -48,15 +46,6 @@ SEEDS = tuple(
     SeedSummary(seed, 12, 9, 0.14, 0.16, agreed, taken)
     for seed, agreed, taken in ((0, 1.0, True), (1, 0.23, False), (2, 0.44, False), (None, 0.5, False))
 )
-
-
-class SolverTask:
-    """As much of a `Task` as pruning needs."""
-
-    name = "solver"
-
-    def sample(self, pairs: int, *, split: str, seed: int) -> TaskBatch:
-        return solver_batch(pairs, seed + ("train", "selection", "evaluation").index(split))
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +87,16 @@ def test_seeds_of_one_model_agree_and_their_consensus_is_cut_out() -> None:
     model, task = as_nodes(solver()), SolverTask()
     ablation = measure_ablation(model, solver_batch(8).tokens[:, 0])
     config = replace(CONFIG, steps=40, selection_pairs=8)
-    prunings = prune_seeds(model, task, ablation, config, 2)  # type: ignore[arg-type]
+    prunings = prune_seeds(model, task, ablation, config, 2)
     assert [made.config.seed for made in prunings] == [0, 1]
     assert all(made.pruned.kept[NEURON].nonzero().flatten().tolist() == [5] for made in prunings)
-    agreed = consensus(model, task, ablation, prunings)  # type: ignore[arg-type]
+    agreed = consensus(model, task, ablation, prunings)
     assert agreed is not None
     assert agreed.pruned.kept[NEURON].nonzero().flatten().tolist() == [5]
     assert agreed.fresh_loss <= config.target_loss
     assert consensus(model, task, ablation, prunings[:1]) is None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seeds=0: prune with at least one seed"):
-        prune_seeds(model, task, ablation, config, 0)  # type: ignore[arg-type]
+        prune_seeds(model, task, ablation, config, 0)
 
 
 def test_the_consensus_prefers_nodes_with_more_votes() -> None:
@@ -122,7 +111,7 @@ def test_the_consensus_prefers_nodes_with_more_votes() -> None:
         tau[NEURON][8], tau[NEURON][5] = 1.0, -0.4
         return base._replace(config=replace(base.config, eliminate=False), pruned=base.pruned._replace(tau=tau))
 
-    agreed = consensus(model, task, ablation, [made(0, 5), made(1, 5), made(2, 8)])  # type: ignore[arg-type]
+    agreed = consensus(model, task, ablation, [made(0, 5), made(1, 5), made(2, 8)])
     assert agreed is not None
     assert agreed.pruned.kept[NEURON].nonzero().flatten().tolist() == [5]
 
@@ -209,13 +198,6 @@ def test_what_cannot_be_asked_for_is_a_sentence(run: Run, tmp_path: Path, monkey
     backwards = batch._replace(answers=batch.answers.flip(1))
     with pytest.raises(ValueError, match=r"does not solve the task: it gets both prompts of 0% .*solved-tasks"):
         prune(model, batch, backwards, ablation, CONFIG)
-    loss = 1e-9
+    model = as_nodes(cancelling())
     with pytest.raises(ValueError, match=r"target_loss=1e-09 is below the whole model's own .*raise --target-loss"):
-        prune(model, batch, _noisy(batch), ablation, replace(CONFIG, target_loss=loss, lbfgs_steps=1))
-
-
-def _noisy(batch: TaskBatch) -> TaskBatch:
-    """One pair the wrong way round: most are solved, and no calibration takes the loss to nothing."""
-    answers: Tensor = batch.answers.clone()
-    answers[0] = answers[0].flip(0)
-    return batch._replace(answers=answers)
+        prune(model, batch, batch, measure_ablation(model, batch.tokens[:, 0]), replace(CONFIG, target_loss=1e-9))
