@@ -348,6 +348,6 @@ def test_a_circuit_on_evaluation_prompts(bare: Run) -> None:
     ]
     assert words.count("it was found by an earlier version") == 1  # the dense model's
     assert any(f"The circuit for {TASK} in the sparse model failed" in warning for warning in page.warnings)
-    assert page.tables["circuit-summary"][1][-1] == "failed on evaluation prompts; uncontrolled"
+    assert page.tables["circuit-summary"][1][-1].replace("; ", ";") == "failed on evaluation prompts;uncontrolled"
     row = next(row for row in page.tables["task-table"] if row[0] == TASK)
     assert row[-1] == "its circuit failed: task loss 0.606 on evaluation prompts, target 0.6"
