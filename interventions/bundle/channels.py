@@ -7,7 +7,9 @@ indices because one feature is often two opposing channels.
 
 import difflib
 import json
+import math
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ from bridges.sites import Site, all_sites
 from sparse_model.io.atomic import write_text
 
 FILE = "channels.json"
+
+_one_reader = threading.RLock()
 
 
 @runtime_checkable
@@ -78,6 +82,7 @@ class Channel:
     """The conditions that it was chosen by; none for a channel that was not searched for."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not self.indices or len(self.indices) != len(self.weights):
             raise ValueError(
                 f"channel {self.name!r}: {len(self.indices)} indices and {len(self.weights)} weights; need as many, "
@@ -105,6 +110,19 @@ class Channel:
         parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))
         count = f"{len(self.indices)} channel{'s' if len(self.indices) > 1 else ''}"
         return f"{self.name}: {count} at site {self.site}: {parts}"
+
+
+def _check_numbers(channel: Channel) -> None:
+    """Raise ValueError for numbers that Python would take all the same: -1 for the last channel, True for 1."""
+    for what, values in (("site", (channel.site,)), ("index", channel.indices)):
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"channel {channel.name!r}: {what} {value!r} is not an int from 0 on")
+    for weight in channel.weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"channel {channel.name!r}: weight {weight!r} is not a finite number")
+    if channel.weights and not any(channel.weights):
+        raise ValueError(f"channel {channel.name!r}: all its weights are 0, so it has no direction")
 
 
 def load_channels(folder: Path) -> dict[str, Channel]:
@@ -159,8 +177,15 @@ def read_gain(sparse: Any, site: int) -> Float[Tensor, " d_sparse"]:
 
 def residual_reads(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
     """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
-    hook = Site(site, sparse.n_layers).read_hook
-    _, cache = sparse.run_with_cache(tokens, names_filter=hook)
+    hook_name = Site(site, sparse.n_layers).read_hook
+    reader, reads = threading.get_ident(), []
+
+    def keep(value: Tensor, hook: Any) -> None:
+        if threading.get_ident() == reader:  # others may run the model meanwhile, and their passes meet this hook too
+            reads.append(value.detach())
+
+    with _one_reader, sparse.hooks([(hook_name, keep)]):  # TransformerLens counts the hooks it takes off by model
+        sparse(tokens)
     gain = read_gain(sparse, site)
-    read = cache[hook][..., : sparse.d_model]
+    read = reads[-1][..., : sparse.d_model]
     return torch.where(gain != 0, read / gain, 0)

@@ -27,6 +27,7 @@ from transformer_lens.hook_points import HookPoint
 from sparse_model.config import SparseConfig
 from sparse_model.model.generation import generate_steps
 from sparse_model.model.hub import HubModel
+from sparse_model.model.lengths import check_length
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import NeuronAxis, SparseParameter
 from sparse_model.sparsity.sparse_linear import SparseLinear
@@ -324,9 +325,3 @@ def sinusoidal_table(n_ctx: int, width: int) -> Float[Tensor, "n_ctx width"]:
     table = torch.zeros(n_ctx, width)
     table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()[:, : width // 2]
     return table
-
-
-def check_length(length: int, n_ctx: int) -> None:
-    """Raise ValueError for a sequence longer than the context."""
-    if length > n_ctx:
-        raise ValueError(f"the sequence has {length} tokens but the model's context holds {n_ctx}: shorten it")
