@@ -17,9 +17,9 @@ from bridges.loading import check_same_logits, sample_tokens
 def boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:
     """A TransformerLens view of an HF model that shares its tensors and leaves the HF object as it was.
 
-    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. Raises ValueError for
-    a model that TransformerLens does not know, or for which it computes other logits than Hugging Face (it knows one
-    scale of GPT-2's attention, for instance).
+    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. Raises ValueError
+    for a model that TransformerLens does not know, or for which it computes other logits than Hugging Face (it knows
+    one scale of GPT-2's attention, for instance).
     """
     from transformer_lens.model_bridge import TransformerBridge
 

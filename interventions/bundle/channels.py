@@ -180,7 +180,7 @@ def read_gain(sparse: Any, site: int) -> Float[Tensor, " d_sparse"]:
     return getattr(sparse.blocks[where.layer], f"ln{1 + site % 2}").weight
 
 
-def read_nodes(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
+def residual_reads(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
     """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
     hook_name = Site(site, sparse.n_layers).read_hook
     reader, reads = threading.get_ident(), []

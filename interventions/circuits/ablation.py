@@ -28,13 +28,23 @@ class Ablation:
         rows = len(next(iter(self.values.values())))
         return torch.randint(rows, (batch, pos), generator=generator)
 
-    def edit(self, gates: dict[str, Tensor], rows: Int[Tensor, "#batch #pos"]) -> NodeEdit:
-        """The edit that keeps nodes whose gate is 1 and puts ablated values (of these rows) in place of the others."""
+    def edit(
+        self, gates: dict[str, Tensor], rows: Int[Tensor, "#batch #pos"], last: Int[Tensor, " batch"] | None = None
+    ) -> NodeEdit:
+        """The edit that keeps nodes whose gate is 1 and puts ablated values (of these rows) in place of the others.
+
+        `last`: the position that a location has where it has only one (see `SparseNodes.logits`).
+        """
 
         def edit(name: str, values: Values) -> Values:
             gate = gates[name].to(values)
             instead = self.values[name]
-            instead = instead[0] if len(instead) == 1 else instead[rows.to(instead.device)]
+            if len(instead) == 1:
+                instead = instead[0]
+            elif last is not None and values.shape[1] < rows.shape[1]:
+                instead = instead[rows.gather(1, last.to(rows)[:, None]).to(instead.device)]
+            else:
+                instead = instead[rows.to(instead.device)]
             # In this form a gate of exactly 1 or 0 gives exactly one of the two values.
             return torch.addcmul((1 - gate) * instead.to(values), values, gate)
 
@@ -62,12 +72,12 @@ def measure_ablation(
     nodes = as_nodes(model)
     places, device = locations(nodes.shape), device_of(nodes)
     if kind == "zero":
-        return Ablation(kind, {at.name: torch.zeros(1, at.width, device=device) for at in places})
+        return Ablation(kind, {location.name: torch.zeros(1, location.width, device=device) for location in places})
     chosen = torch.zeros(blocks.numel(), dtype=torch.bool)
     order = torch.randperm(blocks.numel(), generator=torch.Generator().manual_seed(seed))
     chosen[order[:resample_tokens]] = True
-    rows: dict[str, list[Tensor]] = {at.name: [] for at in places}
-    sums = {at.name: torch.zeros(at.width, dtype=torch.float64, device=device) for at in places}
+    rows: dict[str, list[Tensor]] = {location.name: [] for location in places}
+    sums = {location.name: torch.zeros(location.width, dtype=torch.float64, device=device) for location in places}
     for batch, here in zip(blocks.split(batch_size), chosen.view(blocks.shape).split(batch_size), strict=True):
         picked = here.flatten().to(device)
 
@@ -78,11 +88,10 @@ def measure_ablation(
                 rows[name].append(values.flatten(0, 1)[picked])
             return values
 
-        # No logits are wanted: `last` spares all but one position's unembedding.
-        nodes.logits(batch.long().to(device), note, torch.zeros(len(batch), dtype=torch.long, device=device))
+        nodes.visit(batch.long().to(device), note)
     if kind == "mean":
         return Ablation(kind, {name: (total / blocks.numel()).float()[None] for name, total in sums.items()})
-    return Ablation(kind, {name: torch.cat(found).float() for name, found in rows.items()})
+    return Ablation(kind, {name: torch.cat(batches).float() for name, batches in rows.items()})
 
 
 class Calibration(NamedTuple):
@@ -107,8 +116,8 @@ def fit_calibration(logits: Float[Tensor, "pair 2 1 d_vocab"], batch: TaskBatch,
     """
     answers = batch.answers.to(logits.device)
     ids, index = torch.unique(answers, return_inverse=True)
-    own = logits[:, :, 0].double().gather(-1, torch.stack([answers, answers.flip(1)], -1))
-    margin = (own[..., 0] - own[..., 1]).detach()
+    answer_logits = logits[:, :, 0].double().gather(-1, torch.stack([answers, answers.flip(1)], -1))
+    margin = (answer_logits[..., 0] - answer_logits[..., 1]).detach()
     log_scale = torch.zeros((), dtype=torch.float64, device=logits.device, requires_grad=True)
     shift = torch.zeros(len(ids), dtype=torch.float64, device=logits.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=steps, line_search_fn="strong_wolfe")

@@ -6,6 +6,7 @@ channel of the same index as two nodes, or as the one node attn.qk where pruning
 counts their meeting in the attention scores.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from bridges.run_folder import Run, fingerprint
 from interventions.circuits.ablation import Ablation, Calibration
 from interventions.circuits.draw import draw_circuit
+from interventions.circuits.faithfulness import Faithfulness
 from interventions.circuits.node_model import (
     Edge,
     Kept,
@@ -34,6 +36,7 @@ from interventions.circuits.node_model import (
     locations,
     node_name,
 )
+from interventions.circuits.pruning_seeds import SeedSummary
 from sparse_model.config import SparseConfig
 from sparse_model.io.atomic import replace_file, write_text
 from sparse_model.io.tensors import read_tensors
@@ -67,6 +70,12 @@ class Circuit:
     """Where the task's prompts came from (`Task.record`)."""
     controls: dict[str, Any] | None = None
     """Result of interventions.circuits.controls; None: the claim is uncontrolled."""
+    faithfulness: Faithfulness | None = None
+    """On evaluation prompts; None for a circuit of an earlier version, which did not take it."""
+    seeds: tuple[SeedSummary, ...] = ()
+    """The prunings that the circuit was taken from, itself among them, and their consensus; none likewise."""
+    ngram_floor: float | None = None
+    """Pair accuracy of counting alone on the task, where the run has it."""
 
     @property
     def names(self) -> list[str]:
@@ -76,22 +85,32 @@ class Circuit:
     n_nodes = property(lambda self: len(self.names))
     n_edges = property(lambda self: len(self.edges))
 
+    @property
+    def failed(self) -> bool:
+        """Whether it misses the target loss that it was cut out for on evaluation prompts."""
+        return self.faithfulness is not None and self.faithfulness.loss > self.config["target_loss"]
+
+    @property
+    def overlaps(self) -> list[float]:
+        """Nodes shared with each other pruning, over the nodes of either."""
+        return [summary.overlap for summary in self.seeds if not summary.taken and summary.seed is not None]
+
     def _named(self) -> Iterator[tuple[str, int, str]]:
-        for at in locations(self.shape):
-            for channel in self.nodes[at.name]:
-                yield at.name, channel, node_name(at, channel, tied_qk=self.tied_qk)
+        for location in locations(self.shape):
+            for channel in self.nodes[location.name]:
+                yield location.name, channel, node_name(location, channel, tied_qk=self.tied_qk)
 
     @property
     def kept(self) -> Kept:
         """The nodes as one mask per location."""
-        masks = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(self.shape)}
+        masks = {location.name: torch.zeros(location.width, dtype=torch.bool) for location in locations(self.shape)}
         for name, channels in self.nodes.items():
             masks[name][list(channels)] = True
         return masks
 
     def __contains__(self, name: object) -> bool:
         """Whether a node, by OpenAI's name or ours, is in the circuit. A name of no node is a ValueError."""
-        return all(channel in self.nodes[at] for at, channel in find_node(self.shape, str(name)))
+        return all(channel in self.nodes[place] for place, channel in find_node(self.shape, str(name)))
 
     def edges_at(self, name: str) -> list[Edge]:
         """The edges into and out of a node, by OpenAI's name or ours.
@@ -101,8 +120,8 @@ class Circuit:
         if name not in self:
             raise KeyError(f"{name} is not among the {self.n_nodes} nodes of the circuit for {self.task}: see .names")
         wanted = set(find_node(self.shape, name))
-        own = {given for at, channel, given in self._named() if (at, channel) in wanted}
-        return [edge for edge in self.edges if own & {edge.source, edge.target}]
+        names = {given for place, channel, given in self._named() if (place, channel) in wanted}
+        return [edge for edge in self.edges if names & {edge.source, edge.target}]
 
     @torch.no_grad()
     def run(
@@ -122,9 +141,9 @@ class Circuit:
         read, and "qk" between a q and a k channel of the same index.
         """
         graph = nx.MultiDiGraph(task=self.task, model=self.model, fingerprint=self.fingerprint)
-        by_name = {at.name: at for at in locations(self.shape)}
-        for at, channel, name in self._named():
-            graph.add_node(name, layer=by_name[at].layer, place=by_name[at].place, channel=channel)
+        by_name = {location.name: location for location in locations(self.shape)}
+        for place, channel, name in self._named():
+            graph.add_node(name, layer=by_name[place].layer, place=by_name[place].place, channel=channel)
         for edge in self.edges:
             graph.add_edge(edge.source, edge.target, weight=edge.weight, matrix=edge.matrix)
         for source, target, kind in self._links() if links else ():
@@ -133,20 +152,20 @@ class Circuit:
 
     def _links(self) -> Iterator[tuple[str, str, str]]:
         named = list(self._named())
-        for i, (at, channel, name) in enumerate(named):
+        for i, (earlier, channel, name) in enumerate(named):
             for later, same, other in named[i + 1 :]:
                 if channel != same or name == other:
                     continue
-                if at.endswith("_out") and later.endswith("hook_in"):
+                if earlier.endswith("_out") and later.endswith("hook_in"):
                     yield name, other, "residual"
-                if at.endswith("hook_q") and later == at.removesuffix("q") + "k":
+                if earlier.endswith("hook_q") and later == earlier.removesuffix("q") + "k":
                     yield name, other, "qk"
 
     def __repr__(self) -> str:
         return f"<circuit {self}>"
 
     def __str__(self) -> str:
-        controlled = "" if self.controls is not None else ", UNCONTROLLED"
+        controlled = ("" if self.controls is not None else ", UNCONTROLLED") + ", FAILED" * self.failed
         return (
             f"{self.task}, {self.model} model: {self.n_nodes} nodes, {self.n_edges} edges, "
             f"task loss {self.loss:.3f}{controlled}"
@@ -168,7 +187,10 @@ def make_circuit(model: NodeModel | nn.Module, kept: Kept, *, tied_qk: bool, **f
     return Circuit(
         model=nodes.kind,
         shape=nodes.shape,
-        nodes={at.name: tuple(kept[at.name].nonzero().flatten().tolist()) for at in locations(nodes.shape)},
+        nodes={
+            location.name: tuple(kept[location.name].nonzero().flatten().tolist())
+            for location in locations(nodes.shape)
+        },
         edges=tuple(edges_between(nodes, kept, tied_qk=tied_qk)),
         tied_qk=tied_qk,
         **fields,
@@ -199,10 +221,26 @@ def save_circuit(folder: Path, circuit: Circuit) -> Path:
         "config": circuit.config,
         "prompts": circuit.prompts,
         "controls": circuit.controls,
+        "failed": circuit.failed,
+        "faithfulness": circuit.faithfulness and circuit.faithfulness.to_dict(),
+        "seeds": [summary._asdict() for summary in circuit.seeds],
+        "ngram_floor": circuit.ngram_floor,
         "tensors_sha256": digest,
     }
     write_text(path, json.dumps(plain | counts | rest, indent=1) + "\n")
     return path
+
+
+def failed_circuits(folder: Path) -> dict[str, str]:
+    """Circuits in a run folder that were saved as failed: what is wrong in words, by file name without .json."""
+    failed = {}
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # loading says what is wrong with a damaged file
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["failed"]:
+                loss, target = data["faithfulness"]["loss"], data["config"]["target_loss"]
+                failed[path.stem] = f"its circuit failed: task loss {loss:.3f} on evaluation prompts, target {target:g}"
+    return failed
 
 
 def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
@@ -221,9 +259,9 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
         belongs = data["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): {again}") from error
-    own = fingerprint(run)
-    if belongs != own:
-        raise ValueError(f"{path} is the circuit of another run ({belongs}; {run.folder} is {own}): {again}")
+    of_this_run = fingerprint(run)
+    if belongs != of_this_run:
+        raise ValueError(f"{path} is the circuit of another run ({belongs}; {run.folder} is {of_this_run}): {again}")
     shape = as_nodes(run.sparse if model == "sparse" else run.dense).shape
     values = _read_values(tensors, data, shape, again)
     try:
@@ -239,10 +277,10 @@ def read_kept_nodes(path: str | Path, shape: SparseConfig) -> Kept:
     """
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))["nodes"]
-        masks = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(shape)}
+        masks = {location.name: torch.zeros(location.width, dtype=torch.bool) for location in locations(shape)}
         for name in names:
-            for at, channel in find_node(shape, name):
-                masks[at][channel] = True
+            for place, channel in find_node(shape, name):
+                masks[place][channel] = True
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: name the .json file of a circuit") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -254,25 +292,28 @@ def _read_values(path: Path, data: dict[str, Any], shape: SparseConfig, again: s
     values = read_tensors(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != data.get("tensors_sha256"):
         raise ValueError(f"{path} does not belong to the .json beside it (other digest): {again}")
-    wanted = {at.name: at.width for at in locations(shape)}
+    wanted = {location.name: location.width for location in locations(shape)}
     if {name: t.shape[-1] for name, t in values.items()} != wanted:
         raise ValueError(f"{path} does not have the model's node locations: {again}")
     return values
 
 
 def _from_json(data: dict[str, Any], shape: SparseConfig, values: dict[str, Tensor]) -> Circuit:
-    nodes: dict[str, set[int]] = {at.name: set() for at in locations(shape)}
+    nodes: dict[str, set[int]] = {location.name: set() for location in locations(shape)}
     for name in data["nodes"]:
-        for at, channel in find_node(shape, name):
-            nodes[at].add(channel)
+        for place, channel in find_node(shape, name):
+            nodes[place].add(channel)
     calibration = data["calibration"]
     return Circuit(
         **{n: data[n] for n in ("task", "model", "fingerprint", "tied_qk", "loss", "unpruned_loss", "config")},
         shape=shape,
-        nodes={at: tuple(sorted(channels)) for at, channels in nodes.items()},
+        nodes={place: tuple(sorted(channels)) for place, channels in nodes.items()},
         edges=tuple(Edge(**edge) for edge in data["edges"]),
         calibration=Calibration(calibration["scale"], {int(i): s for i, s in calibration["shift"].items()}),
         ablation=Ablation(data["ablation"], values),
         prompts=data.get("prompts", {}),
         controls=data["controls"],
+        faithfulness=Faithfulness.from_dict(data["faithfulness"]) if data.get("faithfulness") else None,
+        seeds=tuple(SeedSummary(**summary) for summary in data.get("seeds", ())),
+        ngram_floor=data.get("ngram_floor"),
     )

@@ -1,6 +1,7 @@
 """A task's circuit in a run, in one call: prompts, ablated values, pruning, and on request the controls."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from interventions.bundle.channels import load_channels
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes
 from interventions.circuits.controls import validate
+from interventions.circuits.faithfulness import measure_faithfulness
 from interventions.circuits.interchange import channel_nodes
 from interventions.circuits.node_model import Kept, ModelKind, NodeModel, as_nodes, count_edges
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
+from interventions.circuits.pruning_seeds import choose, consensus, prune_seeds, summaries
 from interventions.circuits.settings_search import RANGES, search_config
 from interventions.tasks.base import Task, TaskBatch
 from interventions.tasks.catalogue import TaskName
@@ -36,15 +39,23 @@ def find_circuit(
     controls: bool = False,
     search: int = 0,
     start_from: str | Path | None = None,
+    seeds: int = 3,
+    agreed: bool = False,
+    evaluation_pairs: int = 128,
     progress: bool = False,
 ) -> Circuit:
     """The circuit of a task in a run's sparse (or dense) model; nothing is saved (see `save_circuit`).
+
+    It says how it does on evaluation prompts (`Circuit.faithfulness`); one that misses its target there is `failed`.
 
     task: one of the twenty, or a file of pairs (`interventions.tasks.files`).
     config: settings of the pruning; None: their defaults.
     prompts: generated from templates, or natural, from held-out files.
     controls: also run the controls, as `with_controls` does; without them the claim is uncontrolled.
     search: trials of a search over the settings for the fewest edges. They are kept in RUN/circuits/search.db.
+    seeds: prunings that it is chosen from, see `pruning_seeds`; the config's seed is the first.
+    agreed: take the consensus of the prunings in place of the best of them.
+    evaluation_pairs: of templates that neither pruning nor selection saw.
     start_from: a warm start, the .json file of a circuit whose nodes begin kept, all others deleted.
 
     Raises what `run_task` raises, ValueError for a task that the model does not solve (see `prune`), and what
@@ -53,14 +64,21 @@ def find_circuit(
     config, nodes = config or PruneConfig(), _model(run, model)
     bound = run_task(run, task, prompts)
     config = _fitted(config, bound)
-    pairs = splits(bound, config)
+    if agreed and seeds < 2:
+        raise ValueError(f"seeds={seeds}: a consensus needs at least two prunings")
     start = read_kept_nodes(start_from, nodes.shape) if start_from else None
     ablation = reference_ablation(nodes, _held_out(run, progress), config)
     if search:
         key = f"{bound.name} {model} {fingerprint(run)}{bound.record.get('sha256', '')}"
-        config = _searched(nodes, pairs, ablation, config, search, run.folder / FOLDER / "search.db", key, progress)
-    pruned = prune(nodes, *pairs, ablation, config, start=start, progress=progress)
+        config = _searched(
+            nodes, splits(bound, config), ablation, config, search, run.folder / FOLDER / "search.db", key, progress
+        )
+    prunings = prune_seeds(nodes, bound, ablation, config, seeds, start=start, progress=progress)
+    common = consensus(nodes, bound, ablation, prunings)
+    taken = common if agreed and common else choose(prunings)
+    pruned, config = taken.pruned, taken.config
     _report_gates(pruned, config)
+    evaluation = bound.sample_up_to(evaluation_pairs, split="evaluation", seed=config.seed)
     circuit = make_circuit(
         nodes,
         pruned.kept,
@@ -73,6 +91,9 @@ def find_circuit(
         calibration=pruned.calibration,
         ablation=ablation,
         config=dataclasses.asdict(config),
+        faithfulness=measure_faithfulness(nodes, pruned.kept, ablation, pruned.calibration, evaluation, config),
+        seeds=summaries(prunings, common, taken),
+        ngram_floor=_floor(run.folder, bound.name),
     )
     return with_controls(run, circuit, progress=progress) if controls else circuit
 
@@ -85,6 +106,12 @@ def with_controls(
     draws: random sets of nodes that necessity and interchange are compared with.
     evaluation_pairs: of templates that neither pruning nor selection saw.
     """
+    belongs, of_this_run = circuit.fingerprint, fingerprint(run)
+    if belongs != of_this_run:
+        raise ValueError(
+            f"the circuit for {circuit.task} is of another model ({belongs}; {run.folder} is {of_this_run}): open the "
+            "run that it was found in"
+        )
     config = PruneConfig(**circuit.config)
     task = recorded_task(run, circuit.task, circuit.prompts)
     evaluation = task.sample_up_to(evaluation_pairs, split="evaluation", seed=config.seed)
@@ -107,6 +134,13 @@ def _fitted(config: PruneConfig, task: Task) -> PruneConfig:
     pool = task.at_most(config.pool, "train")
     selection_pairs = task.at_most(config.selection_pairs, "selection")
     return dataclasses.replace(config, pool=pool, pairs=min(config.pairs, pool), selection_pairs=selection_pairs)
+
+
+def _floor(folder: Path, task: str) -> float | None:
+    """Pair accuracy of a table of trigrams on the evaluation prompts, where `solved-tasks` has counted it."""
+    path = folder / "metrics.json"
+    tasks = json.loads(path.read_text(encoding="utf-8")).get("tasks", {}) if path.is_file() else {}
+    return tasks.get(task, {}).get("floors", {}).get("evaluation", {}).get("trigram")
 
 
 def _model(run: Run, kind: ModelKind) -> NodeModel:

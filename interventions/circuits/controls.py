@@ -15,7 +15,7 @@
    with live norms and with frozen ones.
 
 1 uses the circuit's own calibration, 4 none; every loss from 3 on is calibrated anew, so that only lost information
-counts: ln 2 = 0.693 means none is left. The limits that `verdicts` puts on the figures are ours.
+counts: ln 2 = 0.693 means none is left. The limits that `control_results` puts on the figures are ours.
 """
 
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ class Validation(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         return self._asdict() | {
-            "channels": {name: found._asdict() for name, found in self.channels.items()},
+            "channels": {name: exchanged._asdict() for name, exchanged in self.channels.items()},
             **{name: getattr(self, name)._asdict() for name in _parts()},
         }
 
@@ -93,7 +93,7 @@ class Validation(NamedTuple):
     def from_dict(cls, data: Mapping[str, Any]) -> "Validation":
         """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
         parts: dict[str, Any] = {name: part(**data[name]) for name, part in _parts().items()}
-        channels = {name: Interchange(**found) for name, found in data["channels"].items()}
+        channels = {name: Interchange(**exchanged) for name, exchanged in data["channels"].items()}
         return cls(**{**data, **parts, "channels": channels})
 
 
@@ -124,8 +124,8 @@ def validate(
         raise ValueError(f"draws={draws}: necessity needs at least one random removal to compare with")
     nodes = as_nodes(model)
     kept = {name: mask.to(device_of(nodes)) for name, mask in circuit.kept.items()}
-    own, seed = circuit.ablation, config.seed
-    changed = replace(config, ablation="zero" if own.kind != "zero" else "mean")
+    ablation, seed = circuit.ablation, config.seed
+    changed = replace(config, ablation="zero" if ablation.kind != "zero" else "mean")
     other = reference_ablation(nodes, blocks, changed)
     fresh = redrawn(nodes, seed=seed)
     fresh_values = reference_ablation(fresh, blocks, config)
@@ -138,22 +138,22 @@ def validate(
         n_nodes=circuit.n_nodes,
         n_edges=circuit.n_edges,
         sufficiency=sufficiency(nodes, circuit, kept, evaluation, config),
-        necessity=necessity(nodes, kept, own, evaluation, config, draws),
+        necessity=necessity(nodes, kept, ablation, evaluation, config, draws),
         node_effects=node_effects(nodes, circuit, kept, evaluation, config),
         interchange=exchange(kept),
         channels={name: exchange(chosen) for name, chosen in (channels or {}).items()},
         other_ablation=changed.ablation,
         other_loss=score(nodes, kept, other, evaluation, config).loss,
         other=again(nodes, train, selection, other, changed),
-        frozen_loss=score(FrozenNorms(nodes), kept, own, evaluation, config).loss,
-        nonsense=again(nodes, *coin, own, config),
-        nonsense_rule=again(nodes, *rule, own, config),
+        frozen_loss=score(FrozenNorms(nodes), kept, ablation, evaluation, config).loss,
+        nonsense=again(nodes, *coin, ablation, config),
+        nonsense_rule=again(nodes, *rule, ablation, config),
         redrawn=again(fresh, train, selection, fresh_values, config),
         redrawn_frozen=again(FrozenNorms(fresh), train, selection, fresh_values, config),
     )
 
 
-class Verdict(NamedTuple):
+class ControlResult(NamedTuple):
     """One line of the table."""
 
     control: str
@@ -163,7 +163,7 @@ class Verdict(NamedTuple):
     """What it had to be."""
 
 
-def verdicts(v: Validation) -> list[Verdict]:
+def control_results(v: Validation) -> list[ControlResult]:
     """Which controls the claim survives, with the figure and the limit of each."""
     idle = [name for name, effect in v.node_effects.items() if is_idle(effect)]
     enough, alone, removed = 2 * v.target_loss, v.sufficiency, v.necessity
@@ -174,7 +174,7 @@ def verdicts(v: Validation) -> list[Verdict]:
         "redrawn, frozen norms": v.redrawn_frozen,
     }
     return [
-        Verdict(
+        ControlResult(
             "sufficiency",
             alone.loss <= enough,
             f"circuit alone {alone.loss:.3f}, whole model {alone.whole_loss:.3f}; pairs right {alone.accuracy:.0%}",
@@ -182,38 +182,40 @@ def verdicts(v: Validation) -> list[Verdict]:
         ),
         _removed("necessity", removed.loss, removed.random, removed.limit),
         _removed("necessity, calibrated", removed.calibrated, removed.calibrated_random, removed.calibrated_limit),
-        Verdict(
+        ControlResult(
             "minimality", not idle, f"{len(idle)} of {v.n_nodes} nodes change the loss by less than {IDLE}", "none"
         ),
         _moved("interchange", v.interchange),
-        *(_moved(f"interchange of {name}", found) for name, found in v.channels.items()),
-        Verdict(
+        *(_moved(f"interchange of {name}", exchanged) for name, exchanged in v.channels.items()),
+        ControlResult(
             f"{v.other_ablation} ablation",
             v.other_loss <= enough,
             f"same circuit {v.other_loss:.3f}; pruned so: {_size(v.other, v.n_nodes)}",
             f"same circuit at most {enough:.3g}",
         ),
-        Verdict("frozen norms", v.frozen_loss <= enough, f"same circuit {v.frozen_loss:.3f}", f"at most {enough:.3g}"),
+        ControlResult(
+            "frozen norms", v.frozen_loss <= enough, f"same circuit {v.frozen_loss:.3f}", f"at most {enough:.3g}"
+        ),
         *(
-            Verdict(
+            ControlResult(
                 name,
-                found.k is None or found.k >= 2 * v.n_nodes,
-                _size(found, v.n_nodes),
+                again.k is None or again.k >= 2 * v.n_nodes,
+                _size(again, v.n_nodes),
                 "not reached, or twice the nodes",
             )
-            for name, found in reprunings.items()
+            for name, again in reprunings.items()
         ),
     ]
 
 
-def _removed(control: str, loss: float, random: list[float], limit: float) -> Verdict:
-    found = f"{loss:.3f} without it; without as many others at most {max(random):.3f} in {len(random)} draws"
-    return Verdict(control, loss > limit, found, f"above {limit:.3f}: every draw, and half of ln 2")
+def _removed(control: str, loss: float, random: list[float], limit: float) -> ControlResult:
+    measured = f"{loss:.3f} without it; without as many others at most {max(random):.3f} in {len(random)} draws"
+    return ControlResult(control, loss > limit, measured, f"above {limit:.3f}: every draw, and half of ln 2")
 
 
-def _moved(control: str, swapped: Interchange) -> Verdict:
+def _moved(control: str, swapped: Interchange) -> ControlResult:
     worst = max(swapped.random)
-    return Verdict(
+    return ControlResult(
         control,
         swapped.share > max(worst, 0.5),
         f"{swapped.share:.0%} of the log-odds move with {swapped.nodes} nodes; with as many others at most {worst:.0%} "
@@ -228,8 +230,8 @@ def _size(again: Repruned, k: int) -> str:
 
 
 def format_validation(v: Validation) -> str:
-    """The table of verdicts, a line each."""
+    """The table of results, a line each."""
     rows = [("control", "", "found (losses in nats)", "limit")]
-    rows += [(r.control, "survived" if r.survived else "FAILED", r.measured, r.limit) for r in verdicts(v)]
+    rows += [(r.control, "survived" if r.survived else "FAILED", r.measured, r.limit) for r in control_results(v)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -46,12 +46,14 @@ def draw_circuit(graph: nx.MultiDiGraph, shape: SparseConfig, title: str, effect
 
 def _draw_layers(axes: Axes, layout: Layout) -> None:
     for layer in sorted({column.layer for column in layout.columns}):
-        own = [at for at, column in enumerate(layout.columns) if column.layer == layer]
-        corner = (own[0] - 0.47, -1.35)
-        axes.add_patch(Rectangle(corner, len(own) - 0.06, layout.rows + 0.85, color=GREY, alpha=0.09, lw=0, zorder=0))
-        axes.text(own[0] - 0.38, -1.0, f"layer {layer}", fontsize=8, fontweight="bold", color=GREY)
-    for at, column in enumerate(layout.columns):
-        axes.text(at, -0.68, column.title, fontsize=6.5, ha="center", color=GREY)
+        columns = [index for index, column in enumerate(layout.columns) if column.layer == layer]
+        corner = (columns[0] - 0.47, -1.35)
+        axes.add_patch(
+            Rectangle(corner, len(columns) - 0.06, layout.rows + 0.85, color=GREY, alpha=0.09, lw=0, zorder=0)
+        )
+        axes.text(columns[0] - 0.38, -1.0, f"layer {layer}", fontsize=8, fontweight="bold", color=GREY)
+    for index, column in enumerate(layout.columns):
+        axes.text(index, -0.68, column.title, fontsize=6.5, ha="center", color=GREY)
 
 
 def _draw_lines(axes: Axes, graph: nx.MultiDiGraph, layout: Layout) -> None:
@@ -66,12 +68,12 @@ def _draw_lines(axes: Axes, graph: nx.MultiDiGraph, layout: Layout) -> None:
         widths.append(1.2 if link else 0.6 + 2.4 * abs(weight) / largest)
         orders.append(not link)
     for above in (False, True):
-        chosen = [at for at, order in enumerate(orders) if order == above]
+        chosen = [index for index, order in enumerate(orders) if order == above]
         axes.add_collection(
             LineCollection(
-                [lines[at] for at in chosen],
-                colors=[colours[at] for at in chosen],
-                linewidths=[widths[at] for at in chosen],
+                [lines[index] for index in chosen],
+                colors=[colours[index] for index in chosen],
+                linewidths=[widths[index] for index in chosen],
                 alpha=0.85 if above else 0.5,
                 zorder=1 + above,
             )

@@ -1,5 +1,6 @@
 """Gates on a model's nodes and their optimisation: steps 1 and 2 of `pruning`."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from interventions.circuits.ablation import Ablation
 from interventions.circuits.node_model import Kept, Location, NodeModel, device_of, locations
 from interventions.circuits.prune_config import PruneConfig
 from interventions.tasks.base import TaskBatch, task_loss
+from sparse_model.sparsity.sparse_linear import sparse_products
+
+ATTACK_STEP = 0.25
+"""How far the adversary's shares move at each step of the optimisation."""
 
 
 class _Heaviside(torch.autograd.Function):
@@ -39,16 +44,16 @@ class GateLayout:
     def __init__(self, places: list[Location], *, tied_qk: bool = False) -> None:
         self.slices: dict[str, slice] = {}
         self.n_gates = 0
-        for at in places:
-            if tied_qk and at.place == "attn.k":
-                self.slices[at.name] = self.slices[at.name.removesuffix("k") + "q"]
+        for location in places:
+            if tied_qk and location.place == "attn.k":
+                self.slices[location.name] = self.slices[location.name.removesuffix("k") + "q"]
                 continue
-            self.slices[at.name] = slice(self.n_gates, self.n_gates + at.width)
-            self.n_gates += at.width
+            self.slices[location.name] = slice(self.n_gates, self.n_gates + location.width)
+            self.n_gates += location.width
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """A vector over gates as one vector per location."""
-        return {name: flat[where] for name, where in self.slices.items()}
+        """A vector over gates (or rows of them) as one vector per location."""
+        return {name: flat[..., where] for name, where in self.slices.items()}
 
     def join(self, kept: Kept) -> Bool[Tensor, " gate"]:
         """The inverse of `split`: one mask over gates. A shared gate is open if either of its nodes is."""
@@ -68,8 +73,9 @@ def answer_logits(
     """Logits of the masked model at the last prompt token of both members; score them with `at_answer(batch)`."""
     device = device_of(model)
     tokens = batch.tokens[..., : int(batch.last.max()) + 1].flatten(0, 1).to(device)
-    edit = ablation.edit(gates, ablation.draw(len(tokens), tokens.shape[1], generator))
-    logits = model.logits(tokens, edit, batch.last.repeat_interleave(2).to(device))
+    last = batch.last.repeat_interleave(2).to(device)
+    edit = ablation.edit(gates, ablation.draw(len(tokens), tokens.shape[1], generator), last)
+    logits = model.logits(tokens, edit, last)
     return rearrange(logits, "(pair member) pos v -> pair member pos v", member=2)
 
 
@@ -84,6 +90,8 @@ class Fitted(NamedTuple):
     tau: Float[Tensor, " gate"]
     history: list[tuple[float, int]]
     """Task loss and number of kept nodes at each step."""
+    attack: Float[Tensor, " gate"] | None = None
+    """The adversary's shares of ablation where there was one."""
 
 
 def fit_gates(
@@ -94,8 +102,11 @@ def fit_gates(
     *,
     start: Kept | None = None,
     progress: bool = False,
+    bar: tqdm | None = None,
 ) -> Fitted:
     """Step 2 of `pruning`'s docstring on a pool of training pairs.
+
+    `bar` is a progress bar of more than this pruning, to be moved by a step at a time.
 
     `start` is a warm start: the nodes of an earlier circuit begin as far above 0 as its config's init_noise_bias says,
     all others as far below, from where they can still come back. Raises ValueError for a pool below config.pairs.
@@ -110,23 +121,76 @@ def fit_gates(
     tau = nn.Parameter(tau)
     adam = torch.optim.AdamW([tau], lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, config))
+    outside = OutsideMasks(layout.n_gates, config, generator, tau.device)
     history = []
-    with tqdm(total=config.steps, desc="pruning", unit="step", leave=False, disable=not progress) as bar:
+    own_bar = tqdm(
+        total=config.steps, desc="pruning", unit="step", leave=False, disable=not progress or bar is not None
+    )
+    with own_bar, sparse_products(model.module):
         for _ in range(config.steps):
             batch = take(train, torch.randperm(len(train.last), generator=generator)[: config.pairs])
             gates = heaviside(tau, config.heaviside_temp)
-            logits = answer_logits(model, layout.split(gates), ablation, batch, generator)
+            logits = answer_logits(model, layout.split(outside.shut(gates)), ablation, batch, generator)
             loss = task_loss(logits, at_answer(batch.to(logits.device)))
-            # grad() of tau alone: the model's weights get none, which also saves computing them.
-            (tau.grad,) = torch.autograd.grad(loss + config.k_coef * gates.sum(), tau)
+            # grad() of these alone: the model's weights get none, which also saves computing them.
+            tau.grad, *rise = torch.autograd.grad(loss + config.k_coef * gates.sum(), [tau, *outside.moved])
+            outside.move(rise)
             nn.utils.clip_grad_norm_([tau], config.grad_clip)
             adam.step()
             schedule.step()
             tau.data.clamp_(-1, 1)
             history.append((float(loss.detach()), int(gates.detach().sum())))
-            bar.set_postfix(loss=f"{history[-1][0]:.3f}", nodes=history[-1][1], refresh=False)
-            bar.update()
-    return Fitted(tau.detach(), history)
+            shown = own_bar if bar is None else bar
+            shown.set_postfix(loss=f"{history[-1][0]:.3f}", nodes=history[-1][1], refresh=False)
+            shown.update()
+    return Fitted(tau.detach(), history, outside.attack)
+
+
+class OutsideMasks:
+    """Which nodes outside the circuit are ablated at each step, as `PruneConfig.outside` asks for.
+
+    The adversary goes along with the optimisation: the step that lowers the loss by the gates gives the gradient by
+    which it raises the loss, so it costs nothing besides.
+    """
+
+    def __init__(self, n_gates: int, config: PruneConfig, generator: torch.Generator, device: torch.device) -> None:
+        self.config, self.generator = config, generator
+        self.attack = torch.full((n_gates,), 0.5, device=device) if config.outside == "adversary" else None
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """What the adversary moves."""
+        return [] if self.attack is None else [self.attack.requires_grad_()]
+
+    def shut(self, gates: Float[Tensor, " gate"]) -> Tensor:
+        """The gates with only the step's nodes outside ablated: for every prompt its own where rates are random."""
+        if self.config.outside == "all":
+            return gates
+        rows = 2 * self.config.pairs
+        ablated = rows_at_random_rates(rows, len(gates), self.generator).to(gates)
+        if self.attack is not None:  # every other pair is the adversary's
+            self.attack.requires_grad_()
+            pair = torch.arange(rows, device=gates.device) // 2
+            ablated = torch.where((pair % 2 == 0)[:, None, None], self.attack, ablated)
+        return open_gates(gates, ablated)
+
+    def move(self, rise: Sequence[Tensor]) -> None:
+        """Move the adversary up the loss."""
+        if self.attack is not None:
+            self.attack = (self.attack.detach() + ATTACK_STEP * rise[0].sign()).clamp(0, 1)
+
+
+def open_gates(kept: Tensor, ablated: Tensor) -> Tensor:
+    """Gates of a circuit's nodes and of all others but the ablated ones; shares between 0 and 1 are taken as such."""
+    return 1 - (1 - kept.float()) * ablated.float()
+
+
+def rows_at_random_rates(
+    rows: int, n_gates: int, generator: torch.Generator, *, full: float = 0.25
+) -> Float[Tensor, "row 1 gate"]:
+    """Which nodes are ablated in each row: each with a probability drawn per row, which is 1 in a share `full`."""
+    rates = (torch.rand(rows, 1, 1, generator=generator) / (1 - full)).clamp(max=1)
+    return (torch.rand(rows, 1, n_gates, generator=generator) < rates).float()
 
 
 def rate(step: int, config: PruneConfig) -> float:

@@ -43,13 +43,13 @@ def interchange(model: NodeModel, nodes: Kept, batch: TaskBatch, draws: int, *, 
             values[name] = value.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         return value
 
-    own = _log_odds(model, batch, note)
+    whole = _log_odds(model, batch, note)
 
     def share(chosen: Kept) -> float:
         def exchange(name: str, value: Values) -> Values:
             return torch.where(chosen[name].to(value.device), values[name], value) if name in used else value
 
-        return float((own - _log_odds(model, batch, exchange)).mean() / (2 * own.mean()))
+        return float((whole - _log_odds(model, batch, exchange)).mean() / (2 * whole.mean()))
 
     drawn = [share(others) for others in random_nodes(model, nodes, batch, draws, seed=seed)]
     return Interchange(sum(int(mask.sum()) for mask in nodes.values()), share(nodes), drawn)
@@ -70,6 +70,6 @@ def channel_nodes(channel: Channel, shape: SparseConfig) -> Kept:
     site = Site(channel.site, shape.n_layers)
     if site.is_final:
         raise ValueError(f"channel {channel.name!r} is read by the unembedding, which is no node of a circuit")
-    nodes = {at.name: torch.zeros(at.width, dtype=torch.bool) for at in locations(shape)}
+    nodes = {location.name: torch.zeros(location.width, dtype=torch.bool) for location in locations(shape)}
     nodes[site.read_hook][list(channel.indices)] = True
     return nodes

@@ -70,7 +70,7 @@ def necessity(
     """Remove the kept nodes, and `draws` times as many others at the same locations."""
     removed = [kept, *random_nodes(model, kept, batch, draws, seed=config.seed)]
     losses = [_losses(model, {n: ~m for n, m in nodes.items()}, ablation, batch, config) for nodes in removed]
-    plain, calibrated = ([one[i] for one in losses] for i in (0, 1))
+    plain, calibrated = ([pair[i] for pair in losses] for i in (0, 1))
     return Necessity(plain[0], plain[1:], calibrated[0], calibrated[1:])
 
 
@@ -92,9 +92,9 @@ def node_effects(
     base = score(model, kept, circuit.ablation, batch, config).loss
     effects = {}
     for name in circuit.names:
-        fewer = {at: mask.clone() for at, mask in kept.items()}
-        for at, channel in find_node(circuit.shape, name):
-            fewer[at][channel] = False
+        fewer = {place: mask.clone() for place, mask in kept.items()}
+        for place, channel in find_node(circuit.shape, name):
+            fewer[place][channel] = False
         effects[name] = score(model, fewer, circuit.ablation, batch, config).loss - base
     return effects
 

@@ -17,7 +17,7 @@ of other families run, but their nodes are not told apart.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -96,18 +96,20 @@ class NodeModel(Protocol):
         self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]: ...
 
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None: ...
+
     def matrices(self) -> Iterator[Matrix]: ...
 
 
 def locations(shape: SparseConfig) -> list[Location]:
     """The node locations of a model of these sizes, in the order of computation: eight per layer."""
-    found = []
+    places = []
     for layer in range(shape.n_layers):
         for place, hook, field in _LOCATIONS:
             width = shape.n_heads * shape.d_head if field == "heads" else getattr(shape, field)
             width += shape.d_pos if place.endswith("act_in") else 0
-            found.append(Location(f"blocks.{layer}.{hook}", layer, place, width, shape.d_head * (field == "heads")))
-    return found
+            places.append(Location(f"blocks.{layer}.{hook}", layer, place, width, shape.d_head * (field == "heads")))
+    return places
 
 
 def device_of(model: NodeModel) -> torch.device:
@@ -142,17 +144,35 @@ class SparseNodes:
     def logits(
         self, tokens: Int[Tensor, "batch pos"], edit: NodeEdit | None = None, last: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch answer_pos d_vocab"]:
-        """Logits with every location's values passed through `edit`; with `last`, of those positions alone."""
+        """Logits with every location's values passed through `edit`; with `last`, of those positions alone.
+
+        What the last MLP does elsewhere is not computed then, and `edit` sees one position there: no later part reads
+        another token. (A model that concatenates positions runs it everywhere.)
+        """
+        n_sublayers = 2 * self.shape.n_layers
+        skips = last is not None and not self.shape.d_pos
+        with self._edited(edit):
+            resid = self._model.embed(tokens)
+            for i in range(n_sublayers - skips):
+                resid = self._model.sublayer(i, resid)
+            if last is not None:
+                row = torch.arange(len(last), device=tokens.device)
+                resid, tokens = resid[row, last][:, None], tokens[row, last][:, None]
+            if skips:
+                resid = self._model.sublayer(n_sublayers - 1, resid)
+        return self._model.unembed(resid, tokens)
+
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None:
+        """Show every location's values at all tokens to `note`, which gives them back; no logits are made."""
+        with self._edited(note):
+            advance(self._model, 0, self._model.embed(tokens))
+
+    def _edited(self, edit: NodeEdit | None) -> AbstractContextManager[Any]:
         # Heads laid side by side: only q, k and v have a head axis.
         hooks: list[Any] = (
-            [] if edit is None else [(at.name, partial(_edit_hooked, edit)) for at in locations(self.shape)]
+            [] if edit is None else [(location.name, partial(_edit_hooked, edit)) for location in locations(self.shape)]
         )
-        with self._model.hooks(fwd_hooks=hooks):
-            resid = advance(self._model, 0, self._model.embed(tokens))
-        if last is not None:
-            row = torch.arange(len(last), device=tokens.device)
-            resid, tokens = resid[row, last][:, None], tokens[row, last][:, None]
-        return self._model.unembed(resid, tokens)
+        return self._model.hooks(fwd_hooks=hooks)
 
     def matrices(self) -> Iterator[Matrix]:
         """Every matrix between two locations."""
@@ -202,6 +222,12 @@ class DenseNodes:
             resid = resid[torch.arange(len(last), device=tokens.device), last][:, None]
         return self._anatomy.head(resid)
 
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None:
+        """As `SparseNodes.visit`. Raises ValueError beyond the context."""
+        check_length(tokens.shape[1], self.shape.n_ctx)
+        with self._edited(note):
+            self._anatomy.body(input_ids=tokens, use_cache=False)
+
     @contextmanager
     def _edited(self, edit: NodeEdit | None) -> Iterator[None]:
         """Forward hooks that pass every location through `edit`, removed on leaving."""
@@ -249,12 +275,12 @@ def _edit_qkv(edit: NodeEdit, name: str, module: nn.Module, inputs: tuple[Tensor
 def _block_matrices(
     layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fc: Tensor, mlp_out: Tensor
 ) -> Iterator[Matrix]:
-    at = f"blocks.{layer}."
+    block = f"blocks.{layer}."
     for name, weight in (("q", q), ("k", k), ("v", v)):
-        yield Matrix(f"{at}attn.hook_in", f"{at}attn.hook_{name}", weight)
-    yield Matrix(f"{at}attn.hook_v", f"{at}hook_attn_out", out)
-    yield Matrix(f"{at}mlp.hook_in", f"{at}mlp.hook_post", fc)
-    yield Matrix(f"{at}mlp.hook_post", f"{at}hook_mlp_out", mlp_out)
+        yield Matrix(f"{block}attn.hook_in", f"{block}attn.hook_{name}", weight)
+    yield Matrix(f"{block}attn.hook_v", f"{block}hook_attn_out", out)
+    yield Matrix(f"{block}mlp.hook_in", f"{block}mlp.hook_post", fc)
+    yield Matrix(f"{block}mlp.hook_post", f"{block}hook_mlp_out", mlp_out)
 
 
 class Edge(NamedTuple):
@@ -278,10 +304,10 @@ _MATRIX_NAMES = {
 }
 
 
-def node_name(at: Location, channel: int, *, tied_qk: bool = False) -> str:
+def node_name(location: Location, channel: int, *, tied_qk: bool = False) -> str:
     """A channel's published name; where q and k share their gate both are the one node attn.qk."""
-    node = at.node(channel)
-    return str(node._replace(place="attn.qk") if tied_qk and at.place in ("attn.q", "attn.k") else node)
+    node = location.node(channel)
+    return str(node._replace(place="attn.qk") if tied_qk and location.place in ("attn.q", "attn.k") else node)
 
 
 def find_node(shape: SparseConfig, name: str) -> tuple[tuple[str, int], ...]:
@@ -291,7 +317,7 @@ def find_node(shape: SparseConfig, name: str) -> tuple[tuple[str, int], ...]:
     """
     node = parse_node(name, shape)
     channel = node.channel if node.head is None else node.head * shape.d_head + node.channel
-    known = {at.name for at in locations(shape)}
+    known = {location.name for location in locations(shape)}
     if not set(node.hooks) <= known:
         places = ", ".join(place for place, _, _ in _LOCATIONS)
         raise ValueError(f"{name!r}: {node.place} is no place of a circuit's nodes; they are {places}, attn.qk")
@@ -300,7 +326,7 @@ def find_node(shape: SparseConfig, name: str) -> tuple[tuple[str, int], ...]:
 
 def edges_between(model: NodeModel, kept: Kept, *, tied_qk: bool = False) -> list[Edge]:
     """The nonzero weights between two kept nodes, in the order of computation."""
-    by_name = {at.name: at for at in locations(model.shape)}
+    by_name = {location.name: location for location in locations(model.shape)}
     edges = []
     for source, target, weight in model.matrices():
         rows, columns = (kept[name].nonzero().flatten() for name in (target, source))

@@ -59,7 +59,7 @@ def place_nodes(graph: nx.MultiDiGraph) -> Layout:
     """Place the nodes of `Circuit.to_networkx()`; links, where the graph has them, do not count."""
     stages = {name: (data["layer"], _STAGES[data["place"]]) for name, data in graph.nodes(data=True)}
     used = sorted(set(stages.values()))
-    column = {stage: at for at, stage in enumerate(used)}
+    column = {stage: index for index, stage in enumerate(used)}
     rows = _spread(stages, _heights(graph))
     top = min(rows.values(), default=0.0)
     spots = {name: Spot(column[stage], rows[name] - top) for name, stage in stages.items()}
@@ -89,7 +89,7 @@ def _heights(graph: nx.MultiDiGraph) -> dict[str, float]:
     units = {name: _unit(graph, name) for name in graph}
     channels = sorted({unit for unit in units.values() if isinstance(unit, int)})
     single = [unit for unit in units.values() if not isinstance(unit, int)]
-    place: dict[Hashable, float] = {channel: float(at) for at, channel in enumerate(channels)}
+    place: dict[Hashable, float] = {channel: float(index) for index, channel in enumerate(channels)}
     place |= dict.fromkeys(single, (len(channels) - 1) / 2)
     best, least = dict(place), float("inf")
     for _ in range(_ROUNDS):
@@ -99,7 +99,7 @@ def _heights(graph: nx.MultiDiGraph) -> dict[str, float]:
             best, least = dict(place), length
         wanted = {channel: _mean(pulls[channel], place, place[channel]) for channel in channels}
         ranked = sorted(channels, key=lambda c: (wanted[c], c))
-        place |= {channel: float(at) for at, channel in enumerate(ranked)}
+        place |= {channel: float(index) for index, channel in enumerate(ranked)}
     return {name: best[unit] for name, unit in units.items()}
 
 
@@ -113,12 +113,12 @@ def _spread(stages: Mapping[str, tuple[int, int]], heights: Mapping[str, float])
     columns: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, stage in stages.items():
         columns[stage].append(name)
-    found: dict[str, float] = {}
+    positions: dict[str, float] = {}
     for names in columns.values():
         ordered = sorted(names, key=lambda name: heights[name])
-        apart = isotonic([heights[name] - at for at, name in enumerate(ordered)])
-        found |= {name: value + at for at, (name, value) in enumerate(zip(ordered, apart, strict=True))}
-    return found
+        apart = isotonic([heights[name] - index for index, name in enumerate(ordered)])
+        positions |= {name: value + index for index, (name, value) in enumerate(zip(ordered, apart, strict=True))}
+    return positions
 
 
 def isotonic(values: Sequence[int | float]) -> list[float]:

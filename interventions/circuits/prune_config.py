@@ -6,6 +6,7 @@ from typing import Literal
 from sparse_model.config import check_choices, require
 
 AblationKind = Literal["mean", "zero", "resample"]
+OutsideKind = Literal["all", "random", "adversary"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class PruneConfig:
     """Largest norm of tau's gradient (ours)."""
     ablation: AblationKind = "mean"
     """What deleted nodes are replaced by."""
+    outside: OutsideKind = "all"
+    """Which nodes outside the circuit are ablated while it is sought: all (the paper); each at a random rate, prompt by
+    prompt; or so for every other pair, for the rest the subset that an adversary finds worst (ours)."""
     tied_qk: bool = False
     """Whether a q and a k channel of the same index share a gate and count as one node."""
     eliminate: bool = True

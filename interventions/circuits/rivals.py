@@ -115,6 +115,10 @@ class FrozenNorms:
                 stack.callback(norm.register_forward_hook(hook).remove)
             yield
 
+    def visit(self, tokens: Int[Tensor, "batch pos"], note: NodeEdit) -> None:
+        """As `NodeModel.visit`: nothing is edited, so norms are those of the whole model anyway."""
+        self._model.visit(tokens, note)
+
     def matrices(self) -> Iterator[Matrix]:
         """Those of the model."""
         return self._model.matrices()
@@ -155,13 +159,13 @@ def random_nodes(model: NodeModel, kept: Kept, batch: TaskBatch, draws: int, *, 
 
 @torch.no_grad()
 def _varying(model: NodeModel, batch: TaskBatch) -> dict[str, Bool[Tensor, " width"]]:
-    found = {}
+    varying = {}
 
     def note(name: str, values: Values) -> Values:
         flat = values.flatten(0, 1)
-        found[name] = (flat != flat[0]).any(0)
+        varying[name] = (flat != flat[0]).any(0)
         return values
 
     tokens = batch.tokens[..., : int(batch.last.max()) + 1].flatten(0, 1).to(device_of(model))
-    model.logits(tokens, note, torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
-    return found
+    model.visit(tokens, note)
+    return varying

@@ -57,9 +57,9 @@ def search_config(
         raise ValueError("--search needs optuna: install it with pip install 'sparse-bridges[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = hashlib.sha256(json.dumps([key, asdict(base)], sort_keys=True).encode()).hexdigest()[:12]
+    settings_digest = hashlib.sha256(json.dumps([key, asdict(base)], sort_keys=True).encode()).hexdigest()[:12]
     study = optuna.create_study(
-        storage=f"sqlite:///{path}", study_name=f"{key} {own}", direction="minimize", load_if_exists=True
+        storage=f"sqlite:///{path}", study_name=f"{key} {settings_digest}", direction="minimize", load_if_exists=True
     )
     before = _finished(study)
     # A sampler seeded alike would draw the trials of the first session again.

@@ -158,7 +158,7 @@ class Measured(NamedTuple):
     redrawn: Repruned | None
     """The same pruning of redrawn weights."""
 
-    def at(self, target: float) -> Size | None:
+    def size_at(self, target: float) -> Size | None:
         """The circuit at a target loss."""
         return next((size for size in self.sizes if size.target == target), None)
 
@@ -172,8 +172,8 @@ class Measuring:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What a measurement belongs to, as JSON gives it back."""
-        own = {"digest": self.side.digest, "config": asdict(self.config)} | self.settings._asdict()
-        return json.loads(json.dumps(own))
+        identity = {"digest": self.side.digest, "config": asdict(self.config)} | self.settings._asdict()
+        return json.loads(json.dumps(identity))
 
     @cached_property
     def ablation(self) -> Ablation:
@@ -190,11 +190,11 @@ class Measuring:
         """The measurement on a task, read from its file where that is up to date."""
         name = f"{task.name}-{self.side.label}-seed{self.config.seed}.json"
         path = self.side.folder / FOLDER / "sizes" / name
-        found = _read(path, self.key)
-        if found is None:
-            found = self._measure(task, progress)
-            write_text(path, json.dumps({"key": self.key, "measured": _plain(found)}, indent=1) + "\n")
-        return found
+        measured = _read(path, self.key)
+        if measured is None:
+            measured = self._measure(task, progress)
+            write_text(path, json.dumps({"key": self.key, "measured": _plain(measured)}, indent=1) + "\n")
+        return measured
 
     def _measure(self, task: Task, progress: bool) -> Measured:
         model, config, ablation = self.side.model, self.config, self.ablation
@@ -210,14 +210,14 @@ class Measuring:
             for target, m in masks.items()
             if m is not None
         ]
-        own = masks[config.target_loss]
-        assert own is not None  # the whole model reaches that target
+        smallest = masks[config.target_loss]
+        assert smallest is not None  # the whole model reaches that target
         evaluation = task.sample(2 * config.selection_pairs, split="evaluation", seed=config.seed)
-        needed = necessity(model, ranking.layout.split(own), ablation, evaluation, config, self.settings.draws)
+        needed = necessity(model, ranking.layout.split(smallest), ablation, evaluation, config, self.settings.draws)
         control = None
         if self.settings.controls:
             fresh, values = self.redrawn
-            control = reprune(fresh, train, selection, values, config, int(own.sum()), progress=progress)
+            control = reprune(fresh, train, selection, values, config, int(smallest.sum()), progress=progress)
         return Measured(whole, sizes, needed, control)
 
 
@@ -235,12 +235,12 @@ def _read(path: Path, key: dict[str, Any]) -> Measured | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["key"] != key:
             return None
-        found = data["measured"]
+        measured = data["measured"]
         return Measured(
-            found["whole_loss"],
-            [Size(**size) for size in found["sizes"]],
-            found["necessity"] and Necessity(**found["necessity"]),
-            found["redrawn"] and Repruned(**found["redrawn"]),
+            measured["whole_loss"],
+            [Size(**size) for size in measured["sizes"]],
+            measured["necessity"] and Necessity(**measured["necessity"]),
+            measured["redrawn"] and Repruned(**measured["redrawn"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -27,8 +27,10 @@ def geometric_mean(edges: Sequence[int]) -> float:
 
 def edges_at(sizes: Sizes, label: Label, target: float, seed: int) -> list[int] | None:
     """Every task's edges at a target loss with the seed of that index; None where a task does not reach it."""
-    found = [measured[label][seed].at(target) for measured in sizes.values()]
-    return None if any(size is None for size in found) else [size.edges for size in found if size is not None]
+    sizes_there = [measured[label][seed].size_at(target) for measured in sizes.values()]
+    return (
+        None if any(size is None for size in sizes_there) else [size.edges for size in sizes_there if size is not None]
+    )
 
 
 def with_edges(sizes: Sizes, target: float) -> dict[str, Mapping[Label, Sequence[Measured]]]:
@@ -39,7 +41,7 @@ def with_edges(sizes: Sizes, target: float) -> dict[str, Mapping[Label, Sequence
     """
 
     def has_edges(measured: Measured) -> bool:
-        size = measured.at(target)
+        size = measured.size_at(target)
         return size is not None and size.edges > 0
 
     return {
@@ -63,7 +65,7 @@ def contest_summary(
         "with_edges": {"tasks": list(needing)} | (_averages(needing, target, len(seeds)) if needing else {}),
         "curve": {label: curve(needing or sizes, label, len(seeds)) for label in LABELS},
         "tasks": {
-            task: {label: [_figures(one, target) for one in measured[label]] for label in LABELS}
+            task: {label: [_figures(of_seed, target) for of_seed in measured[label]] for label in LABELS}
             for task, measured in sizes.items()
         },
         "left_out": dict(left_out),
@@ -78,7 +80,9 @@ def _averages(sizes: Sizes, target: float, seeds: int) -> dict[str, Any]:
 
 def curve(sizes: Sizes, label: Label, seeds: int) -> list[tuple[float, float]]:
     """(target loss, geometric mean of edges, median over seeds) where every task and both models reach the target."""
-    targets = sorted({size.target for measured in sizes.values() for one in measured[label] for size in one.sizes})
+    targets = sorted(
+        {size.target for measured in sizes.values() for of_seed in measured[label] for size in of_seed.sizes}
+    )
     points = []
     for target in targets:
         if all(edges_at(sizes, other, target, i) is not None for other in LABELS for i in range(seeds)):
@@ -91,7 +95,7 @@ def _means(sizes: Sizes, label: Label, target: float, seeds: int) -> list[float]
 
 
 def _figures(measured: Measured, target: float) -> dict[str, Any]:
-    size, needed, control = measured.at(target), measured.necessity, measured.redrawn
+    size, needed, control = measured.size_at(target), measured.necessity, measured.redrawn
     assert size is not None
     assert needed is not None
     return {
@@ -116,10 +120,10 @@ def contest_table(figures: Mapping[str, Any]) -> str:
         ratios = [max(1, dense["edges"]) / max(1, sparse["edges"]) for dense, sparse in pairs]
         lines.append([task, *cells, _range(ratios, ".1f")])
     named = {"geometric mean": figures["all"], "of those with edges in both": figures["with_edges"]}
-    for name, found in named.items():
-        if "ratio" in found:
-            means = [_range(found["geometric_mean_edges"][label], ".1f") for label in LABELS]
-            lines.append([name, "", means[0], "", "", "", means[1], "", "", _range(found["ratio"], ".1f")])
+    for name, averages in named.items():
+        if "ratio" in averages:
+            means = [_range(averages["geometric_mean_edges"][label], ".1f") for label in LABELS]
+            lines.append([name, "", means[0], "", "", "", means[1], "", "", _range(averages["ratio"], ".1f")])
     rows = [f"| {' | '.join(line)} |" for line in lines]
     ce = figures["ce"]
     rows.append(
@@ -135,26 +139,26 @@ def overview(figures: Mapping[str, Mapping[str, Any]]) -> str:
     heads = ["", "tasks", "sparse loss", "dense loss", "sparse edges", "dense edges", "dense / sparse"]
     lines, columns = [heads, ["---"] * len(heads)], []
     for name, of in figures.items():
-        found = of["with_edges"]
-        if "ratio" not in found:
+        averages = of["with_edges"]
+        if "ratio" not in averages:
             lines.append([name, "0", *(f"{of['ce'][label]:.4f}" for label in LABELS), "", "", ""])
             continue
-        edges = [statistics.median(found["geometric_mean_edges"][label]) for label in LABELS]
-        columns.append([*edges, statistics.median(found["ratio"])])
+        edges = [statistics.median(averages["geometric_mean_edges"][label]) for label in LABELS]
+        columns.append([*edges, statistics.median(averages["ratio"])])
         losses = [f"{of['ce'][label]:.4f}" for label in LABELS]
-        lines.append([name, str(len(found["tasks"])), *losses, *(f"{value:.1f}" for value in columns[-1])])
+        lines.append([name, str(len(averages["tasks"])), *losses, *(f"{value:.1f}" for value in columns[-1])])
     if columns:
         lines.append(["median", "", "", "", *(_range(values, ".1f") for values in zip(*columns, strict=True))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
-    redrawn = [one["redrawn_edges"] for one in seeds if one["redrawn_edges"] is not None]
-    tried = any(one["redrawn_reached"] is not None for one in seeds)
-    necessary = sum(one["necessary"] for one in seeds)
+    redrawn = [of_seed["redrawn_edges"] for of_seed in seeds if of_seed["redrawn_edges"] is not None]
+    tried = any(of_seed["redrawn_reached"] is not None for of_seed in seeds)
+    necessary = sum(of_seed["necessary"] for of_seed in seeds)
     return [
-        _range([one["nodes"] for one in seeds], "g"),
-        _range([one["edges"] for one in seeds], "g"),
+        _range([of_seed["nodes"] for of_seed in seeds], "g"),
+        _range([of_seed["edges"] for of_seed in seeds], "g"),
         "yes" if necessary == len(seeds) else f"{necessary} of {len(seeds)}" if necessary else "no",
         (_range(redrawn, "g") + " where reached" * (len(redrawn) < len(seeds))) if redrawn else "not reached" * tried,
     ]
@@ -172,19 +176,19 @@ def plot(figures: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
     Left: target loss against the geometric mean of edges. Right: edges of every task in both models, with medians.
     """
-    tasks = list(dict.fromkeys(task for one in figures for task in one["tasks"]))
+    tasks = list(dict.fromkeys(task for summary in figures for task in summary["tasks"]))
     figure = Figure(figsize=(10.5, 1.8 + 0.24 * max(8, len(tasks))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for label in LABELS:
-        for at, one in enumerate(figures):
-            points = one["curve"][label]
+        for index, summary in enumerate(figures):
+            points = summary["curve"][label]
             left.plot(
                 [edges for _, edges in points],
                 [target for target, _ in points],
                 "o-",
                 ms=4,
                 color=COLOURS[label],
-                label=label if not at else None,
+                label=label if not index else None,
             )
     left.axhline(figures[0]["target_loss"], color="grey", lw=0.8, ls=":")
     left.set(
@@ -204,17 +208,19 @@ def plot(figures: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def _dots(axes: Axes, figures: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> None:
-    def found(task: str, label: str) -> list[int]:
-        return [max(1, one["edges"]) for f in figures for one in f["tasks"].get(task, {}).get(label, ())]
+    def edges_of(task: str, label: str) -> list[int]:
+        return [
+            max(1, of_seed["edges"]) for summary in figures for of_seed in summary["tasks"].get(task, {}).get(label, ())
+        ]
 
-    middle = {task: {label: statistics.median(found(task, label)) for label in LABELS} for task in tasks}
+    middle = {task: {label: statistics.median(edges_of(task, label)) for label in LABELS} for task in tasks}
     order = sorted(tasks, key=lambda task: middle[task]["dense"])
-    for at, task in enumerate(order):
-        axes.plot([middle[task][label] for label in LABELS], [at, at], color="grey", lw=0.8, zorder=1)
+    for row, task in enumerate(order):
+        axes.plot([middle[task][label] for label in LABELS], [row, row], color="grey", lw=0.8, zorder=1)
         for label in LABELS:
-            edges = found(task, label)
-            axes.plot(edges, [at] * len(edges), "o", ms=3, color=COLOURS[label], alpha=0.5, mew=0)
-            axes.plot([middle[task][label]], [at], "o", ms=6, color=COLOURS[label])
+            edges = edges_of(task, label)
+            axes.plot(edges, [row] * len(edges), "o", ms=3, color=COLOURS[label], alpha=0.5, mew=0)
+            axes.plot([middle[task][label]], [row], "o", ms=6, color=COLOURS[label])
     axes.set(
         xscale="log",
         xlabel=f"edges at a task loss of {figures[0]['target_loss']:g} (none drawn as 1)",

@@ -63,16 +63,16 @@ def score_tasks(
 
     pairs: or as many as a task has. Raises what `get_task` raises, ValueError for fewer than one pair.
     """
-    found: dict[str, dict[str, TaskScore] | str] = {}
+    scores: dict[str, dict[str, TaskScore] | str] = {}
     for given in only or list_tasks():
         task = given if isinstance(given, Task) else get_task(given, tokenizer, max_tokens=max_tokens)
         try:
             batch = task.sample_up_to(pairs, split="evaluation", seed=seed)
         except CannotPresent as error:
-            found[task.name] = str(error)
+            scores[task.name] = str(error)
             continue
-        found[task.name] = {label: score_task(model, batch) for label, model in models.items()}
-    return found
+        scores[task.name] = {label: score_task(model, batch) for label, model in models.items()}
+    return scores
 
 
 def solved_tasks(

@@ -5,6 +5,7 @@ Without --controls the claim is uncontrolled, and the output says so.
 Examples:
     sparse-bridges find-circuit --run runs/demo
     sparse-bridges find-circuit --run runs/demo --task bracket_counting --controls
+    sparse-bridges find-circuit --run runs/demo --seeds 1 --outside random
     sparse-bridges find-circuit --run runs/demo --search 20
 """
 
@@ -22,6 +23,8 @@ from sparse_model.config import require
 
 if TYPE_CHECKING:
     from interventions.circuits.circuit import Circuit
+    from interventions.circuits.faithfulness import Faithfulness
+    from interventions.circuits.pruning_seeds import SeedSummary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,11 @@ class Options:
     draws: int = 20
     """Random sets of nodes that necessity and interchange are compared with."""
     evaluation_pairs: int = 128
-    """Pairs of the evaluation templates for the controls."""
+    """Pairs of the evaluation templates on which the circuit is judged and controlled."""
+    seeds: int = 3
+    """Prunings with seeds that follow each other; the best on further selection prompts is taken."""
+    consensus: bool = False
+    """Take the nodes that most of the prunings keep in place of the best pruning."""
     search: int = 0
     """Trials of a search over the settings for the fewest edges (needs optuna); resumes, and Ctrl-C ends it early."""
     start_from: str | None = None
@@ -49,7 +56,7 @@ class Options:
     config: Annotated[PruneConfig, tyro.conf.arg(name="")] = field(default_factory=PruneConfig)
 
     def __post_init__(self) -> None:
-        for name in ("draws", "evaluation_pairs"):
+        for name in ("draws", "evaluation_pairs", "seeds"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.search >= 0, "search", self.search, "must not be negative")
 
@@ -75,6 +82,9 @@ def main(options: Options) -> None:
         model=options.model,
         search=options.search,
         start_from=options.start_from,
+        seeds=options.seeds,
+        agreed=options.consensus,
+        evaluation_pairs=options.evaluation_pairs,
         progress=True,
     )
     path = save_circuit(run.folder, circuit)
@@ -94,11 +104,52 @@ def main(options: Options) -> None:
 
 
 def describe(circuit: "Circuit") -> None:
-    """Print where the circuit's nodes are, and its losses."""
+    """Print where the circuit's nodes are, its losses, and what it does on evaluation prompts."""
     places = Counter(name.split(".head")[0] if ".head" in name else name.rpartition(".")[0] for name in circuit.names)
     print(f"{circuit.task} in the {circuit.model} model: {circuit.n_nodes} nodes, {circuit.n_edges} edges")
     print("  " + ", ".join(f"{count} {place}" for place, count in places.items()))
+    if not circuit.n_nodes:
+        print(
+            "the circuit is empty: what no circuit has as a node (embedding, bigram table, unembedding) does the task"
+        )
     print(
         f"task loss on selection prompts (calibrated): whole model {circuit.unpruned_loss:.4f}, "
         f"circuit {circuit.loss:.4f} (target {circuit.config['target_loss']:g})"
     )
+    if circuit.faithfulness is not None:
+        print(format_faithfulness(circuit, circuit.faithfulness))
+
+
+def format_faithfulness(circuit: "Circuit", faithfulness: "Faithfulness") -> str:
+    """The circuit on evaluation prompts, the prunings beside it, and whether it failed."""
+    target = circuit.config["target_loss"]
+    floor = f" (counting alone {circuit.ngram_floor:.0%})" if circuit.ngram_floor is not None else ""
+    scores = [
+        (what, f"{score.loss:.3f}", f"{score.accuracy:.0%}", f"{score.calibrated:.3f}")
+        for what, score in faithfulness.rows()
+    ]
+    lines = [
+        f"on evaluation prompts: task loss {faithfulness.loss:.4f} (target {target:g}), pairs right "
+        f"{faithfulness.accuracy:.0%}{floor}",
+        f"without calibration it carries {faithfulness.log_odds_share:.1%} of the whole model's log-odds; "
+        f"the calibration's scale is {circuit.calibration.scale:.3g}",
+        "",
+        *_columns([("ablated outside the circuit", "loss", "pairs right", "calibrated anew"), *scores]),
+    ]
+    if len(circuit.seeds) > 1:
+        heads = ("pruning", "nodes", "edges", "loss", "fresh prompts", "overlap")
+        lines += ["", *_columns([heads, *(_seed_row(summary) for summary in circuit.seeds)])]
+    if circuit.failed:
+        lines += ["", f"FAILED: on evaluation prompts it misses its target of {target:g}; it is saved as failed"]
+    return "\n".join(lines)
+
+
+def _seed_row(summary: "SeedSummary") -> tuple[str, ...]:
+    name = ("consensus" if summary.seed is None else f"seed {summary.seed}") + ", taken" * summary.taken
+    losses = f"{summary.loss:.3f}", f"{summary.fresh_loss:.3f}"
+    return name, str(summary.nodes), str(summary.edges), *losses, f"{summary.overlap:.2f}"
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

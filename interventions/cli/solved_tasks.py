@@ -55,6 +55,8 @@ def command(arguments: list[str]) -> None:
 def main(options: Options) -> None:
     from tqdm.auto import tqdm
 
+    from interventions.circuits.circuit import failed_circuits
+
     scores, reports = {}, {}
     for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
         with writing_into(folder):
@@ -62,6 +64,9 @@ def main(options: Options) -> None:
     print(table(scores, reports))
     if options.prompts == "natural":
         print(distances(reports))
+    for folder in options.runs:
+        for name, reason in failed_circuits(Path(folder)).items():
+            print(f"{Path(folder).name}, {name}: {reason}")
 
 
 def measure(folder: Path, options: Options) -> "tuple[TaskScores, dict[str, TaskReport | str]]":

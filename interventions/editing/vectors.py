@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from interventions.bundle.channels import Channel, read_nodes
+from interventions.bundle.channels import Channel, residual_reads
 from interventions.editing.seen import Seen
 
 StreamVector = Float[Tensor, "#batch #pos d_dense"]
@@ -176,11 +176,11 @@ class Toward:
         sparse, indices = self.models.sparse, list(self.channel.indices)
         tokens = tokens.to(self.models.bridges.rms_sparse.device)
         if real is None or bool(real.all()):
-            return read_nodes(sparse, tokens, self.channel.site)[..., indices]
+            return residual_reads(sparse, tokens, self.channel.site)[..., indices]
         # The sparse model has no attention mask: each row goes through it without its padding.
         read = torch.zeros(*tokens.shape, len(indices), device=tokens.device)
         for row, kept in zip(read, zip(tokens, real.to(tokens.device), strict=True), strict=True):
-            row[kept[1]] = read_nodes(sparse, kept[0][kept[1]][None], self.channel.site)[0, :, indices]
+            row[kept[1]] = residual_reads(sparse, kept[0][kept[1]][None], self.channel.site)[0, :, indices]
         return read
 
 

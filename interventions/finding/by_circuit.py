@@ -11,7 +11,7 @@ import torch
 
 from bridges.run_folder import Run
 from bridges.sites import all_sites
-from interventions.bundle.channels import Channel, Rule, read_nodes
+from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.circuits.circuit import Circuit
 from interventions.finding.by_patching import MOST_INDICES, ChannelSearch, named_channel, share_rules
 from interventions.finding.patching import ReadPatch, flipped, log_p, mean_difference, site_effects
@@ -64,6 +64,7 @@ def channel_by_circuit(run: Run, name: str, circuit: Circuit, batch: TaskBatch, 
             "edges": circuit.n_edges,
             "loss": circuit.loss,
             "controlled": circuit.controls is not None,
+            "failed": circuit.failed,
             "read_effect_nats": {str(i): round(effect, 4) for i, effect in effects.items()},
         },
     )
@@ -88,5 +89,5 @@ def _ranked(run: Run, batch: TaskBatch, site: int, patch: ReadPatch, channels: l
     ranked = sorted(channels, key=lambda c: -float(single[c]))
     sets = {n: ranked[:n] for n in range(1, min(2 * MOST_INDICES, len(ranked)) + 1)}
     share = {n: patch.effect(chosen) / patch.whole for n, chosen in sets.items()}
-    nodes = [read_nodes(run.sparse, batch.tokens[:, member], site) for member in (0, 1)]
+    nodes = [residual_reads(run.sparse, batch.tokens[:, member], site) for member in (0, 1)]
     return ChannelSearch(sets, share, single, patch.whole, mean_difference(*nodes))

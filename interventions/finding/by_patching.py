@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from bridges.run_folder import Run
 from bridges.sites import Site
-from interventions.bundle.channels import Channel, Rule, read_nodes
+from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.finding.patching import (
     ReadPatch,
     SiteEffect,
@@ -80,7 +80,7 @@ def search_channels(
     `candidates` are kept by each of the two rankings, `beam` sets go on from each size to the next.
     """
     patch = ReadPatch(run, batch, site)
-    nodes = [read_nodes(run.sparse, batch.tokens[:, member], site) for member in (0, 1)]
+    nodes = [residual_reads(run.sparse, batch.tokens[:, member], site) for member in (0, 1)]
     size = (nodes[0] - nodes[1]).abs().sum((0, 1)) * run.bridges.directions(site).norm(dim=1)
     single = torch.zeros(run.sparse.d_model)
     # A channel that never differs has no effect to measure.
@@ -236,7 +236,7 @@ def named_channel(
     """
     indices = search.sets[size or sufficient(search)[0]]
     weights = search.difference[indices] / search.difference[indices].abs().max().clamp(min=1e-12)
-    nodes = [read_nodes(run.sparse, batch.tokens[:, m], site)[..., indices] for m in (0, 1)]
+    nodes = [residual_reads(run.sparse, batch.tokens[:, m], site)[..., indices] for m in (0, 1)]
     differs = (nodes[0] != nodes[1]).any(-1)
     return Channel(
         name=name,

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from bridges.run_folder import Run
 from bridges.sites import Site
-from interventions.bundle.channels import Channel, Rule, read_nodes
+from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.finding.by_patching import ChannelSearch, nameable, named_channel, size_rule
 from interventions.finding.patching import ReadPatch, eligibility_rule, eligible_sites, mean_difference, site_effects
 from interventions.steering.edits import mean_norm
@@ -148,7 +148,7 @@ def channel_by_steering(
             {n: dosed.share for n, dosed in sets.items()},
             chosen.single,
             chosen.patch.whole,
-            mean_difference(*(read_nodes(run.sparse, batch.tokens[:, member], chosen.site) for member in (0, 1))),
+            mean_difference(*(residual_reads(run.sparse, batch.tokens[:, member], chosen.site) for member in (0, 1))),
         ),
         size=size,
         rules=[*site_rule, *set_rules(chosen.patch.whole, least_p, sets[size])],

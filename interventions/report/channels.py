@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bridges.run_folder import Run
 from bridges.sites import Site
-from interventions.bundle.channels import FILE, Channel, read_nodes
+from interventions.bundle.channels import FILE, Channel, residual_reads
 from interventions.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.looking import examples as lens
 from interventions.report.generations import Continuation, continuations
@@ -75,7 +75,7 @@ def activations(
     """A channel's activation at each token (`Channel.value`), and that of each of its indices."""
     device = next(run.sparse.parameters()).device
     with torch.no_grad():
-        nodes = read_nodes(run.sparse, tokens[None].to(device), channel.site)[0].cpu()
+        nodes = residual_reads(run.sparse, tokens[None].to(device), channel.site)[0].cpu()
     return channel.value(nodes), nodes[:, list(channel.indices)]
 
 
@@ -161,7 +161,7 @@ def _histogram(run: Run, channel: Channel, batch: TaskBatch, number: int) -> Cha
     values = []
     for member in (0, 1):
         with torch.no_grad():
-            read = read_nodes(run.sparse, batch.tokens[:, member].to(device), channel.site).cpu()
+            read = residual_reads(run.sparse, batch.tokens[:, member].to(device), channel.site).cpu()
         values.append(channel.value(read)[mask].numpy())
     both = np.concatenate(values)
     edges = np.histogram_bin_edges(both, _BINS) if both.min() < both.max() else np.linspace(-1, 1, _BINS + 1)

@@ -1,4 +1,4 @@
-"""The report's circuits: which there are, what the page says of each, and the verdict of its controls."""
+"""The report's circuits: which there are, what the page says of each, and the results of its controls."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
 from interventions.circuits.circuit import FOLDER, Circuit, circuit_paths, load_circuit
-from interventions.circuits.controls import Validation, Verdict, verdicts
+from interventions.circuits.controls import ControlResult, Validation, control_results
 from interventions.circuits.node_model import ModelKind, as_nodes
 from interventions.report.explorer import MOST_EDGES, explorer_data
 from interventions.report.importance import by_importance, effects_of, size_curve
@@ -40,7 +40,7 @@ class CircuitPage(NamedTuple):
     circuit: Circuit
     description: str
     """Its task's."""
-    verdicts: list[Verdict]
+    controls: list[ControlResult]
     """Empty for an uncontrolled claim."""
     stale: bool
     """Whether there are controls, but written by another version: they count for none."""
@@ -105,7 +105,7 @@ def _page(
     graph = explorer_data(run, model, circuit, channels, ranked, effects, batch, held_out, detailed)
     key = circuit.task if circuit.model == "sparse" else f"{circuit.task}-{circuit.model}"
     sizes = size_curve(model, circuit, ranked, batch) if batch else []
-    judged = circuit_verdicts(circuit)
+    judged = circuit_control_results(circuit)
     if not effects:
         notes.append("The effects of its nodes are not known: they are ordered by the sum of their weights.")
     if len(ranked) > detailed:
@@ -116,7 +116,7 @@ def _page(
         key=key,
         circuit=circuit,
         description=description,
-        verdicts=judged,
+        controls=judged,
         stale=circuit.controls is not None and not judged,
         rows=[_row(circuit, name, effects) for name in ranked],
         notes=notes,
@@ -134,12 +134,12 @@ def _task(run: Run, circuit: Circuit) -> tuple[str, TaskBatch | None, list[str]]
         return "", None, [f"There are no prompts of its task, and so no sizes: {error.args[0]}"]
 
 
-def circuit_verdicts(circuit: Circuit) -> list[Verdict]:
+def circuit_control_results(circuit: Circuit) -> list[ControlResult]:
     """The table of controls; none for an uncontrolled claim, as is one whose controls do not read any more."""
     if circuit.controls is None:
         return []
     try:
-        return verdicts(Validation.from_dict(circuit.controls))
+        return control_results(Validation.from_dict(circuit.controls))
     except (KeyError, TypeError):
         return []
 

@@ -62,7 +62,7 @@ class NodeWords(NamedTuple):
 def words(circuit: Circuit, name: str) -> NodeWords:
     """A node's names."""
     node = parse_node(name, circuit.shape)
-    index = ", ".join(str(i) for i in node.at)
+    index = ", ".join(str(i) for i in node.channel_index)
     letters = node.place.removeprefix("attn.") if node.head is not None else ""
     short = str(node.channel) if node.head is None else f"{letters}{node.head}.{node.channel}"
     hooks = " and ".join(f"{hook}[{index}]" for hook in node.hooks)
@@ -87,9 +87,8 @@ def node_values(
         return values
 
     for batch in tokens.split(batch_size):
-        # Only the nodes are wanted: one position's logits are enough.
         batch = batch.to(device_of(model))
-        model.logits(batch, note, torch.zeros(len(batch), dtype=torch.long, device=batch.device))
+        model.visit(batch, note)
     whole = {location: torch.cat(parts) for location, parts in parts_of.items()}
     return {name: whole[location][..., wanted[location].index(channel)] for name, (location, channel) in at.items()}
 

@@ -73,16 +73,27 @@ def warnings(
 
 def _circuit_warnings(page: CircuitPage) -> list[str]:
     name = f"{page.circuit.task} in the {page.circuit.model} model"
+    faithfulness = page.circuit.faithfulness
+    failed = []
+    if page.circuit.failed and faithfulness is not None:
+        failed = [
+            f"The circuit for {name} failed: on evaluation prompts its task loss is {faithfulness.loss:.3f}, its "
+            f"target {page.circuit.config['target_loss']:g}."
+        ]
+    return failed + _control_warnings(page, name)
+
+
+def _control_warnings(page: CircuitPage, name: str) -> list[str]:
     if page.stale:
         return [
             f"The controls of the circuit for {name} were written by another version and do not read: run them again."
         ]
-    if not page.verdicts:
+    if not page.controls:
         return [
             f"The circuit for {name} is uncontrolled: pruning also finds small circuits where there is nothing. "
             f"Add controls with sparse-bridges find-circuit --task {page.circuit.task} --controls."
         ]
-    failed = [verdict.control for verdict in page.verdicts if not verdict.survived]
+    failed = [control.control for control in page.controls if not control.survived]
     return [f"The circuit for {name} fails its controls: {', '.join(failed)}."] if failed else []
 
 

@@ -23,6 +23,7 @@ from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import Channel, load_channels
 from interventions.charts import Chart
+from interventions.circuits.circuit import failed_circuits
 from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
@@ -93,7 +94,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "hybrids": hybrids,
         "steering": steering,
         "controls": CONTROLS,
-        "tasks": task_rows(metrics),
+        "tasks": task_rows(metrics, failed_circuits(run.folder)),
         "counting": counting_words(metrics),
         "solved": SOLVED,
         "solved_by_counting": SOLVED_BY_COUNTING,

@@ -1,7 +1,8 @@
 """The report's twenty tasks: which the run's models solve, and how many edges their circuits have."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 from interventions.circuits.node_model import ModelKind
@@ -25,7 +26,7 @@ class TaskRow(NamedTuple):
     edges: dict[str, float]
     """By model, median over pruning seeds; empty where no circuits were cut out."""
     why: str
-    """Why one of them is empty."""
+    """Why one of them is empty, and which circuit failed."""
     floors: list[float]
     """Pair accuracy of the bigram, trigram and 5-gram tables of the training text; empty where nothing was counted."""
 
@@ -40,8 +41,11 @@ class TaskRow(NamedTuple):
         return max(1.0, self.edges["dense"]) / max(1.0, self.edges["sparse"]) if self.edges else None
 
 
-def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
-    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order, then other tasks."""
+def task_rows(metrics: dict[str, Any], failed: Mapping[str, str] = MappingProxyType({})) -> list[TaskRow]:
+    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order, then other tasks.
+
+    `failed` are circuits that failed, in words by task (see `failed_circuits`).
+    """
     scored, sizes = metrics.get("tasks", {}), metrics.get("circuit_size", {})
     measured, left_out = sizes.get("tasks", {}), sizes.get("left_out", {})
     rows = []
@@ -53,10 +57,20 @@ def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
             for label, seeds in measured.get(name, {}).items()
         }
         if scores or edges or scores_of or name in left_out:
-            why = scores_of.get("unsupported") or left_out.get(name, "")
+            why = _why(name, scores_of, left_out, failed)
             floors = list(scores_of.get("floors", {}).get("evaluation", {}).values())
             rows.append(TaskRow(name, _description(name, scores_of), scores, edges, why, floors))
     return rows
+
+
+def _why(name: str, scored: Mapping[str, Any], left_out: Mapping[str, str], failed: Mapping[str, str]) -> str:
+    dense = failed.get(f"{name}-dense", "")
+    reasons = (
+        scored.get("unsupported") or left_out.get(name, ""),
+        failed.get(name, ""),
+        f"dense model: {dense}" if dense else "",
+    )
+    return "; ".join(reason for reason in reasons if reason)
 
 
 def _description(name: str, found: dict[str, Any]) -> str:

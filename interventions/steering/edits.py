@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.run_folder import Run
-from interventions.bundle.channels import read_nodes
+from interventions.bundle.channels import residual_reads
 from interventions.editing.vectors import stream_change
 from interventions.steering.steered_prompts import Prompts, Vectors
 
@@ -25,7 +25,7 @@ Columns = Float[Tensor, "d_sparse d_dense"]
 @torch.no_grad()
 def activation_changes(run: Run, site: int, prompts: Prompts) -> Float[Tensor, "prompt pos d_sparse"]:
     """Counterfactual minus presented activation of every channel of the sparse read; zero behind the last token."""
-    reads = [read_nodes(run.sparse, tokens, site) for tokens in (prompts.counterfactual, prompts.tokens)]
+    reads = [residual_reads(run.sparse, tokens, site) for tokens in (prompts.counterfactual, prompts.tokens)]
     return (reads[0] - reads[1]) * prompts.open[..., None]
 
 

@@ -75,13 +75,13 @@ def solved(contest: Contest, wanted: tuple[str, ...]) -> tuple[list[str], dict[s
     models = {side.label: side.model for side in contest.sides}
     scores = score_tasks(models, contest.tokenizer, max_tokens=contest.n_ctx, pairs=128, seed=0, only=wanted)
     tasks, left_out = [], {}
-    for name, found in scores.items():
-        if isinstance(found, str):
-            left_out[name] = found
-        elif all(score.solved for score in found.values()):
+    for name, of_task in scores.items():
+        if isinstance(of_task, str):
+            left_out[name] = of_task
+        elif all(score.solved for score in of_task.values()):
             tasks.append(name)
         else:
-            accuracy = ", ".join(f"{label} {score.pair_accuracy:.2f}" for label, score in found.items())
+            accuracy = ", ".join(f"{label} {score.pair_accuracy:.2f}" for label, score in of_task.items())
             left_out[name] = f"not solved by both (pair accuracy {accuracy}; {SOLVED:g} needed)"
     return tasks, left_out
 
@@ -100,9 +100,9 @@ def measure(contest: Contest, options: Options) -> dict:
                     bar.set_postfix_str(f"{name}, {measuring.side.label}")
                     sizes[name][measuring.side.label].append(measuring(task, progress=True))
                     bar.update()
-    for name, found in list(sizes.items()):
+    for name, by_label in list(sizes.items()):
         for label in LABELS:
-            missed = [one.whole_loss for one in found[label] if not one.sizes]
+            missed = [of_seed.whole_loss for of_seed in by_label[label] if not of_seed.sizes]
             if missed:
                 left_out[name] = f"the whole {label} model has a task loss of {max(missed):.3f} on selection prompts"
                 sizes.pop(name, None)
@@ -114,10 +114,10 @@ def main(options: Options) -> None:
     require(options.draws > 0, "draws", options.draws, "must be at least 1")
     figures = {}
     for contest in contests(options):
-        folder, found = contest.sides[0].folder, measure(contest, options)
-        figures[str(folder)] = found
-        update_metrics(folder, circuit_size=found)
-        print(f"{contest.name}\n{contest_table(found)}\nkept in {folder / 'metrics.json'}\n")
+        folder, summary = contest.sides[0].folder, measure(contest, options)
+        figures[str(folder)] = summary
+        update_metrics(folder, circuit_size=summary)
+        print(f"{contest.name}\n{contest_table(summary)}\nkept in {folder / 'metrics.json'}\n")
     if len(figures) > 1:
         print(f"{overview(figures)}\n")
     path = Path(options.plot) if options.plot else Path(next(iter(figures))) / "circuit_size.png"

@@ -45,8 +45,8 @@ class Node(NamedTuple):
         return tuple(f"blocks.{self.layer}.{_PLACES[place][0]}" for place in places)
 
     @property
-    def at(self) -> tuple[int, ...]:
-        """Index into the last axes of that activation: (channel,), or (head, channel)."""
+    def channel_index(self) -> tuple[int, ...]:
+        """Index into the last axes of its activation: (channel,), or (head, channel)."""
         return (self.channel,) if self.head is None else (self.head, self.channel)
 
     def __str__(self) -> str:

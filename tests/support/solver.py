@@ -5,7 +5,7 @@ from torch import Tensor
 
 from interventions.circuits.node_model import NodeModel, locations
 from interventions.circuits.prune_config import PruneConfig
-from interventions.tasks.base import TaskBatch
+from interventions.tasks.base import PROMPT_SPLITS, PromptSplit, Task, TaskBatch
 from sparse_model.config import SparseConfig
 from sparse_model.model.transformer import SparseTransformer
 
@@ -41,6 +41,18 @@ def solver() -> SparseTransformer:
     return model
 
 
+def cancelling() -> SparseTransformer:
+    """The solver with two more neurons that read what its own does; together they do nothing, alone much harm."""
+    model = solver()
+    with torch.no_grad():
+        fc, out = model.blocks[0].mlp.fc, model.blocks[0].mlp.out
+        for neuron, weight in ((6, -4.0), (7, 4.0)):
+            fc.weight[neuron], out.weight[:, neuron], fc.bias[neuron] = 0, 0, 0
+            fc.weight[neuron, 0], out.weight[7, neuron] = 1.0, weight
+        out.bias[7] = -0.7  # so that it needs no calibration
+    return model
+
+
 def solver_batch(pairs: int, seed: int = 0) -> TaskBatch:
     """Token 1 or 2 as the last of three."""
     generator = torch.Generator().manual_seed(seed)
@@ -48,3 +60,15 @@ def solver_batch(pairs: int, seed: int = 0) -> TaskBatch:
     tokens[:, 0, 2], tokens[:, 1, 2] = 1, 2
     answers = torch.tensor([3, 4]).repeat(pairs, 1)
     return TaskBatch(tokens, answers, torch.full((pairs,), 2), [("1", "2")] * pairs)
+
+
+class SolverTask(Task):
+    """The solver's task as pruning takes one: other prompts by seed and split."""
+
+    name = "solver"
+
+    def __init__(self) -> None:
+        """Nothing of a spec or a tokenizer is needed."""
+
+    def sample(self, n_pairs: int, *, split: PromptSplit, seed: int) -> TaskBatch:
+        return solver_batch(n_pairs, 3 * seed + PROMPT_SPLITS.index(split))

@@ -314,7 +314,7 @@ def test_the_script_writes_a_circuit_and_says_whether_it_is_controlled(
         selection = {"task": "single_double_quote"}
         save_channel(folder, Channel(name=name, site=site, indices=(2,), weights=(1.0,), selection=selection))
     config = PruneConfig(steps=2, pairs=4, pool=8, selection_pairs=4, target_loss=0.75, reference_tokens=128)
-    main(Options(run=str(folder), controls=controls, draws=2, evaluation_pairs=4, config=config))
+    main(Options(run=str(folder), controls=controls, draws=2, evaluation_pairs=4, seeds=1, config=config))
     printed = capsys.readouterr().out
     circuit = load_circuit(open_run(folder), "single_double_quote")
     assert f"{circuit.n_nodes} nodes, {circuit.n_edges} edges" in printed
@@ -335,12 +335,12 @@ def test_the_script_starts_from_an_earlier_circuit(
     config = PruneConfig(steps=1, pairs=4, pool=8, selection_pairs=4, target_loss=0.75, reference_tokens=128)
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps({"nodes": ["0.mlp.post_act.3", "1.attn.q.head0.ch1"]}))
-    main(Options(run=str(folder), start_from=str(earlier), config=config))
+    main(Options(run=str(folder), start_from=str(earlier), seeds=1, evaluation_pairs=4, config=config))
     assert "gates at the end of pruning: 2 nodes" in caplog.text
     earlier.write_text(json.dumps({"nodes": ["0.mlp.post_act.100000"]}))
     for path, message in ((earlier, "earlier.json is no circuit for this model: .*100000"), ("gone.json", "gone.json")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            main(Options(run=str(folder), start_from=str(path), config=config))
+            main(Options(run=str(folder), start_from=str(path), seeds=1, evaluation_pairs=4, config=config))
 
 
 def test_the_script_searches_settings(
@@ -350,7 +350,7 @@ def test_the_script_searches_settings(
     monkeypatch.setenv("SPARSE_BRIDGES_CACHE", str(tmp_path))
     config = PruneConfig(steps=2, pairs=4, pool=8, selection_pairs=4, target_loss=0.75, reference_tokens=128)
     for trials in (2, 1):  # the second time they are all there
-        main(Options(run=str(folder), model="dense", search=trials, config=config))
+        main(Options(run=str(folder), model="dense", search=trials, seeds=1, evaluation_pairs=4, config=config))
         assert "fewest edges in 2 trials: 0" in caplog.text
         caplog.clear()
     circuit = load_circuit(open_run(folder), "single_double_quote", "dense")

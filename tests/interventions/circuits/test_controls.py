@@ -18,7 +18,7 @@ from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
 from interventions.circuits.ablation import measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit
-from interventions.circuits.controls import Validation, format_validation, validate, verdicts
+from interventions.circuits.controls import Validation, control_results, format_validation, validate
 from interventions.circuits.interchange import channel_nodes, interchange
 from interventions.circuits.measures import Repruned
 from interventions.circuits.node_model import Kept, NodeModel, as_nodes, locations
@@ -286,7 +286,7 @@ def test_validation_of_a_known_circuit(validated: tuple[Circuit, Validation]) ->
     for found in (result.nonsense, result.nonsense_rule):
         assert found.k is None
         assert found.loss_at_k > 0.5
-    lines = {line.control: line.survived for line in verdicts(result)}
+    lines = {line.control: line.survived for line in control_results(result)}
     assert [name for name, survived in lines.items() if not survived] == ["interchange of idle"]
     assert {"interchange", "frozen norms", "nonsense: a rule", "redrawn, frozen norms"} <= set(lines)
 
@@ -302,11 +302,11 @@ def test_controls_come_back_from_json(validated: tuple[Circuit, Validation]) -> 
 def test_a_control_that_prunes_as_small_fails(validated: tuple[Circuit, Validation], name: str) -> None:
     _, result = validated
     small = Repruned(whole_loss=0.1, k=2 * result.n_nodes - 1, edges=4, loss_at_k=0.1)
-    failed = [line.control for line in verdicts(result._replace(**{name: small})) if not line.survived]
+    failed = [line.control for line in control_results(result._replace(**{name: small})) if not line.survived]
     assert len(failed) == 2
     assert format_validation(result._replace(**{name: small})).count("FAILED") == 2
     large = small._replace(k=2 * result.n_nodes)
-    assert len([line for line in verdicts(result._replace(**{name: large})) if not line.survived]) == 1
+    assert len([line for line in control_results(result._replace(**{name: large})) if not line.survived]) == 1
 
 
 def test_no_draws_are_refused(validated: tuple[Circuit, Validation]) -> None:

@@ -268,7 +268,7 @@ def test_dense_model_is_pruned_by_the_same_code(run: Run, blocks: Tensor) -> Non
 def test_unreachable_target_is_refused_with_both_numbers(run: Run, blocks: Tensor) -> None:
     task = get_task("single_double_quote", run.tokenizer)
     train, selection = task.sample(16, split="train", seed=0), task.sample(8, split="selection", seed=0)
-    with pytest.raises(ValueError, match=r"target_loss=0\.15 is below the whole model's own task loss of 0\.6"):
+    with pytest.raises(ValueError, match=r"does not solve the task: .* its task loss is 0\.6\d+, the target 0\.15"):
         prune(run.sparse, train, selection, measure_ablation(run.sparse, blocks), CONFIG)
     with pytest.raises(ValueError, match="16 training pairs are too few for batches of 64"):
         fit_gates(as_nodes(run.sparse), train, measure_ablation(run.sparse, blocks), PruneConfig())

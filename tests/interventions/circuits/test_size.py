@@ -126,7 +126,7 @@ def test_a_measurement_is_made_once(contest: Contest, monkeypatch: pytest.Monkey
     settings = Settings((0.7,), 2, True)
     first = [Measuring(contest, side, CONFIG, settings)(task) for side in contest.sides]
     for found in first:
-        assert found.at(0.75) == Size(0.75, 0, 0, pytest.approx(0.693, abs=1e-3))
+        assert found.size_at(0.75) == Size(0.75, 0, 0, pytest.approx(0.693, abs=1e-3))
         assert found.necessity is not None
         assert len(found.necessity.random) == 2
         assert found.redrawn is not None

@@ -10,7 +10,7 @@ import torch
 from bridges.hybrid import residuals, suffix
 from bridges.run_folder import Run
 from interventions import intervene, intervene_vector
-from interventions.bundle.channels import read_nodes
+from interventions.bundle.channels import residual_reads
 
 NEW = 6
 V = torch.linspace(-2, 3, 16).roll(5)
@@ -131,7 +131,7 @@ def test_a_callable_sees_every_token_so_far(dense, run: Run, tokens: torch.Tenso
 def test_toward_leaves_generated_tokens_alone(dense, run: Run, tokens: torch.Tensor) -> None:
     other = tokens.flip(1)
     change = torch.zeros(2, 17, 16)
-    nodes = (read_nodes(run.sparse, other, 2) - read_nodes(run.sparse, tokens, 2))[..., [3, 11]]
+    nodes = (residual_reads(run.sparse, other, 2) - residual_reads(run.sparse, tokens, 2))[..., [3, 11]]
     change[:, :12] = 2 * run.bridges.rms_sparse[2] * nodes @ run.bridges.decoders[2].weight[:, [3, 11]].T
     for cache in (True, False):
         with intervene(dense, "pair", toward=other, strength=2.0, where="stream"):

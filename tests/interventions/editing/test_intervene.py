@@ -11,7 +11,7 @@ from bridges.hybrid import residuals, suffix
 from bridges.run_folder import Run
 from interventions import intervene, intervene_vector, load_dense
 from interventions.bundle.bundle import get_bundle
-from interventions.bundle.channels import load_channels, read_nodes
+from interventions.bundle.channels import load_channels, residual_reads
 from interventions.editing.vectors import channel_direction
 
 
@@ -122,7 +122,7 @@ def test_identity_decoder_steers_like_a_direct_edit_of_the_dense_channel(tmp_pat
 def test_toward_adds_the_scaled_difference_of_the_sparse_reads(dense, run: Run, tokens: torch.Tensor) -> None:
     other = tokens.clone()
     other[:, 4] = (other[:, 4] + 7) % 384
-    change = (read_nodes(run.sparse, other, 2) - read_nodes(run.sparse, tokens, 2))[..., [3, 11]]
+    change = (residual_reads(run.sparse, other, 2) - residual_reads(run.sparse, tokens, 2))[..., [3, 11]]
     v = run.bridges.rms_sparse[2] * change @ run.bridges.decoders[2].weight[:, [3, 11]].T
     resid = residuals(run.dense, tokens)[2]
     for strength in (0.5, 1.0):
@@ -143,14 +143,14 @@ def test_toward_follows_tokens_that_are_changed_in_place(dense, tokens: torch.Te
         assert torch.equal(again, dense(prompt.clone()))
 
 
-def test_read_nodes_divide_out_the_gain(run: Run, tokens: torch.Tensor) -> None:
+def test_residual_reads_divide_out_the_gain(run: Run, tokens: torch.Tensor) -> None:
     """The node is the normalised value before the gain, where AbsTopK lets it through."""
     gain = run.sparse.blocks[1].ln1.weight
     with torch.no_grad():
         gain.copy_(torch.rand(32) + 0.5)
         gain[5] = 0
         resid = residuals(run.sparse, tokens)[2]
-        nodes = read_nodes(run.sparse, tokens, 2)
+        nodes = residual_reads(run.sparse, tokens, 2)
         normalised = resid / resid.square().mean(-1, keepdim=True).sqrt()
         gain.fill_(1)
     kept = nodes != 0

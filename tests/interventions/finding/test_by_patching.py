@@ -11,7 +11,7 @@ from support.helpers import make_tiny_run
 
 from bridges.hybrid import residuals, suffix
 from bridges.run_folder import Run, fingerprint
-from interventions.bundle.channels import Channel, Rule, load_channels, read_nodes, save_channel
+from interventions.bundle.channels import Channel, Rule, load_channels, residual_reads, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.node_model import as_nodes, locations
@@ -59,7 +59,7 @@ def test_search_is_exact_on_singles_and_close_to_brute_force_on_pairs(run: Run, 
 
 def test_named_channel_is_positive_for_member_0_and_the_smallest_sufficient_set(run: Run, batch: TaskBatch) -> None:
     channel = channel_by_patching(run, "quote_type", "single_double_quote", batch, site=2)
-    nodes = [read_nodes(run.sparse, batch.tokens[:, m], 2) for m in (0, 1)]
+    nodes = [residual_reads(run.sparse, batch.tokens[:, m], 2) for m in (0, 1)]
     differs = (nodes[0] != nodes[1]).any(-1)
     assert channel.value(nodes[0])[differs].mean() > channel.value(nodes[1])[differs].mean()
     assert max(abs(w) for w in channel.weights) == 1

@@ -11,7 +11,7 @@ from transformer_lens import ActivationCache
 from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions import Channel, Circuit, intervene, intervene_vector, load_dense
-from interventions.bundle.channels import read_nodes
+from interventions.bundle.channels import residual_reads
 from interventions.circuits.ablation import Ablation, Calibration
 from interventions.circuits.node_model import locations
 from interventions.looking.activations import activations, sparse_cache, top_channels
@@ -53,7 +53,7 @@ def test_places(dense, run: Run, tokens: torch.Tensor) -> None:
         return torch.allclose(activations(dense, tokens, place), wanted, atol=1e-5)
 
     _, cache = run.sparse.run_with_cache(tokens)
-    reads = read_nodes(run.sparse, tokens, 2)
+    reads = residual_reads(run.sparse, tokens, 2)
     assert equals(2, reads)
     assert equals("attn.1", reads)
     assert equals("attn.1.read.7", reads[..., 7])

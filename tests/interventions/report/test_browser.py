@@ -236,7 +236,7 @@ def test_another_circuit_can_be_chosen(page: Page, run: Run) -> None:
     assert shown(page) == load_circuit(run, TASK, "dense").n_nodes
     assert page.locator("article:not([hidden]) .uncontrolled").is_visible()
     page.select_option("#circuit-choice", TASK)
-    assert page.locator("article:not([hidden]) .verdicts").is_visible()
+    assert page.locator("article:not([hidden]) table.controls").is_visible()
 
 
 def test_the_picture_is_saved_as_svg(page: Page, run: Run, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_paper_is_white_and_has_no_controls(page: Page) -> None:
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     for controls in (".bar", ".tools", "#circuit-choice", "#theme"):
         assert not page.locator(controls).first.is_visible()
-    for kept in ("h1", ".cards", ".circuit-picture", "#site-table", ".verdicts"):
+    for kept in ("h1", ".cards", ".circuit-picture", "#site-table", "table.controls"):
         assert page.locator(kept).first.is_visible()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.evaluate("dispatchEvent(new Event('afterprint'))")

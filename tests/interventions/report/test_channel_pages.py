@@ -13,7 +13,7 @@ from support.report_runs import (
 
 from bridges.run_folder import Run
 from interventions import intervene, load_dense
-from interventions.bundle.channels import read_nodes, save_channel
+from interventions.bundle.channels import residual_reads, save_channel
 from interventions.report.channels import LENS_TOKENS, logit_lens
 from interventions.report.texts import visible
 from interventions.tasks.catalogue import get_task
@@ -34,7 +34,7 @@ def test_coloured_activations_equal_the_reads(full: Run, page: Page) -> None:
             assert torch.equal(ids[0], batch.tokens[pair, member, : int(batch.last[pair]) + 1])
         assert ids[0, 0] == full.tokenizer.eos_token_id
         with torch.no_grad():
-            reads = read_nodes(full.sparse, ids, 1)[0]
+            reads = residual_reads(full.sparse, ids, 1)[0]
         wanted = (1.0 * reads[:, 3] - 0.5 * reads[:, 7]) / (1.0**2 + 0.5**2)
         for token, value in zip(tokens, wanted.tolist(), strict=True):
             assert float(token.title.split()[0]) == pytest.approx(value, abs=6e-4)
@@ -136,7 +136,7 @@ def test_a_tokens_title_names_the_parts(full: Run, page: Page) -> None:
     for tokens in colour_blocks(page):
         ids = [int(token.title.split("token ")[1].split()[0]) for token in tokens]
         with torch.no_grad():
-            reads = read_nodes(full.sparse, torch.tensor([ids]), 1)[0]
+            reads = residual_reads(full.sparse, torch.tensor([ids]), 1)[0]
         for token, read in zip(tokens, reads, strict=True):
             parts = dict(re.findall(r"(\d+): ([+-][\d.]+)", token.title.replace("−", "-")))
             wanted = {str(i): float(read[i]) for i in (3, 7) if read[i] != 0}
@@ -152,7 +152,7 @@ def test_the_histogram(full: Run, page: Page) -> None:
         first = int((batch.tokens[pair, 0] != batch.tokens[pair, 1]).nonzero()[0])
         for member in (0, 1):
             with torch.no_grad():
-                read = read_nodes(full.sparse, batch.tokens[pair, member][None], 1)[0]
+                read = residual_reads(full.sparse, batch.tokens[pair, member][None], 1)[0]
             activation = (read[:, 3] - 0.5 * read[:, 7]) / 1.25
             values[member] += activation[first : int(batch.last[pair]) + 1].tolist()
     edges = chart["x"]

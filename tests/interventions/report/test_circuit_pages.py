@@ -14,10 +14,12 @@ from support.report_runs import (
     circuit,
 )
 
-from bridges.run_folder import Run
+from bridges.run_folder import Run, update_metrics
 from interventions.circuits.circuit import load_circuit
+from interventions.circuits.faithfulness import AnswerScore, Faithfulness, RandomAblation
 from interventions.circuits.node_model import as_nodes, find_node
 from interventions.circuits.pruning import score
+from interventions.circuits.pruning_seeds import SeedSummary
 from interventions.report import circuits, explorer
 from interventions.report.texts import blocks, held_out
 from interventions.tasks.of_run import run_task
@@ -75,8 +77,8 @@ def test_examples_are_the_extremes_of_held_out_text(full: Run, page: Page) -> No
     assert node["ablated"] == pytest.approx(float(found.ablation.values["blocks.0.mlp.hook_in"][0, 3]), rel=1e-2)
 
 
-def test_circuits_show_their_verdicts_or_a_warning(page: Page) -> None:
-    names = [row[0] for row in page.tables["verdicts words"][1:]]
+def test_circuits_show_their_controls_or_a_warning(page: Page) -> None:
+    names = [row[0] for row in page.tables["controls words"][1:]]
     assert {"sufficiency", "necessity", "minimality"} <= set(names)
     warned = [a for tag, a in page.tags if "uncontrolled" in (a.get("class") or "")]
     assert len(warned) == 1  # the dense model's circuit alone
@@ -128,7 +130,7 @@ def test_the_sentence_on_a_circuit(full: Run, page: Page) -> None:
 def test_the_table_of_nodes(full: Run, page: Page) -> None:
     found = saved(full)
     edges, effects = found["edges"], found["controls"]["node_effects"]
-    table = page.sections["circuits"][1]  # after the verdicts
+    table = page.sections["circuits"][1]  # after the controls
     rows = {row[0]: row for row in table[1:]}
     assert sorted(rows) == sorted(found["nodes"])
     for name, row in rows.items():
@@ -143,7 +145,7 @@ def test_the_table_of_nodes(full: Run, page: Page) -> None:
     assert order == sorted(order, reverse=True)
 
 
-def test_every_verdict_from_the_controls_that_were_saved(full: Run, page: Page) -> None:
+def test_every_control_from_the_controls_that_were_saved(full: Run, page: Page) -> None:
     controls = saved(full)["controls"]
     rows = {row[0]: row[1:] for row in page.sections["circuits"][0][1:]}
     alone, removed, moved = controls["sufficiency"], controls["necessity"], controls["interchange"]
@@ -181,8 +183,8 @@ def test_every_verdict_from_the_controls_that_were_saved(full: Run, page: Page) 
     assert rows[other][0] == ("survived" if controls["other_loss"] <= twice else "failed")
     assert rows[other][1].startswith(f"same circuit {controls['other_loss']:.3f}; pruned so: ")
     frozen = controls["frozen_loss"]
-    verdict = "survived" if frozen <= twice else "failed"
-    assert rows["frozen norms"] == [verdict, f"same circuit {frozen:.3f}", f"at most {twice:.3g}"]
+    outcome = "survived" if frozen <= twice else "failed"
+    assert rows["frozen norms"] == [outcome, f"same circuit {frozen:.3f}", f"at most {twice:.3g}"]
     assert set(rows) - set(REPRUNINGS) == {
         "sufficiency",
         "necessity",
@@ -306,3 +308,47 @@ def test_notes_count_what_is_left_out(bare: Run, monkeypatch: pytest.MonkeyPatch
     strongest = sorted((abs(edge["weight"]) for edge in edges), reverse=True)[:3]
     assert [abs(edge[2]) for edge in data["edges"]] == pytest.approx(strongest, rel=1e-2)
     assert sum("top" in node for node in data["nodes"]) == 4
+
+
+def test_a_circuit_on_evaluation_prompts(bare: Run) -> None:
+    scores = Faithfulness(
+        log_odds_share=0.0283,
+        loss=0.606,
+        accuracy=0.25,
+        whole=AnswerScore(0.01, 1.0, 0.0),
+        alone=AnswerScore(0.65, 0.75, 0.2),
+        random=[RandomAblation(0.1, [AnswerScore(0.1, 0.9, 0.01), AnswerScore(0.3, 0.5, 0.03)])],
+        worst=AnswerScore(11.5, 0.0, 0.69),
+        worst_share=0.486,
+        attack_passes=113,
+    )
+    seeds = tuple(
+        SeedSummary(seed, 12, 9, 0.14, 0.16, agreed, taken)
+        for seed, agreed, taken in ((0, 1.0, True), (1, 0.23, False), (None, 0.5, False))
+    )
+    circuit(bare, faithfulness=scores, seeds=seeds, ngram_floor=0.31)
+    circuit(bare, model="dense")
+    update_metrics(bare.folder, tasks={TASK: {"dense": {"pair_accuracy": 1.0, "p_right": 0.5, "loss": 0.1}}})
+    page = page_of(bare)
+    words = " ".join(page.words["circuits"].split())
+    assert "Failed. On evaluation prompts its task loss is 0.606 nats, its target 0.6." in words
+    assert "a task loss of 0.606 nats and 25% of the pairs right (counting alone 31%)." in words
+    assert "it carries 2.8% of the whole model's log-odds; the calibration's scale is 1." in words
+    assert "Prunings with other seeds share with it 0.23 of the nodes of either." in words
+    assert page.tables["partial words"][1:] == [
+        ["none", "0.010", "100%", "0.000"],
+        ["each with p = 0.1, mean of 2 draws", "0.200", "70%", "0.020"],
+        ["each with p = 0.1, worst draw", "0.300", "50%", "0.030"],
+        ["all", "0.650", "75%", "0.200"],
+        ["worst subset found (49% of them)", "11.500", "0%", "0.690"],
+    ]
+    assert page.tables["seeds words"][1:] == [
+        ["seed 0, this one", "12", "9", "0.140", "0.160", "1.00"],
+        ["seed 1", "12", "9", "0.140", "0.160", "0.23"],
+        ["consensus", "12", "9", "0.140", "0.160", "0.50"],
+    ]
+    assert words.count("it was found by an earlier version") == 1  # the dense model's
+    assert any(f"The circuit for {TASK} in the sparse model failed" in warning for warning in page.warnings)
+    assert page.tables["circuit-summary"][1][-1].replace("; ", ";") == "failed on evaluation prompts;uncontrolled"
+    row = next(row for row in page.tables["task-table"] if row[0] == TASK)
+    assert row[-1] == "its circuit failed: task loss 0.606 on evaluation prompts, target 0.6"

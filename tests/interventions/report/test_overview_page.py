@@ -81,7 +81,7 @@ def test_circuits_in_short(full: Run, page: Page) -> None:
         saved = read(full.folder / "circuits" / f"{name}.json")
         nodes, edges = len(set(saved["nodes"])), len(saved["edges"])
         assert row[:1] + row[2:6] == [TASK, f"{nodes:,}", f"{edges:,}", "0.200", "0.100"]
-    judged = [row[1] for row in page.tables["verdicts words"][1:]]
+    judged = [row[1] for row in page.tables["controls words"][1:]]
     assert rows[0][-1] == f"{judged.count('survived')} of {len(judged)} survived"
     assert rows[1][-1] == "uncontrolled"
 
@@ -131,7 +131,7 @@ def test_warnings_of_the_models(full: Run, page: Page) -> None:
             wanted.append(f"The {words} hybrid recovers less than 0.8 of the loss at {weak}.")
     assert len(wanted) >= 2  # of a run of random weights
     assert page.warnings[: len(wanted)] == wanted
-    failed = [row[0] for row in page.tables["verdicts words"][1:] if row[1] == "failed"]
+    failed = [row[0] for row in page.tables["controls words"][1:] if row[1] == "failed"]
     assert f"The circuit for {TASK} in the sparse model fails its controls: {', '.join(failed)}." in page.warnings
     assert (
         "The sizes of circuits compare a sparse model of 1.750 nats with a dense one of 1.500: at unequal loss the "

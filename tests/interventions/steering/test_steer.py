@@ -12,7 +12,7 @@ from support.steering_runs import SMALL, TASK, VOCAB, make_run, p_target
 from bridges.run_folder import Run
 from interventions import Channel, intervene, intervene_vector, load_dense
 from interventions.bundle.bundle import get_bundle
-from interventions.bundle.channels import read_nodes
+from interventions.bundle.channels import residual_reads
 from interventions.steering import ridge
 from interventions.steering.experiment import read_experiment
 from interventions.steering.measure import bootstrap
@@ -41,7 +41,7 @@ def test_ridge_moves_the_same_channels_through_its_own_columns(
     text = prepare_corpus(run.config, run.tokenizer, progress=False).train[: 512 // 64].long()
     streams = [ridge.stream_at(model, text, 2) for model in (run.sparse, run.dense)]
     fitted = ridge.fit_ridge(streams[0], streams[1])
-    changes = read_nodes(run.sparse, prompts.counterfactual, 2) - read_nodes(run.sparse, prompts.tokens, 2)
+    changes = residual_reads(run.sparse, prompts.counterfactual, 2) - residual_reads(run.sparse, prompts.tokens, 2)
     edit = run.bridges.rms_sparse[2] * changes[..., [3, 11]] @ fitted.columns[[3, 11]]
     with intervene_vector(dense, 2, edit):
         p = float(p_target(dense(prompts.tokens), prompts).mean())

@@ -36,7 +36,7 @@ def test_nodes_are_found_in_the_cache() -> None:
     ):
         node = parse_node(name, cfg)
         for hook in node.hooks:
-            assert cache[hook][(..., *node.at)].shape == (1, 6)
+            assert cache[hook][(..., *node.channel_index)].shape == (1, 6)
     assert len(parse_node("1.attn.qk.head3.ch7", cfg).hooks) == 2
 
 
