@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, require
+from sparse_model.io.reading import NOTHING_ELSE
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """Weights of the joint loss' terms, each a sum over all sites (paper 3.3 gives none)."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     ce: float = 1.0
     """Cross-entropy of the sparse model."""
@@ -32,6 +35,8 @@ class LossWeights:
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
     """Bridges and the hybrid losses."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     encoder_topk: float = 0.25
     """Share of the sparse width that an encoder's AbsTopK keeps."""
@@ -71,6 +76,8 @@ class BridgeConfig:
 @dataclass(frozen=True, kw_only=True)
 class DenseTrainConfig:
     """The small GPT-2 trained where no dense model is named; depth, context and vocabulary are the sparse model's."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     d_model: int = 64
     """Width of the residual stream."""

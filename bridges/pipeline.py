@@ -24,6 +24,7 @@ from sparse_model.config import check_folder, claim_folder
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.lock import one_writer
+from sparse_model.io.manifest import FILE as MANIFEST
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
@@ -146,6 +147,8 @@ def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Ten
 def _finish(trainer: JointTrainer, run: run_folder.Run, val: Int[Tensor, "block pos"], progress: bool) -> dict:
     """What follows once sparse/ and bridges/ are written; a run that was killed meanwhile comes here again."""
     trainer.remove_checkpoint()
+    if not (run.folder / MANIFEST).exists():
+        run_folder.write_digests(run.folder)
     with interruptible(f"{run.folder} is trained, and not evaluated: --resume does that"):
         metrics = evaluate_run(run, blocks=val, progress=progress)
         run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}

@@ -1,10 +1,9 @@
 """A run folder: what a run is made of, how it is prepared, saved and opened.
 
-config.json  identity.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json
-report.html; while it trains: dense-checkpoint/  checkpoint/; while a command writes into it: .lock
+config.json  identity.json  digests.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json
+channels.json  report.html; while it trains: dense-checkpoint/  checkpoint/; while a command writes into it: .lock
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +16,15 @@ from bridges.dense import DenseModel, check_fit
 from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
 from bridges.lens_view import boot
 from bridges.loading import load_lm, read_config
-from sparse_model.config import from_json
+from sparse_model.config import SparseConfig, differing, from_json
 from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, remove_folder, write_text
 from sparse_model.io.local import local_path
 from sparse_model.io.lock import one_writer
+from sparse_model.io.manifest import check_manifest, write_manifest
+from sparse_model.io.reading import read_sealed, sealed
 from sparse_model.io.tensors import digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
@@ -158,6 +159,13 @@ def save_trained(folder: Path, sparse: SparseTransformer, bridges: BridgeSet) ->
     save_bridges(bridges, folder / "bridges")
 
 
+def write_digests(folder: Path) -> None:
+    """Write RUN/digests.json, by which `open_run` notices damage to any part."""
+    write_manifest(
+        folder, ("config.json", "tokenizer", "dense", "sparse/config.json", "sparse/model.safetensors", "bridges")
+    )
+
+
 def open_run(folder: str | Path) -> Run:
     """Open a finished run.
 
@@ -167,9 +175,14 @@ def open_run(folder: str | Path) -> Run:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}")
+    for part in ("tokenizer", "dense", "sparse", "bridges"):
+        recover_folder(folder / part)
     config = from_json(RunConfig, folder / "config.json")
+    if (folder / "bridges").exists():  # otherwise it is not finished, which load_bridges says
+        check_manifest(folder)
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()
+    check_sparse_config(folder, config.sparse, sparse.cfg)
     dense = DenseModel(load_lm(folder / "dense"))
     tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
@@ -180,8 +193,20 @@ def open_run(folder: str | Path) -> Run:
         ("sparse layers", sparse.n_layers, dense.n_layers),
     ):
         if found != wanted:
-            raise ValueError(f"{folder / 'bridges'} does not fit the run's models: {name} {found}, expected {wanted}")
+            raise ValueError(
+                f"{folder / 'bridges'} does not fit the run's models: {name} {found}, expected {wanted}; copy the "
+                "parts of one run"
+            )
     return Run(folder, config, tokenizer, dense, sparse, bridges)
+
+
+def check_sparse_config(folder: Path, of_run: SparseConfig, of_model: SparseConfig) -> None:
+    """Raise ValueError where sparse/ is another model than the one that the run's config.json describes."""
+    for name in differing(of_run, of_model):
+        raise ValueError(
+            f"{folder / 'sparse' / 'config.json'}: {name}={getattr(of_model, name)!r}, but sparse.{name}="
+            f"{getattr(of_run, name)!r} in {folder / 'config.json'}: copy the parts of one run"
+        )
 
 
 def fingerprint(run: Run) -> str:
@@ -201,6 +226,15 @@ def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:
     """
     path = folder / "metrics.json"
     with one_writer(folder):
-        metrics = json.loads(path.read_text()) if path.exists() else {}
+        metrics = read_metrics(folder)
         metrics |= {name: metrics.get(name, {}) | part if merge else part for name, part in parts.items()}
-        write_text(path, json.dumps(metrics, indent=1) + "\n")
+        write_text(path, sealed(metrics))
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """RUN/metrics.json; empty where there is none. Raises ValueError where it is damaged."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return {}
+    # A figure that is not defined, such as a share of nothing, is NaN.
+    return read_sealed(path, f"remove it and run sparse-bridges evaluate --run {folder} again", finite=False)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from bridges.config import RunConfig
-from bridges.run_folder import open_run
+from bridges.run_folder import open_run, write_digests
 from interventions.bundle.channels import FILE as CHANNELS
 from interventions.bundle.channels import load_channels
 from interventions.circuits.circuit import FOLDER as CIRCUITS
@@ -39,6 +39,7 @@ def package_run(run: str | Path, out: str | Path) -> Path:
                 copy = temporary / path.relative_to(run)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copy(path, copy)
+        write_digests(temporary)
         size = sum(path.stat().st_size for path in temporary.rglob("*"))
         if size > LARGEST_BUNDLE:
             raise ValueError(

@@ -6,7 +6,6 @@ indices because one feature is often two opposing channels.
 """
 
 import difflib
-import json
 import math
 import re
 import threading
@@ -18,10 +17,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from bridges.sites import Site, all_sites
 from sparse_model.io.atomic import write_text
 from sparse_model.io.lock import one_writer
+from sparse_model.io.reading import NOTHING_ELSE, read_sealed, sealed, typed
 
 FILE = "channels.json"
 
@@ -41,6 +42,8 @@ class SparseShape(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """A condition that a channel was chosen by, and what it reached. The threshold belongs to this rule alone."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     quantity: str
     """What is compared, in words."""
@@ -62,9 +65,49 @@ class Rule:
         return f"{quantity}: {self.reached:.3g} reached, {self.bound} {self.threshold:.3g} asked for"
 
 
+class _Record(TypedDict, total=False):
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    prompts: str
+    file: str
+    sha256: str
+
+
+class _Dose(TypedDict):
+    strength: float
+    p: float
+    random_p95: float
+
+
+class _SiteEffect(TypedDict):
+    site: int
+    label: str
+    p_stream: float
+    p_read: float
+
+
+class Selection(TypedDict, total=False):
+    """`Channel.selection` as far as anything reads it."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    task: str | None
+    prompts: _Record
+    criterion: str
+    pairs: int
+    sets: dict[str, list[int]]
+    share: dict[str, float]
+    doses: dict[str, _Dose]
+    site_effects: list[_SiteEffect]
+    single_effect_nats: dict[str, float]
+    whole_effect_nats: float
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Channel:
     """A named direction of the sparse model's read at one site."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     name: str
     site: int
@@ -89,12 +132,6 @@ class Channel:
                 f"channel {self.name!r}: {len(self.indices)} indices and {len(self.weights)} weights; need as many, "
                 "and at least one"
             )
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> "Channel":
-        """From JSON, as `dataclasses.asdict` gives it."""
-        lists = {name: tuple(entry[name]) for name in ("indices", "weights")}
-        return cls(**entry | lists | {"rules": tuple(Rule(**rule) for rule in entry.get("rules", ()))})
 
     def value(self, reads: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch"]:
         """The channel's activation, sum_c w_c x_c / sum_c w_c^2, in the unit in which `delta` moves it."""
@@ -134,11 +171,14 @@ def load_channels(folder: Path) -> dict[str, Channel]:
     path = folder / FILE
     if not path.exists():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Channel.from_dict(entry) for name, entry in data.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): run sparse-bridges find-channel again") from error
+    remedy = f"remove it and run sparse-bridges find-channel --run {folder} again"
+    channels = typed(dict[str, Channel], read_sealed(path, remedy), path, remedy)
+    typed(dict[str, Selection], {name: c.selection for name, c in channels.items()}, path, remedy)
+    typed(dict[str, dict[str, list[float]]], {name: c.statistics for name, c in channels.items()}, path, remedy)
+    for name, channel in channels.items():
+        if name != channel.name:
+            raise ValueError(f"{path} is damaged (the channel {channel.name!r} stands under {name!r}): {remedy}")
+    return channels
 
 
 def save_channel(folder: Path, channel: Channel) -> None:
@@ -146,7 +186,7 @@ def save_channel(folder: Path, channel: Channel) -> None:
     with one_writer(folder):
         channels = load_channels(folder) | {channel.name: channel}
         entries = {name: asdict(c) for name, c in channels.items()}
-        write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+        write_text(folder / FILE, sealed(entries))
 
 
 def resolve(name: str, channels: Mapping[str, Channel], sparse: SparseShape) -> Channel:

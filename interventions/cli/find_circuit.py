@@ -72,6 +72,7 @@ def main(options: Options) -> None:
     from interventions.circuits.circuit import save_circuit
     from interventions.circuits.circuit_search import find_circuit, with_controls
     from interventions.circuits.controls import Validation, format_validation
+    from sparse_model.io.reading import typed
 
     start, run = time.perf_counter(), open_run(options.run)
     circuit = find_circuit(
@@ -99,7 +100,7 @@ def main(options: Options) -> None:
     controlled = with_controls(run, circuit, draws=options.draws, evaluation_pairs=pairs, progress=True)
     save_circuit(run.folder, controlled)
     assert controlled.controls is not None
-    print(format_validation(Validation.from_dict(controlled.controls)))
+    print(format_validation(typed(Validation, controlled.controls, "controls", "run them again")))
     print(f"{time.perf_counter() - start:.0f} s with controls, kept in {path}")
 
 

@@ -18,7 +18,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
-from bridges.evaluation import SiteReport
 from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import Channel, load_channels
@@ -28,6 +27,7 @@ from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
+from interventions.report.metrics import checked_metrics
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages
 from interventions.report.tasks import changed_files, counting_words, size_ratio, size_warnings, task_rows
@@ -66,7 +66,7 @@ def write_report(folder: Path) -> Path:
 
 def _contents(run: Run) -> dict[str, Any]:
     """What the templates show, by the names that they give it."""
-    metrics = _metrics(run.folder)
+    metrics = checked_metrics(run.folder, run.bridges.n_sites)
     channels = load_channels(run.folder)
     steering = steering_pages(run.folder, metrics)
     training = training_charts(run)
@@ -183,17 +183,3 @@ def _joined(names: Iterable[str]) -> str:
 
 def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / "metrics.json"
-    if not path.exists():
-        return {}
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        metrics["sites"] = [SiteReport(**site)._asdict() for site in metrics["sites"]] if "sites" in metrics else None
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): evaluate the run again with train_bridge.py --resume"
-        ) from error
-    return {name: part for name, part in metrics.items() if part is not None}

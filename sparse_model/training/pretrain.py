@@ -18,6 +18,7 @@ from sparse_model.config import TrainConfig, check_folder, claim_folder
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
+from sparse_model.io.reading import read_json
 from sparse_model.model.checkpoint import save_sparse
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import prove_sparsity
@@ -99,7 +100,7 @@ def _pretrain(config: PretrainConfig, folder: Path, accelerator: Accelerator, re
     trainer = ValidatedTrainer(config, model, blocks.train, folder, accelerator, validation=validation)
     if trained.exists():  # written last
         trainer.remove_checkpoint()
-        return json.loads((folder / "metrics.json").read_text()) if main else {}
+        return read_json(folder / "metrics.json", "train in another folder", finite=False) if main else {}
     if resume and trainer.load_checkpoint() and main:
         logger.info("resuming at step %d of %d", trainer.step, config.steps)
     with ending(accelerator):

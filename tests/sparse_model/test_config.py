@@ -14,10 +14,10 @@ from sparse_model.config import (
     OptimConfig,
     SparseConfig,
     SparsityConfig,
-    from_dict,
     from_json,
     to_json,
 )
+from sparse_model.io.reading import typed
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_a_missing_config_file_is_an_error_that_names_it(tmp_path: Path) -> None
 
 
 def test_missing_keys_take_their_defaults() -> None:
-    assert from_dict(SparseConfig, {"n_layers": 3}) == SparseConfig(n_layers=3)
+    assert typed(SparseConfig, {"n_layers": 3}, "config", "") == SparseConfig(n_layers=3)
