@@ -6,6 +6,7 @@ Whoever reads says the remedy. What a file may hold is said by a type: a datacla
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +41,7 @@ def read_json(path: Path, remedy: str, *, finite: bool = True) -> Any:
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
 
 
-def read_typed(kind: type[T], path: Path, remedy: str) -> T:
+def read_typed(kind: Callable[..., T], path: Path, remedy: str) -> T:
     """What a JSON file holds, as a type; raises as `read_json`, naming the key and the value that do not fit."""
     return typed(kind, read_json(path, remedy), path, remedy)
 
@@ -61,13 +62,12 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
     return data
 
 
-def typed(kind: type[T], data: Any, source: Path | str, remedy: str) -> T:
+def typed(kind: Callable[..., T], data: Any, source: Path | str, remedy: str) -> T:
     """Parsed JSON as a type, nothing converted: True is no number and "2" neither. ValueError as `read_typed`."""
     from pydantic import ValidationError
 
     try:
-        adapter: Any = _adapter(kind)  # type: ignore[arg-type]
-        return adapter.validate_json(json.dumps(data), strict=True)
+        return _adapter(kind).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         name = getattr(kind, "__name__", str(kind))
         raise ValueError(f"{source} is not a valid {name}: {_words(error.errors())}; {remedy}") from error

@@ -43,7 +43,7 @@ def check_sizes(source: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
     for key, (said, found) in sizes.items():
         if said != found:
             raise ValueError(
-                f"{source}: {key}={said} in config.json, {found} in these weights: take both from the same model"
+                f"{source}: {key}={said} in the config, {found} in these weights: take both from the same model"
             )
 
 

@@ -234,7 +234,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a cut zip, a foreign pickle and an I/O error are of many kinds
-        raise ValueError(f"{path} is damaged, truncated or no plain state dict: {error}") from error
+        raise ValueError(f"{path} is damaged, truncated or no plain state dict ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path} is no plain state dict")
     return state
