@@ -20,6 +20,8 @@ from sparse_model.io.reading import read_json, read_typed
 from sparse_model.io.tensors import Shape, read_shapes
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FEW_LAYERS = 128
+"""Takes no time to build without numbers, so that another check may say what is missing."""
 _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "a parallel wrapper"}
 # Constants that earlier versions of transformers saved and later ones make anew.
 _CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")
@@ -130,7 +132,7 @@ def _check_sizes(config: PretrainedConfig, source: Path) -> None:
     for path in _shards(source) if source.suffix == ".json" else [source]:
         stored |= read_shapes(path)
     layers = getattr(config, "num_hidden_layers", None)
-    if type(layers) is not int or not 0 < layers <= len(stored):
+    if type(layers) is not int or not 0 < layers <= max(len(stored), _FEW_LAYERS):
         raise ValueError(
             f"{source.parent / 'config.json'}: {layers!r} layers, but {source} holds {len(stored)} tensors: take both "
             "from the same model"
@@ -142,7 +144,7 @@ def _check_sizes(config: PretrainedConfig, source: Path) -> None:
         raise ValueError(
             f"could not make the model of {source.parent / 'config.json'}: {_first_line(error)}"
         ) from error
-    for name, t in model.state_dict().items():
+    for name, t in sorted(model.state_dict().items()):
         found = stored.get(name, stored.get(name.removeprefix(f"{model.base_model_prefix}."), tuple(t.shape)))
         if found != tuple(t.shape):
             raise _misfit(str(source), name, found, tuple(t.shape))

@@ -25,7 +25,7 @@ from sparse_model.io.local import local_path
 from sparse_model.io.lock import one_writer
 from sparse_model.io.manifest import check_manifest, write_manifest
 from sparse_model.io.reading import read_sealed, sealed
-from sparse_model.io.tensors import digest
+from sparse_model.io.tensors import check_finite, digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.trainer import check_budgets_of
@@ -182,6 +182,7 @@ def open_run(folder: str | Path) -> Run:
         check_manifest(folder)
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()
+    check_finite(sparse.state_dict(), folder / "sparse")
     check_sparse_config(folder, config.sparse, sparse.cfg)
     dense = DenseModel(load_lm(folder / "dense"))
     tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")

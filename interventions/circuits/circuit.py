@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bridges.run_folder import Run, fingerprint
 from interventions.circuits.ablation import Ablation, Calibration
-from interventions.circuits.circuit_file import CircuitFile
+from interventions.circuits.circuit_file import CircuitFile, KeptNodes
 from interventions.circuits.draw import draw_circuit
 from interventions.circuits.faithfulness import Faithfulness
 from interventions.circuits.node_model import (
@@ -39,7 +39,7 @@ from interventions.circuits.node_model import (
 from interventions.circuits.pruning_seeds import SeedSummary
 from sparse_model.config import SparseConfig
 from sparse_model.io.atomic import replace_file, write_text
-from sparse_model.io.reading import read_sealed, sealed, typed
+from sparse_model.io.reading import read_json, read_sealed, sealed, typed
 from sparse_model.io.tensors import read_tensors
 
 FOLDER = "circuits"
@@ -280,7 +280,8 @@ def read_kept_nodes(path: str | Path, shape: SparseConfig) -> Kept:
 
     Raises FileNotFoundError without the file; ValueError where it is damaged or has a node that the model has not.
     """
-    names = read_circuit_file(Path(path), "name the .json file of a circuit").nodes
+    remedy = "name the .json file of a circuit"
+    names = typed(KeptNodes, read_json(Path(path), remedy), path, remedy)["nodes"]
     try:
         masks = {location.name: torch.zeros(location.width, dtype=torch.bool) for location in locations(shape)}
         for name in names:

@@ -31,6 +31,14 @@ class _Controls(TypedDict, total=False):
     node_effects: dict[str, float]
 
 
+class KeptNodes(TypedDict):
+    """All that another pruning takes from a circuit's file."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    nodes: list[str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CircuitFile:
     """The fields of `Circuit` that are no tensors, and the digest of the file of those that are."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparse_model.config import SparseConfig, from_json, to_json
 from sparse_model.io.atomic import recover_folder, replace_file, write_text
 from sparse_model.io.reading import read_typed
-from sparse_model.io.tensors import Shape, check_finite, check_sizes, load_checked, read_shapes, read_tensors
+from sparse_model.io.tensors import Shape, check_sizes, load_checked, read_shapes, read_tensors
 
 WEIGHTS, MEASURED = "model.safetensors", "measured.json"
 
@@ -61,7 +61,6 @@ def read_model(build: Callable[[SparseConfig], Model], folder: Path) -> Model:
     if cfg.tied and "token_embed.weight" in state:
         state["unembedding.weight"] = state["token_embed.weight"]
     load_checked(model, state, weights)
-    check_finite(state, weights)
     if (folder / MEASURED).exists():
         remedy = "remove it, only the model's card shows it"
         setattr(model, "measured", read_typed(dict[str, int | float | str | None], folder / MEASURED, remedy))  # noqa: B010
@@ -77,9 +76,7 @@ def check_layers(cfg: SparseConfig, stored: Mapping[str, Shape], weights: Path) 
     sizes |= {"d_model": (cfg.d_model, width[0])} if len(width) == 1 else {}
     check_sizes(weights, sizes)
     if cfg.tied and untied:
-        raise ValueError(
-            f"{weights}: tied=True in config.json, but there is an unembedding of its own: set it to false"
-        )
+        raise ValueError(f"{weights}: tied=True in the config, but there is an unembedding of its own: set it to false")
 
 
 def pack_nonzeros(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -284,7 +284,14 @@ def test_damaged_files_are_named(run: Run) -> None:
     data = json.loads(path.read_text())
     data["nodes"][0] = "0.attn.act_in.999"
     path.write_text(json.dumps(data))
+    refused("is not as it was written")
+    del data["sha256"]
+    path.write_text(json.dumps(data))
+    refused("an edge ends at .*which is none of the nodes")
+    path.write_text(json.dumps(data | {"edges": [], "n_edges": 0}))
     refused("is damaged .*index 999 is out of range")
+    path.write_text(json.dumps(data | {"tied_qk": 1}))
+    refused("tied_qk=1: input should be a valid boolean")
 
 
 def test_nodes_are_found_by_either_name(run: Run) -> None:
