@@ -57,7 +57,7 @@ def write_report(folder: Path) -> Path:
     command = f"--run {shlex.quote(str(folder))}"
     try:
         html = _environment().get_template("report.html.jinja").render(command=command, **shown, **_assets())
-    except UndefinedError as error:
+    except (UndefinedError, TypeError, IndexError) as error:
         raise ValueError(f"metrics.json or channels.json in {run.folder} is incomplete: {error}") from error
     path = run.folder / REPORT
     write_text(path, html)

@@ -22,6 +22,8 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: remove it")
     records: list[dict] = []
     for line in path.read_bytes().splitlines():
         try:

@@ -37,7 +37,7 @@ class Thing:
         ('{"count": 99999999999999999999}', "is too large"),
         ("[" * 10**6, "nested too deeply"),
         ("[" * 40 + "]" * 40, "nested deeper than 32"),
-        ("", "is damaged"),
+        ("", "damaged"),
         ("[]", r"it=\[\]"),
     ],
 )
@@ -59,7 +59,7 @@ def test_a_file_that_is_too_large_or_none_is_not_read(tmp_path: Path) -> None:
         file.truncate(65 * 2**20)
     with pytest.raises(ValueError, match="65 MiB, at most 64"):
         read_json(tmp_path / "large.json", "")
-    with pytest.raises(FileNotFoundError, match="is a folder|does not exist"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         read_json(tmp_path, "")
 
 
