@@ -29,6 +29,7 @@ from transformers import GPT2LMHeadModel
 from bridges.sites import Site
 from interventions.bundle.bundle import Bundle
 from interventions.editing.positions import Positions, Steps, check_reached, select
+from interventions.editing.reads import norm_at, read_change, read_std
 from interventions.editing.vectors import Seen, Source
 from interventions.editing.where import Where
 
@@ -57,9 +58,7 @@ class Edit:
         self._look(seen)
         wide = _wide(stream)
         vector = self.source(seen, wide)
-        norm = self.norm
-        std = (wide.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-        return self._add(seen, value, norm.weight.to(wide) * (vector - vector.mean(-1, keepdim=True)) / std)
+        return self._add(seen, value, read_change(self.norm, read_std(self.norm, wide), vector))
 
     def write(
         self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"], value: Float[Tensor, "batch pos d_dense"]
@@ -92,11 +91,7 @@ class Edit:
     @property
     def norm(self) -> nn.LayerNorm:
         """The dense norm that reads at the site."""
-        body: Any = self.bundle.hf.transformer
-        if self.site.is_final:
-            return body.ln_f
-        block = body.h[self.site.layer]
-        return block.ln_2 if self.site.reader == "mlp" else block.ln_1
+        return norm_at(self.bundle.hf, self.site)
 
     def vector(self) -> Float[Tensor, " d_dense"]:
         """What is added, at the mean scale of the stream over held-out text."""
@@ -105,8 +100,7 @@ class Edit:
             raise ValueError("only a fixed delta or vector has one direction; toward and set_to differ at each token")
         if self.where == "stream":
             return direction
-        weight = self.norm.weight.detach().to(direction)
-        return weight * (direction - direction.mean()) / self.bundle.bridges.std_dense[self.site.index]
+        return read_change(self.norm, self.bundle.bridges.std_dense[self.site.index], direction).detach()
 
 
 def lens_hooks(edit: Edit, seen: Seen) -> list[tuple[str, Hook]]:
