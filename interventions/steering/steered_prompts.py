@@ -119,16 +119,17 @@ class SteeredPrompts:
 
         An edit must be zero before the first token that differs from the counterfactual.
         """
-        parts = [self._chunk(torch.stack(chunk), strengths) for chunk in self._chunks(edits)]
+        parts = [self._chunk(chunk, strengths) for chunk in self._chunks(edits)]
         return Answers(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
-    def _chunk(self, edits: Float[Tensor, "edit prompt pos d_dense"], strengths: Sequence[int | float]) -> Answers:
+    def _chunk(self, edits: Sequence[Vectors], strengths: Sequence[int | float]) -> Answers:
         shape = (len(strengths), len(edits), len(self.prompts.last))
         answers = Answers(*(unsteered.expand(shape).clone() for unsteered in self.base))
         steered = [number for number, strength in enumerate(strengths) if strength]
         for group in self._groups:
             width = len(group.rows) * group.suffix.tokens_at_once
-            group_edits = edits[:, group.rows, group.start : group.stop]
+            first = group.stop - group.suffix.tokens_at_once
+            group_edits = torch.stack([edit[group.rows, first : group.stop] for edit in edits])
             for numbers in _split(steered, max(1, _TOKENS // width)):
                 scales = torch.tensor([float(strengths[number]) for number in numbers])
                 passes = [

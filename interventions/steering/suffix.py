@@ -64,7 +64,7 @@ class Suffix:
 
     @property
     def tokens_at_once(self) -> int:
-        """How many tokens of each prompt the edited sublayer computes."""
+        """How many tokens of each prompt, the last ones, an edit is given for."""
         return 1 if self.site.index >= 2 * self.hf.config.n_layer - 1 else self.length
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class Suffix:
         """Logits under every edit at every strength; of one unedited pass where there are no edits."""
         stream, change = self._stream[None, None], None
         if self.tokens_at_once == 1:  # no later sublayer reads the other tokens
-            stream, edits = stream[..., -1:, :], None if edits is None else edits[:, :, -1:]
+            stream = stream[..., -1:, :]
         if edits is not None:
             change = strengths.to(edits)[:, None, None, None, None] * edits
             if self.where == "stream":
