@@ -159,8 +159,20 @@ def read_gain(sparse: Any, site: int) -> Float[Tensor, " d_sparse"]:
 
 def read_nodes(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
     """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
-    hook = Site(site, sparse.n_layers).read_hook
-    _, cache = sparse.run_with_cache(tokens, names_filter=hook)
+    return read_nodes_and_rms(sparse, tokens, site)[0]
+
+
+def read_nodes_and_rms(
+    sparse: Any, tokens: Int[Tensor, "batch pos"], site: int
+) -> tuple[Float[Tensor, "batch pos d_sparse"], Float[Tensor, "batch pos 1"]]:
+    """The reads, and the RMS of the residual stream that they are taken from: a read times its RMS is in the stream."""
+    place = Site(site, sparse.n_layers)
+    _, cache = sparse.run_with_cache(tokens, names_filter=[place.read_hook, place.stream_hook])
     gain = read_gain(sparse, site)
-    read = cache[hook][..., : sparse.d_model]
-    return torch.where(gain != 0, read / gain, 0)
+    read = cache[place.read_hook][..., : sparse.d_model]
+    return torch.where(gain != 0, read / gain, 0), stream_rms(cache[place.stream_hook])
+
+
+def stream_rms(stream: Float[Tensor, "*batch_pos d_sparse"]) -> Float[Tensor, "*batch_pos 1"]:
+    """The RMS that divides a sparse stream where it is read."""
+    return stream.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)

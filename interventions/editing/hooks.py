@@ -5,7 +5,7 @@ The algorithm:
 1. A source (`interventions.editing.vectors`) gives v, the change of the dense residual stream at each token.
 2. where="read" (the paper's, A.4): only what the next sublayer reads changes. The norm's response to a small v is
    added behind it: gain * (v - mean(v)) / std, with std the stream's own standard deviation at that token (LayerNorm's
-   epsilon included). The residual stream stays as it was.
+   epsilon included; in the paper's units the mean over held-out text). The residual stream stays as it was.
 3. where="stream": v is added to the residual stream itself, so that everything downstream sees it.
 4. Tokens that are not selected (`interventions.editing.positions`) keep their values bit for bit.
 
@@ -57,8 +57,8 @@ class Edit:
         """The reading norm's output for a stream, edited."""
         self._look(seen)
         wide = _wide(stream)
-        vector = self.source(seen, wide)
-        return self._add(seen, value, read_change(self.norm, read_std(self.norm, wide), vector))
+        std = self._mean_std if self.source.units == "paper" else read_std(self.norm, wide)
+        return self._add(seen, value, read_change(self.norm, std, self.source(seen, wide)))
 
     def write(
         self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"], value: Float[Tensor, "batch pos d_dense"]
@@ -94,13 +94,18 @@ class Edit:
         return norm_at(self.bundle.hf, self.site)
 
     def vector(self) -> Float[Tensor, " d_dense"]:
-        """What is added, at the mean scale of the stream over held-out text."""
+        """What is added where both streams have their mean scales over held-out text."""
         direction = self.source.direction()
         if direction is None:
             raise ValueError("only a fixed delta or vector has one direction; toward and set_to differ at each token")
         if self.where == "stream":
             return direction
-        return read_change(self.norm, self.bundle.bridges.std_dense[self.site.index], direction).detach()
+        return read_change(self.norm, self._mean_std, direction).detach()
+
+    @property
+    def _mean_std(self) -> Tensor:
+        """The dense stream's standard deviation at the site over held-out text."""
+        return self.bundle.bridges.std_dense[self.site.index]
 
 
 def lens_hooks(edit: Edit, seen: Seen) -> list[tuple[str, Hook]]:

@@ -5,12 +5,13 @@ model.
 
 Order: edits act where they sit in the model, so a stream edit is seen by whatever reads later, whatever the order of
 `with` blocks or of a sum. At one and the same place edits add up in the order in which they were attached; it matters
-only for `set_to` with where="stream", which reads the stream as the edits before it have left it.
+only for where="stream": `set_to` reads the stream, and `delta` its scale, as the edits before them have left it.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,7 @@ from interventions.bundle.channels import Channel, resolve
 from interventions.editing.hooks import Edit, Hook, Remove, attach, lens_hooks
 from interventions.editing.positions import Positions, Steps, check_positions, check_reached
 from interventions.editing.saved import load_edits, save_edits
+from interventions.editing.units import Units
 from interventions.editing.vectors import Delta, Fixed, Seen, SetTo, Source, Toward
 from interventions.editing.where import Where
 
@@ -121,13 +123,15 @@ def intervene(
     positions: Positions = None,
     steps: Steps = "all",
     where: Where = "read",
+    units: Units = "exact",
 ) -> Intervention:
     """An intervention that moves sparse channels of a dense model from `load_dense` or `load_hf`.
 
     channel: a name from channels.json, an address such as "attn.1.read.146", or a Channel; several as a list, or as a
         mapping to weights, which multiply delta, set_to or (for toward) the strength.
-    delta: change in units of the channel's post-norm activation; a number, or one per batch row.
-    set_to: the value to which the channel moves, as the encoder reads it from the dense stream.
+    delta: change of the channel's value, in the unit of `Channel.value` of a read; a number, or one per batch row.
+    set_to: the value to which the channel moves, from the one that the encoder reads in the dense stream at each token
+        (`interventions.editing.vectors.encoded_value`).
     toward: counterfactual tokens, aligned with the prompt token by token, padding included; generated tokens have no
         counterfactual and stay as they are.
     strength: scales the change: 1 is all of it, 0 leaves the model as without the handle.
@@ -140,6 +144,7 @@ def intervene(
         the same tokens continues it (generation, with a KV cache or without), any other is a new prompt. Of two prompts
         of which one begins the other, the second needs a block of its own.
     where: "read", only the next sublayer's input, or "stream", everything downstream.
+    units: "exact", by each token's own scales, or "paper", by their averages over held-out text (A.4).
 
     Padding is known from the attention mask that the model is given, also by `generate`; it is never edited.
     Beam search works; per-row arguments then need a row per beam, and with a cache a callable is refused.
@@ -152,15 +157,17 @@ def intervene(
     if sum(x is not None for x in (delta, set_to, toward)) != 1:
         raise ValueError("give exactly one of delta, set_to, toward")
     _check_places(bundle, positions, steps, where)
+    if units not in get_args(Units):
+        raise ValueError(f"units={units!r}: use 'exact' (each token's own scales) or 'paper' (their averages)")
     bundle.bridges.check_scales()
 
     def source(channel: Channel, weight: int | float) -> Source:
         if delta is not None:
-            return Delta(bundle.bridges, channel, delta, weight * strength)
+            return Delta(bundle.bridges, channel, delta, weight * strength, units)
         if set_to is not None:
-            return SetTo(bundle.bridges, channel, weight * set_to, strength)
+            return SetTo(bundle.bridges, channel, weight * set_to, strength, units)
         assert toward is not None
-        return Toward(bundle, channel, toward, weight * strength)
+        return Toward(bundle, channel, toward, weight * strength, units)
 
     chosen = [(_resolved(c, bundle), weight) for c, weight in _weighted(channel)]
     return Intervention(

@@ -54,10 +54,16 @@ def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
         tensors = load_file(path / TENSORS)
         models, run = settings["models"], settings["run"]
         differences = _differences(models, here)
-        if not differences:
+        earlier = any(entry["kind"] != "vector" and "units" not in entry for entry in settings["edits"])
+        if not differences and not earlier:
             return tuple(_unpack(entry, f"{i}.", tensors, bundle) for i, entry in enumerate(settings["edits"]))
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): save the intervention again") from error
+    if not differences:
+        raise ValueError(
+            f"{path} is of an earlier version, which moved channels by the sparse stream's mean scale and not by "
+            "each token's own: build the intervention again and save that"
+        )
     raise ValueError(
         f"{path} was saved for other models: {'; '.join(differences)}. Load it onto those of {run}, or build the "
         "intervention again on this model"
@@ -108,7 +114,7 @@ def _pack(edit: Edit, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]
         "steps": edit.steps,
         "positions": _pack_positions(edit.positions, number),
         "channel": None if channel is None else asdict(channel),
-        "rms_sparse": float(edit.bundle.bridges.rms_sparse[edit.site.index]),
+        "units": edit.source.units,
         **source,
     }
 
@@ -139,6 +145,6 @@ def _unpack(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor], bund
         fields = entry["channel"]
         channel = Channel.from_dict(fields)
         makers: dict[str, Any] = {"delta": Delta, "set_to": SetTo, "toward": Toward}
-        source = makers[kind](bundle if kind == "toward" else bundle.bridges, channel, given, strength)
+        source = makers[kind](bundle if kind == "toward" else bundle.bridges, channel, given, strength, entry["units"])
     site = Site(entry["site"], bundle.shape.n_layers)
     return Edit(bundle, site, source, entry["where"], positions, entry["steps"])

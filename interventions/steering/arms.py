@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.steering.edits import Columns, activation_changes, channel_edit, mean_norm, scaled
+from interventions.steering.edits import Columns, channel_edit, mean_norm, scaled, sparse_changes
 from interventions.steering.ridge import Ridge, fit_ridge, ridge_report, stream_at
 from interventions.steering.rivals import (
     along,
@@ -55,9 +55,9 @@ def make_edits(setting: Setting) -> Edits:
     """The edits of an experiment's channels, and their rivals of which there is one each."""
     run, site, prompts = setting.run, setting.site, setting.prompts
     ridge = _ridge(setting)
-    decoder, changes = run.bridges.directions(site), activation_changes(run, site, prompts)
+    decoder, changes = run.bridges.directions(site), sparse_changes(run, site, prompts)
     through = {
-        name: {n: channel_edit(changes, columns, run.bridges.rms_sparse[site], c) for n, c in setting.sets.items()}
+        name: {n: channel_edit(changes, columns, c) for n, c in setting.sets.items()}
         for name, columns in (("decoder", decoder), ("ridge", ridge.columns))
     }
     return Edits(
@@ -112,12 +112,9 @@ def draw_controls(setting: Setting, edit: Vectors) -> Drawn:
     channels = setting.sets[setting.reference]
     directions = random_directions(draws, edit.shape[-1], generator)
     others = random_channels(run.bridges.directions(site), moved, len(channels), draws, generator)
-    changes = activation_changes(run, site, setting.prompts)
+    changes = sparse_changes(run, site, setting.prompts)
     decoders = random_decoders(setting, generator)
-    shuffled, untrained = (
-        [channel_edit(changes, columns, run.bridges.rms_sparse[site], channels) for columns in maps]
-        for maps in decoders
-    )
+    shuffled, untrained = ([channel_edit(changes, columns, channels) for columns in maps] for maps in decoders)
     return Drawn(
         norm=edit.norm(dim=-1, keepdim=True),
         directions=directions,

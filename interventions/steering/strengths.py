@@ -20,7 +20,7 @@ from torch import Tensor
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
 from interventions.editing.hooks import Where
-from interventions.steering.edits import Columns, activation_changes, channel_edit, mean_norm, scaled
+from interventions.steering.edits import Columns, channel_edit, mean_norm, scaled, sparse_changes
 from interventions.steering.rivals import along, random_directions
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.tasks.base import TaskBatch
@@ -75,19 +75,19 @@ class Dosing:
     @torch.no_grad()
     def __init__(self, run: Run, batch: TaskBatch, site: int, where: Where = "read") -> None:
         prompts = prompts_of(batch)
-        self.changes = activation_changes(run, site, prompts)
+        self.changes = sparse_changes(run, site, prompts)
         self._steered = SteeredPrompts(steerable(run), prompts, site, where)
-        self._columns, self._rms = run.bridges.directions(site), run.bridges.rms_sparse[site]
+        self._columns = run.bridges.directions(site)
         self._random = random_directions(DRAWS, self._columns.shape[1], torch.Generator().manual_seed(0))
         self.base = float(self._steered.base.target.mean())
         """P(counterfactual answer) of the unsteered model."""
 
     def edit(self, channels: Sequence[int], columns: Columns | None = None) -> Vectors:
         """The edit of a set at strength 1; through other columns than the decoder's as long as through those."""
-        edit = channel_edit(self.changes, self._columns, self._rms, channels)
+        edit = channel_edit(self.changes, self._columns, channels)
         if columns is None:
             return edit
-        return scaled(channel_edit(self.changes, columns, self._rms, channels), edit.norm(dim=-1, keepdim=True))
+        return scaled(channel_edit(self.changes, columns, channels), edit.norm(dim=-1, keepdim=True))
 
     def effects(
         self, sets: Sequence[Sequence[int]], columns: Columns | None = None, strengths: Sequence[float] = LADDER

@@ -43,7 +43,8 @@ class Suffix:
         self, hf: GPT2LMHeadModel, tokens: Int[Tensor, "row pos"], start: int, site: int, where: Where
     ) -> None:
         body: Any = hf.transformer
-        self.hf, self.where = hf, where
+        unembed: Any = hf.lm_head
+        self._body, self._unembed, self.where = body, unembed, where
         self.site = Site(site, hf.config.n_layer)
         self.length = tokens.shape[1] - start
         self._past: dict[int, _Past] = {}
@@ -65,7 +66,7 @@ class Suffix:
     @property
     def tokens_at_once(self) -> int:
         """How many tokens of each prompt, the last ones, an edit is given for."""
-        return 1 if self.site.index >= 2 * self.hf.config.n_layer - 1 else self.length
+        return 1 if self.site.index >= 2 * self.site.n_layers - 1 else self.length
 
     @torch.no_grad()
     def logits(
@@ -79,15 +80,14 @@ class Suffix:
             change = strengths.to(edits)[:, None, None, None, None] * edits
             if self.where == "stream":
                 stream, change = (stream + change).to(stream.dtype), None
-        for i in range(self.site.index, 2 * self.hf.config.n_layer):
+        for i in range(self.site.index, 2 * self.site.n_layers):
             stream = self._sublayer(i, stream, change)
             change = None
-        return self.hf.lm_head(_read(self.hf.transformer.ln_f, stream, change)[..., -1, :])
+        return self._unembed(_read(self._body.ln_f, stream, change)[..., -1, :])
 
     def _sublayer(self, i: int, stream: Stream, change: Stream | None) -> Stream:
         """Site i to site i + 1, the read changed on the way."""
-        body: Any = self.hf.transformer
-        block, last_layer = body.h[i // 2], i // 2 == self.hf.config.n_layer - 1
+        block, last_layer = self._body.h[i // 2], i // 2 == self.site.n_layers - 1
         read = _read(block.ln_2 if i % 2 else block.ln_1, stream, change)
         if i % 2:
             return stream + _mlp(block.mlp, read)
@@ -95,7 +95,7 @@ class Suffix:
         return (stream[..., -1:, :] if last_layer else stream) + written
 
     def _keys_and_values(self, i: int, read: Stream) -> tuple[Tensor, Tensor]:
-        attention = self.hf.transformer.h[i // 2].attn
+        attention: Any = self._body.h[i // 2].attn
         d = attention.embed_dim
         both = torch.addmm(attention.c_attn.bias[d:], read.flatten(0, -2), attention.c_attn.weight[:, d:])
         keys, values = (
@@ -105,7 +105,7 @@ class Suffix:
 
     def _attention(self, i: int, read: Stream, past: _Past | None, *, last_only: bool) -> Stream:
         """Causal attention over the tokens given and those before them; `last_only` asks for the last token alone."""
-        attention = self.hf.transformer.h[i // 2].attn
+        attention: Any = self._body.h[i // 2].attn
         d = attention.embed_dim
         keys, values = self._keys_and_values(i, read)
         asking = read[..., -1:, :] if last_only else read

@@ -13,7 +13,7 @@ from interventions.finding.by_patching import channel_by_patching
 from interventions.finding.by_steering import Dosed, SteeringSite, best_of, channel_by_steering, read_matters
 from interventions.finding.patching import ReadPatch
 from interventions.steering import strengths as doses
-from interventions.steering.edits import activation_changes
+from interventions.steering.edits import sparse_changes
 from interventions.steering.rivals import exact_patch, shuffled_columns
 from interventions.steering.search import searched_again
 from interventions.steering.steered_prompts import SteeredPrompts, prompts_of, steerable
@@ -27,7 +27,8 @@ TASK = "single_double_quote"
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = make_tiny_run(tmp_path / "run")
-    run.bridges.rms_sparse *= 100  # or the random decoders' edits would hardly be felt
+    for decoder in run.bridges.decoders:  # or the random decoders' edits would hardly be felt
+        decoder.weight.data *= 100
     return run
 
 
@@ -52,8 +53,7 @@ def test_the_dose_is_the_smallest_quiet_strength_that_does_nearly_as_much_as_any
 def test_doses_are_those_of_the_edits_themselves(run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     dosing, prompts = Dosing(run, batch, 2), prompts_of(batch)
     steered = SteeredPrompts(steerable(run), prompts, 2, "read")
-    changes = activation_changes(run, 2, prompts)
-    edit = run.bridges.rms_sparse[2] * changes[..., [4, 9]] @ run.bridges.directions(2)[[4, 9]]
+    edit = sparse_changes(run, 2, prompts)[..., [4, 9]] @ run.bridges.directions(2)[[4, 9]]
     p = steered.answers([edit], LADDER).target.mean(2)[:, 0]
     torch.testing.assert_close(dosing.effects([[4, 9]])[:, 0], p)
     monkeypatch.setattr(doses, "QUIET", math.inf)
@@ -92,7 +92,7 @@ def test_a_planted_channel_is_found(run: Run, batch: TaskBatch) -> None:
     with torch.no_grad():
         weight = run.bridges.decoders[site].weight
         weight.mul_(1e-3)
-        at = dosing.changes[..., planted] * run.bridges.rms_sparse[site]
+        at = dosing.changes[..., planted]
         weight[:, planted] = (at[..., None] * wanted).sum((0, 1)) / at.square().sum()
     channel = channel_by_steering(run, "quote_type", TASK, batch, site=site, candidates=32, largest=2)
     chosen = channel.selection

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.steering_runs import SMALL, TASK, VOCAB, make_run, p_target
 
+from bridges.hybrid import residuals
 from bridges.run_folder import Run
 from interventions import Channel, intervene, intervene_vector, load_dense
 from interventions.bundle.bundle import get_bundle
@@ -42,7 +43,8 @@ def test_ridge_moves_the_same_channels_through_its_own_columns(
     streams = [ridge.stream_at(model, text, 2) for model in (run.sparse, run.dense)]
     fitted = ridge.fit_ridge(streams[0], streams[1])
     changes = read_nodes(run.sparse, prompts.counterfactual, 2) - read_nodes(run.sparse, prompts.tokens, 2)
-    edit = run.bridges.rms_sparse[2] * changes[..., [3, 11]] @ fitted.columns[[3, 11]]
+    rms = residuals(run.sparse, prompts.tokens)[2].square().mean(-1, keepdim=True).sqrt()
+    edit = rms * changes[..., [3, 11]] @ fitted.columns[[3, 11]]
     with intervene_vector(dense, 2, edit):
         p = float(p_target(dense(prompts.tokens), prompts).mean())
     assert result.ridge["2"][2] == pytest.approx(p, rel=1e-3)
@@ -72,7 +74,6 @@ def test_all_channels_through_identity_bridges_are_the_exact_patch(tmp_path: Pat
         bundle.hf.transformer.wpe.weight.zero_()
         sparse.token_embed.weight.copy_(signs)
         bundle.bridges.decoders[0].weight.copy_(torch.eye(16))
-        bundle.bridges.rms_sparse[0] = 1
     bundle._run = bundle.run._replace(sparse=sparse)
     plan = dataclasses.replace(SMALL, channel="attn.0.read.0", task=TASK, sets=(tuple(range(16)),), where=where)
     result = steer(dense, dataclasses.replace(plan, draws=1, maps=1), progress=False)
