@@ -27,7 +27,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory):
     save_channel(folder, CHANNEL)
     dense = load_dense(folder)
     for decoder in get_bundle(dense).bridges.decoders:  # or the random decoders' edits would hardly be felt
-        decoder.weight.data *= 100
+        decoder.weight.data *= 300
     return dense
 
 
