@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file scripts/accelerate.yaml
 # At the demo's sizes a second thread brings nothing: 40.3 ms per step instead of 40.8.
 export OMP_NUM_THREADS ?= 1
 
@@ -16,8 +17,7 @@ setup: .venv/.installed
 	touch $@
 
 demo: setup
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		scripts/train_bridge.py demo --run $(RUN) --resume
+	$(LAUNCH) scripts/train_bridge.py demo --run $(RUN) --resume
 	$(BIN)/sparse-bridges find-channel --run $(RUN)
 	$(BIN)/sparse-bridges steer --run $(RUN)
 	$(BIN)/sparse-bridges report --run $(RUN)
@@ -26,8 +26,7 @@ demo: setup
 # The bundle that comes with the package: the demo's dense model, seven times the demo's text for the joint training.
 bundle: setup
 	$(BIN)/sparse-bridges train-dense demo --run runs/bundle-dense --resume
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		scripts/train_bridge.py demo --dense runs/bundle-dense/dense --batch-size 16 --steps 10000 \
+	$(LAUNCH) scripts/train_bridge.py demo --dense runs/bundle-dense/dense --batch-size 16 --steps 10000 \
 		--corpus-tokens 10000000 --run runs/bundle --resume
 	for task in single_double_quote while_return_true for_while; do \
 		$(BIN)/sparse-bridges find-channel --run runs/bundle --task $$task && \
@@ -57,10 +56,10 @@ format: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,docs]' -c constraints.txt
 	touch $@
 
-# The notebook is executed on the way. Pages open from disk; only their search needs a server.
+# The notebook is executed on the way. Pages and their search work from disk.
 docs: .venv/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "open site/index.html, or: python3 -m http.server --directory site"
+	@echo "open site/index.html"
 
 clean:
 	rm -rf site .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

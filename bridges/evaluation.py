@@ -166,14 +166,14 @@ def _measure_hybrids(
         count += len(tokens)
         h_dense, h_sparse = residuals(dense, tokens), residuals(sparse, tokens)
         target = dense.unembed(h_dense[-1], tokens)
-        own = {
+        measured = {
             "dense": next_token_loss(target, tokens),
             "sparse": next_token_loss(sparse.unembed(h_sparse[-1], tokens), tokens),
         }
         for i in range(bridges.n_sites):
             to_sparse = suffix(sparse, i, bridges.encode(i, h_dense[i]), tokens)
             to_dense = suffix(dense, i, bridges.decode(i, h_sparse[i]), tokens)
-            values = own | {
+            values = measured | {
                 "kl_dense_to_sparse": kl(target, to_sparse),
                 "kl_sparse_to_dense": kl(target, to_dense),
                 "ce_dense_to_sparse": next_token_loss(to_sparse, tokens),
@@ -190,12 +190,12 @@ def _measure_hybrids(
 def random_paths_kl(models: Bridged, batches: list[Tensor], n: int = RANDOM_PATHS) -> float:
     """Mean KL of the dense model's output to that of n random mixed paths, each on one of the batches in turn, nats."""
     rng = np.random.default_rng(0)
-    found = []
+    kls = []
     for i in range(n):
         tokens, path = batches[i % len(batches)], random_path(models.bridges.n_sites, rng)
         target = suffix(models.dense, 0, models.dense.embed(tokens), tokens)
-        found.append(float(kl(target, mixed_path(*models, tokens, path))))
-    return sum(found) / n
+        kls.append(float(kl(target, mixed_path(*models, tokens, path))))
+    return sum(kls) / n
 
 
 def _ablated_loss(

@@ -151,19 +151,19 @@ def _hybrids(
     """Run every hybrid that was drawn from these dense residuals and sparse leaves, forward and backward; its KL."""
     rows = rows_at_once(sparse.d_vocab, config.logits_at_once)
     h_dense, leaves = streams
-    at = drawn.positions
-    seen = tokens.index_select(1, at).reshape(-1)
-    target = Target(dense, h_dense[-1].index_select(1, at).flatten(0, 1), seen, rows)
+    positions = drawn.positions
+    seen = tokens.index_select(1, positions).reshape(-1)
+    target = Target(dense, h_dense[-1].index_select(1, positions).flatten(0, 1), seen, rows)
     for path, weight in drawn.hybrids:
         site = first_crossing(path)
         start = h_dense[site] if path[site] == "dense" else leaves[site]
         end = follow(dense, sparse, bridges, path, site, start, recompute=config.checkpointing)
-        end = end.index_select(1, at).flatten(0, 1)
+        end = end.index_select(1, positions).flatten(0, 1)
         head = dense if path[-1] == "dense" else sparse
-        found = head_backward(head, end, seen, partial(_kl_of_part, target), scale=scale * weight, rows=rows)
-        end.backward(found.grad)
-        yield path, found.loss
-        del end, found
+        result = head_backward(head, end, seen, partial(_kl_of_part, target), scale=scale * weight, rows=rows)
+        end.backward(result.grad)
+        yield path, result.loss
+        del end, result
 
 
 def _kl_of_part(target: Target, logits: Tensor, part: slice) -> Tensor:
@@ -175,7 +175,7 @@ def _cross_entropy(
 ) -> Float[Tensor, ""]:
     """The sparse model's cross-entropy from its last residual stream, which gets the gradient."""
     last, following = resid[:, :-1].flatten(0, 1), tokens[:, 1:].reshape(-1)
-    found = head_backward(
+    head = head_backward(
         sparse,
         last,
         tokens[:, :-1].reshape(-1),
@@ -183,5 +183,5 @@ def _cross_entropy(
         scale=scale,
         rows=rows,
     )
-    last.backward(found.grad)
-    return found.loss
+    last.backward(head.grad)
+    return head.loss

@@ -58,16 +58,16 @@ def nmse_backward(
         means = list((summed[:-1] / processes).split([len(mean) for mean in means]))
         with torch.no_grad():
             whole = total(torch.stack([sums(i) for i in range(len(rows))]))
-    found = []
+    losses = []
     for i in range(len(rows)):
-        own = sums(i)
-        error, variance = own.detach() if whole is None else whole[i]
-        part = own[0] / variance
+        local = sums(i)
+        error, variance = local.detach() if whole is None else whole[i]
+        part = local[0] / variance
         if through_target:
-            part = part - (error / variance.square()) * own[1]
+            part = part - (error / variance.square()) * local[1]
         (scale * processes * part).backward()
-        found.append(error / variance)
-    return torch.stack(found)
+        losses.append(error / variance)
+    return torch.stack(losses)
 
 
 def nmse_backward_together(
@@ -87,11 +87,13 @@ def nmse_backward_together(
     if total is not None:
         processes = total(torch.ones_like(mean[0, 0, :1]))
         mean = total(mean) / processes
-    own = torch.stack([(x - y).square().sum((1, 2)) for x, y in ((predictions.flatten(1, 2), target), (target, mean))])
-    error, variance = own.detach() if total is None else total(own.detach())
-    part = own[0] / variance
+    local = torch.stack(
+        [(x - y).square().sum((1, 2)) for x, y in ((predictions.flatten(1, 2), target), (target, mean))]
+    )
+    error, variance = local.detach() if total is None else total(local.detach())
+    part = local[0] / variance
     if through_target:
-        part = part - (error / variance.square()) * own[1]
+        part = part - (error / variance.square()) * local[1]
     (scale * processes * part.sum()).backward()
     return error / variance
 

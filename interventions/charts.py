@@ -86,9 +86,9 @@ def numbers(values: Iterable[int | float | None], digits: int = 4) -> list[float
     return [finite(value, digits) for value in values]
 
 
-def depth_colour(at: int, count: int) -> str:
+def depth_colour(index: int, count: int) -> str:
     """The colour of one of `count` things in order; legible on white and on black."""
-    red, green, blue, _ = DEPTH(at / max(1, count - 1))
+    red, green, blue, _ = DEPTH(index / max(1, count - 1))
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 

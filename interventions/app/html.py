@@ -52,8 +52,8 @@ def answer(
         if delta is None or new_tokens is None or temperature is None or seed is None:
             raise ValueError("a number is missing: fill in delta, the new tokens, the temperature and the seed")
         sampling = Sampling(temperature=temperature, seed=seed) if sample else None
-        found = compare(dense, prompt, channel or "", delta, where=where, new_tokens=new_tokens, sampling=sampling)
-        return Answer(next_token(found), *continuations(found))
+        comparison = compare(dense, prompt, channel or "", delta, where=where, new_tokens=new_tokens, sampling=sampling)
+        return Answer(next_token(comparison), *continuations(comparison))
     except (ValueError, LookupError) as error:
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
         return Answer(Markup('<div class="sb"><p class="error" role="alert">{}</p></div>').format(str(message)))
@@ -81,9 +81,9 @@ def about(dense: Any, name: str) -> str:
     return Markup('<div class="sb"><p class="quiet">{}</p></div>').format(lines)
 
 
-def next_token(found: Comparison) -> str:
+def next_token(comparison: Comparison) -> str:
     """The two distributions of the next token as HTML."""
-    rows = found.top()
+    rows = comparison.top()
     before, after = (max(rows, key=lambda row: row[side]) for side in (2, 3))
     verdict = Markup("The most likely next token is {} ({}), steered {} ({}).").format(
         token(before.text), number(before.unsteered), token(after.text), number(after.steered)
@@ -103,17 +103,17 @@ def next_token(found: Comparison) -> str:
         "token: {} nats</p><h2>Next token</h2><table><thead><tr><th>token</th><th>probability</th>"
         '<th class="number"><span class="key plain"></span>unsteered</th>'
         '<th class="number"><span class="key moved"></span>steered</th></tr></thead><tbody>{}</tbody></table></div>'
-    ).format(verdict, f"{found.kl:.3f}", table)
+    ).format(verdict, f"{comparison.kl:.3f}", table)
 
 
-def continuations(found: Comparison) -> tuple[Continuation, Continuation]:
+def continuations(comparison: Comparison) -> tuple[Continuation, Continuation]:
     """The unsteered and the steered continuation; the steered one is marked from where it departs."""
-    plain, moved = found.unsteered_generation, found.steered_generation
+    plain, moved = comparison.unsteered_generation, comparison.steered_generation
     pairs = zip(plain.text, moved.text, strict=False)
     same = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(plain.text), len(moved.text)))
     return (
-        _continuation("Unsteered", found.prompt_text, plain, len(plain.text)),
-        _continuation("Steered", found.prompt_text, moved, same),
+        _continuation("Unsteered", comparison.prompt_text, plain, len(plain.text)),
+        _continuation("Steered", comparison.prompt_text, moved, same),
     )
 
 

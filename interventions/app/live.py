@@ -235,14 +235,14 @@ def delta_range(channel: Channel) -> DeltaRange:
 
 def _class_means(channel: Channel) -> tuple[float, float] | None:
     """Means in the unit of `Channel.value`; None where they were not measured, or not of these indices."""
-    found = []
+    values = []
     for member in (0, 1):
         means = channel.statistics.get(f"mean_member_{member}")
         if not isinstance(means, list) or len(means) != len(channel.weights):
             return None
         total = sum(w * x for w, x in zip(channel.weights, means, strict=True))
-        found.append(total / sum(w * w for w in channel.weights))
-    return (found[0], found[1]) if all(map(math.isfinite, found)) else None
+        values.append(total / sum(w * w for w in channel.weights))
+    return (values[0], values[1]) if all(map(math.isfinite, values)) else None
 
 
 def _rounded_up(x: float) -> float:
@@ -258,15 +258,15 @@ def example_prompts(dense: nn.Module, channel: Channel, count: int = _EXAMPLES) 
     run's tokenizer or context cannot present gives none.
     """
     run: Run = get_bundle(dense).run
-    own = channel.selection.get("task")
-    names = [own] if isinstance(own, str) and own in TASKS else list(TASKS)
+    task = channel.selection.get("task")
+    names = [task] if isinstance(task, str) and task in TASKS else list(TASKS)
     each = count if len(names) == 1 else 1
-    found: dict[str, None] = {}
+    prompts: dict[str, None] = {}
     for prompt in (prompt for name in names for prompt in _task_prompts(run, name, each)):
-        if len(found) == count:
+        if len(prompts) == count:
             break
-        found[prompt] = None
-    return list(found)
+        prompts[prompt] = None
+    return list(prompts)
 
 
 def _task_prompts(run: Run, name: str, count: int) -> Iterator[str]:

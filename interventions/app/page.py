@@ -121,7 +121,7 @@ def make_page(gr: Any, dense: Any, run: str) -> Any:
             _, channel, delta, *_ = values
             html, *both = answer(dense, *values)
             asked = Markup('<div data-channel="{}" data-delta="{}">{}</div>').format(channel, delta, Markup(html))
-            return [asked, *(gr.HighlightedText(one.parts, label=one.label, visible=bool(one.parts)) for one in both)]
+            return [asked, *(gr.HighlightedText(c.parts, label=c.label, visible=bool(c.parts)) for c in both)]
 
         values = [prompt, name, delta, where, tokens, sample, temperature, seed]
         # The last change counts: while an answer is being made, the slider moves on.

@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridges.bridge import BridgeSet, load_bridges
 from interventions.bundle.channels import Channel, load_channels
+from interventions.bundle.generation_check import check_generation
 from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
@@ -88,6 +89,7 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
     dense = boot(run.dense.hf, run.tokenizer, device)
+    check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
     dense.bundle = Bundle(run.folder, run.dense.hf, run.bridges, Calls(dense.original_model.transformer), run)
     return dense
 
@@ -115,6 +117,7 @@ def load_hf(
             f"{folder / 'bridges'} has {bridges.n_sites} sites of dense width {bridges.d_dense}, the dense model "
             f"{2 * hf.config.n_layer + 1} of {hf.config.n_embd}: they are not of one run"
         )
+    check_generation(hf, "use_cache", hf.config.vocab_size, hf.config.max_position_embeddings)
     hf.bundle = Bundle(folder, hf, bridges, Calls(hf.transformer))
     return hf
 

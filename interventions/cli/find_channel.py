@@ -68,28 +68,28 @@ def main(options: Options) -> None:
 
 def describe(channel: "Channel") -> None:
     """Print how a channel was found."""
-    chosen = channel.selection
-    for effect in chosen["site_effects"]:
+    selection = channel.selection
+    for effect in selection["site_effects"]:
         mark = "  <- chosen" if effect["site"] == channel.site else ""
         print(
             f"site {effect['site']} ({effect['label']}): dense P(counterfactual answer) with the stream patched "
             f"{effect['p_stream']:.3f}, the read alone {effect['p_read']:.3f}{mark}"
         )
-    for n, share in chosen["share"].items():
-        dose = chosen["doses"][n]
+    for n, share in selection["share"].items():
+        dose = selection["doses"][n]
         print(
-            f"{n} channels {chosen['sets'][n]}: {share:.0%} of the whole read's effect in the sparse model; "
+            f"{n} channels {selection['sets'][n]}: {share:.0%} of the whole read's effect in the sparse model; "
             f"P(counterfactual answer) in the dense model {dose['p']:.3f} at strength {dose['strength']:g} (random "
             f"directions {dose['random_p95']:.3f})"
         )
-    for n, channels in chosen["by_patching"]["sets"].items():
-        dose = chosen["by_patching"]["doses"][n]
+    for n, channels in selection["by_patching"]["sets"].items():
+        dose = selection["by_patching"]["doses"][n]
         print(
             f"{n} channels {channels} from the sparse model alone: P(counterfactual answer) in the dense model "
             f"{dose['p']:.3f} at strength {dose['strength']:g}"
         )
     print(
-        f"the whole read of site {channel.site}: {chosen['whole_effect_nats']:+.3f} nats of log P(counterfactual "
+        f"the whole read of site {channel.site}: {selection['whole_effect_nats']:+.3f} nats of log P(counterfactual "
         "answer) in the sparse model"
     )
     print(channel)

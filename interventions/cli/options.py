@@ -76,9 +76,9 @@ def parse_run(
     """
     preset = next(iter(presets))
     if "--preset" in arguments[:-1]:
-        at = arguments.index("--preset")
-        preset = arguments[at + 1]
-        arguments = arguments[:at] + arguments[at + 2 :]
+        position = arguments.index("--preset")
+        preset = arguments[position + 1]
+        arguments = arguments[:position] + arguments[position + 2 :]
     elif arguments and not arguments[0].startswith("-"):
         preset, *arguments = arguments
     if preset not in presets:
@@ -129,10 +129,10 @@ def as_typed(message: str) -> str:
     if " is not a valid " in message:
         return message
 
-    def flag(found: re.Match[str]) -> str:
-        name, equals = found.groups()
+    def flag(match: re.Match[str]) -> str:
+        name, equals = match.groups()
         if name not in _typed or not (equals or "_" in name):  # a plain word
-            return found[0]
+            return match[0]
         return _typed[name] + " " * bool(equals)
 
     return re.sub(r"(?<![\w./'\"-])([a-z][\w.]*\w)(=?)(?![\w/'\"]*/)", flag, message)

@@ -47,12 +47,12 @@ def main(options: Options) -> None:
 
     scores = {}
     for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
-        found = scores[folder] = solved_tasks(folder, pairs=options.pairs, seed=options.seed)
+        outcomes = scores[folder] = solved_tasks(folder, pairs=options.pairs, seed=options.seed)
         update_metrics(
             Path(folder),
             tasks={
                 name: {"unsupported": of} if isinstance(of, str) else {label: s._asdict() for label, s in of.items()}
-                for name, of in found.items()
+                for name, of in outcomes.items()
             },
         )
     print(table(scores))
@@ -64,15 +64,15 @@ def table(scores: "dict[str, dict[str, dict[str, TaskScore] | str]]") -> str:
 
     columns = [
         (folder, label)
-        for folder, found in scores.items()
+        for folder, column in scores.items()
         for label in ("dense", "sparse")
-        if any(not isinstance(of, str) and label in of for of in found.values())
+        if any(not isinstance(of, str) and label in of for of in column.values())
     ]
     heads = ["task", *(f"{Path(folder).name} {label}: pairs, P(right)" for folder, label in columns)]
     lines, reasons = [heads, ["---"] * len(heads)], []
     for name in next(iter(scores.values())):
-        found = [(scores[folder][name], label) for folder, label in columns]
-        lines.append([name, *("-" if isinstance(of, str) else cell(of[label]) for of, label in found)])
+        column = [(scores[folder][name], label) for folder, label in columns]
+        lines.append([name, *("-" if isinstance(of, str) else cell(of[label]) for of, label in column)])
         reasons += [f"{Path(run).name}: {of[name]}" for run, of in scores.items() if isinstance(of[name], str)]
     solved = [
         sum(of[label].solved for of in scores[folder].values() if not isinstance(of, str)) for folder, label in columns

@@ -102,7 +102,7 @@ def _page(
     description, batch, notes = _task(run, circuit)
     effects = effects_of(model, circuit, batch)
     ranked = by_importance(circuit, effects)
-    found = explorer_data(run, model, circuit, channels, ranked, effects, batch, held_out, detailed)
+    graph = explorer_data(run, model, circuit, channels, ranked, effects, batch, held_out, detailed)
     key = circuit.task if circuit.model == "sparse" else f"{circuit.task}-{circuit.model}"
     sizes = size_curve(model, circuit, ranked, batch) if batch else []
     judged = circuit_verdicts(circuit)
@@ -120,8 +120,8 @@ def _page(
         stale=circuit.controls is not None and not judged,
         rows=[_row(circuit, name, effects) for name in ranked],
         notes=notes,
-        data=found.data | {"key": key, "sizes": sizes},
-        tokens=found.tokens,
+        data=graph.data | {"key": key, "sizes": sizes},
+        tokens=graph.tokens,
     )
 
 

@@ -51,8 +51,8 @@ def explorer_data(
     tokens |= about.used_tokens(*(part for ways in stream.values() for part in ways.values()))
     texts = prompts(run, batch, _SHOWN_PAIRS) if batch else []
     tokens |= {token for text in texts for token in text.tokens.tolist()}
-    index = {name: at for at, name in enumerate(circuit.names)}
-    rank = {name: at for at, name in enumerate(ranked)}
+    index = {name: place for place, name in enumerate(circuit.names)}
+    rank = {name: place for place, name in enumerate(ranked)}
     strongest = sorted(circuit.edges, key=lambda edge: -abs(edge.weight))[:MOST_EDGES]
     nodes = [
         _node(circuit, name, layout)
@@ -102,22 +102,22 @@ def _details(
     """Prompts and examples by node, and the token ids in them."""
     values = about.node_values(model, circuit, names, held_out)
     on_task = about.node_values(model, circuit, names, batch.tokens.flatten(0, 1)) if batch else {}
-    found: dict[str, Plain] = {}
+    details: dict[str, Plain] = {}
     tokens: set[int] = set()
     for name in names:
         top = about.windows(values[name], held_out)
         bottom = about.windows(values[name], held_out, lowest=True)
         tokens.update(token for window in (*top, *bottom) for token in window.tokens)
-        found[name] = {"stats": about.summary(values[name]), "top": top, "bottom": bottom}
+        details[name] = {"stats": about.value_statistics(values[name]), "top": top, "bottom": bottom}
         if batch:
             pairs = on_task[name].unflatten(0, (-1, 2))
-            found[name]["means"] = about.member_means(pairs, batch)
-            found[name]["prompts"] = [
+            details[name]["means"] = about.member_means(pairs, batch)
+            details[name]["prompts"] = [
                 numbers(pairs[pair, member, : int(batch.last[pair]) + 1].tolist(), 3)
                 for pair in range(_SHOWN_PAIRS)
                 for member in (0, 1)
             ]
-    return found, tokens
+    return details, tokens
 
 
 def _in_stream(name: str) -> bool:
@@ -135,12 +135,12 @@ def _stream(run: Run, circuit: Circuit, names: Sequence[str]) -> dict[int, dict[
 
 def _named(run: Run, circuit: Circuit, channels: dict[str, Channel]) -> dict[str, list[list[str]]]:
     """[name, id in the page] of named channels, by the published name of a read that they are made of."""
-    found: dict[str, list[list[str]]] = {}
+    links: dict[str, list[list[str]]] = {}
     if circuit.model != "sparse":
-        return found
+        return links
     for number, channel in enumerate(channels.values(), 1):
         site = Site(channel.site, run.sparse.n_layers)
         for index in () if site.is_final else channel.indices:
             node = f"{site.layer}.{site.reader}.act_in.{index}"
-            found.setdefault(node, []).append([channel.name, f"channel-{number}"])
-    return found
+            links.setdefault(node, []).append([channel.name, f"channel-{number}"])
+    return links

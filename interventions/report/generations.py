@@ -20,7 +20,7 @@ _CODE_PROMPTS = 2
 _CODE_TOKENS = 32
 
 
-class Variant(NamedTuple):
+class Version(NamedTuple):
     """One continuation."""
 
     title: str
@@ -34,7 +34,7 @@ class Continuation(NamedTuple):
 
     title: str
     prompt: str
-    variants: list[Variant]
+    variants: list[Version]
 
 
 def continuations(
@@ -45,7 +45,7 @@ def continuations(
     Read edits at full strength. The move towards a counterfactual ends with the prompt; the fixed one goes on over
     generated tokens.
     """
-    found = []
+    shown = []
     n_ctx = run.config.sparse.n_ctx
     for pair in range(_TASK_PROMPTS if batch else 0):
         assert batch is not None
@@ -53,24 +53,24 @@ def continuations(
         length = int(batch.last[pair]) + 1
         prompt, other = (batch.tokens[pair, m, :length] for m in (member, 1 - member))
         steered = [("toward the counterfactual", intervene(dense, channel, toward=other[None]))]
-        found.append(_continuation(run, dense, f"Evaluation prompt {pair + 1}, member {member}", prompt, steered))
+        shown.append(_continuation(run, dense, f"Evaluation prompt {pair + 1}, member {member}", prompt, steered))
     for text in code[:_CODE_PROMPTS]:
         deltas = (-largest / 2, largest / 2)
         steered = [(f"delta {d:+.2f}".replace("-", "−"), intervene(dense, channel, delta=d)) for d in deltas]
         prompt = text.tokens[: min(_CODE_TOKENS, max(1, n_ctx - NEW_TOKENS))]
-        found.append(_continuation(run, dense, f"{text.title}, beginning", prompt, steered))
-    return found
+        shown.append(_continuation(run, dense, f"{text.title}, beginning", prompt, steered))
+    return shown
 
 
 def _continuation(
     run: Run, dense: Any, title: str, prompt: Int[Tensor, " pos"], steered: list[tuple[str, Intervention]]
 ) -> Continuation:
     plain = _greedy(run, dense, prompt)
-    variants = [Variant("unsteered", plain, False)]
+    variants = [Version("unsteered", plain, False)]
     for name, handle in steered:
         with handle:
             text = _greedy(run, dense, prompt)
-        variants.append(Variant(name, text, text != plain))
+        variants.append(Version(name, text, text != plain))
     return Continuation(title, visible(run.tokenizer, prompt.tolist()), variants)
 
 

@@ -47,14 +47,14 @@ def size_curve(
 ) -> list[tuple[int, float | None]]:
     """(number of nodes, loss in nats) from no node to all of them."""
     steps = min(len(ranked), MOST_SIZES) + 1
-    found = []
+    curve = []
     for k in np.unique(np.linspace(0, len(ranked), steps).round().astype(int)).tolist():
         kept = {at: torch.zeros_like(mask) for at, mask in circuit.kept.items()}
         for name in ranked[:k]:
             for at, channel in find_node(circuit.shape, name):
                 kept[at][channel] = True
-        found.append((k, finite(score(model, kept, circuit.ablation, batch, _config(circuit)).loss)))
-    return found
+        curve.append((k, finite(score(model, kept, circuit.ablation, batch, _config(circuit)).loss)))
+    return curve
 
 
 def _config(circuit: Circuit) -> PruneConfig:

@@ -79,18 +79,18 @@ def node_values(
     at = {name: find_node(circuit.shape, name)[0] for name in names}
     for location, channel in at.values():
         wanted[location].append(channel)
-    found: dict[str, list[Tensor]] = defaultdict(list)
+    parts_of: dict[str, list[Tensor]] = defaultdict(list)
 
     def note(location: str, values: Values) -> Values:
         if location in wanted:
-            found[location].append(values[..., wanted[location]].float().cpu())
+            parts_of[location].append(values[..., wanted[location]].float().cpu())
         return values
 
     for batch in tokens.split(batch_size):
         # Only the nodes are wanted: one position's logits are enough.
         batch = batch.to(device_of(model))
         model.logits(batch, note, torch.zeros(len(batch), dtype=torch.long, device=batch.device))
-    whole = {location: torch.cat(parts) for location, parts in found.items()}
+    whole = {location: torch.cat(parts) for location, parts in parts_of.items()}
     return {name: whole[location][..., wanted[location].index(channel)] for name, (location, channel) in at.items()}
 
 
@@ -98,18 +98,18 @@ def windows(values: Float[Tensor, "row pos"], tokens: Int[Tensor, "row pos"], *,
     """Where the values are highest above zero (or lowest below it), at most once per row, strongest first."""
     signed = -values if lowest else values
     peak, where = signed.max(1)
-    found = []
+    examples = []
     for row in peak.argsort(descending=True, stable=True)[:EXAMPLES].tolist():
         if peak[row] <= 0:
             break
         at = int(where[row])
         span = slice(max(0, at - _BEFORE), at + 1 + _AFTER)
         shown = numbers(values[row, span].tolist(), 3)
-        found.append(Window(tokens[row, span].tolist(), shown, at - span.start))
-    return found
+        examples.append(Window(tokens[row, span].tolist(), shown, at - span.start))
+    return examples
 
 
-def summary(values: Float[Tensor, "row pos"]) -> dict[str, float | None]:
+def value_statistics(values: Float[Tensor, "row pos"]) -> dict[str, float | None]:
     """How a node is distributed over held-out text."""
     active = float((values != 0).float().mean())
     stats = [active, float(values.min()), float(values.mean()), float(values.max())]
@@ -136,11 +136,11 @@ def stream_tokens(sparse: SparseTransformer, channel: int, count: int = 6) -> di
         "embed": sparse.token_embed.weight[:, channel],
         "unembed": sparse.unembedding.weight[:, channel] * sparse.ln_final.weight[channel],
     }
-    found = {}
+    effects = {}
     for way, weights in ways.items():
         best = weights.abs().topk(min(count, len(weights))).indices.tolist()
-        found[way] = [(token, finite(float(weights[token]), 3)) for token in best if weights[token] != 0]
-    return found
+        effects[way] = [(token, finite(float(weights[token]), 3)) for token in best if weights[token] != 0]
+    return effects
 
 
 def used_tokens(*lists: Weighted) -> set[int]:

@@ -30,7 +30,7 @@ def cards(metrics: dict[str, Any]) -> list[Card]:
         return []
     dense, sparse, mean = metrics["dense"]["ce"], metrics["sparse"], site_means(metrics)
     over = f"mean over {len(metrics['sites'])} sites"
-    found = [
+    listed = [
         Card("dense loss", f"{dense:.3f}", "nats per held-out token"),
         Card("sparse loss", f"{sparse['ce']:.3f}", f"{sparse['ce'] - dense:+.3f} against dense"),
         Card("nonzero weights", f"{sparse['nonzeros']:,}", f"1 in {1 / sparse['nonzero_fraction']:.3g}"),
@@ -41,8 +41,8 @@ def cards(metrics: dict[str, Any]) -> list[Card]:
     ]
     paths = metrics.get("paths")
     if paths:
-        found.append(Card("KL of mixed paths", f"{paths['kl']:.3f}", f"nats, mean of {paths['n']} random paths"))
-    return found
+        listed.append(Card("KL of mixed paths", f"{paths['kl']:.3f}", f"nats, mean of {paths['n']} random paths"))
+    return listed
 
 
 def warnings(
@@ -53,22 +53,22 @@ def warnings(
     circuits: list[CircuitPage],
 ) -> list[str]:
     """What a reader should know before trusting the figures."""
-    found = []
+    sentences = []
     if "sites" in metrics:
-        found += _model_warnings(run, metrics)
+        sentences += _model_warnings(run, metrics)
     for task, baseline in metrics.get("dense_task", {}).items():
         if not solves(baseline["pair_accuracy"]):
-            found.append(
+            sentences.append(
                 f"The dense model does not solve {task}: it gets both prompts of only "
                 f"{baseline['pair_accuracy']:.0%} of the pairs right, so there is little to steer."
             )
     for channel in channels.values():
-        found += _channel_warnings(channel)
+        sentences += _channel_warnings(channel)
     for result in steering:
-        found += _steering_warnings(result, channels)
+        sentences += _steering_warnings(result, channels)
     for page in circuits:
-        found += _circuit_warnings(page)
-    return found
+        sentences += _circuit_warnings(page)
+    return sentences
 
 
 def _circuit_warnings(page: CircuitPage) -> list[str]:
@@ -92,10 +92,10 @@ def _channel_warnings(channel: Channel) -> list[str]:
 
 
 def _steering_warnings(result: Steering, channels: dict[str, Channel]) -> list[str]:
-    found = []
+    sentences = []
     random = at_full_strength(result, result.random_p95)
     if random is not None and random > _LARGE_EDIT:
-        found.append(
+        sentences.append(
             f"{result.task}: at full strength random directions of the same norm reach P = {random:.3f} (95th "
             f"percentile), above {_LARGE_EDIT}: the edit is large enough to do something in any direction."
         )
@@ -107,25 +107,25 @@ def _steering_warnings(result: Steering, channels: dict[str, Channel]) -> list[s
         for field, words in DRAWN.items():
             drawn = at_full_strength(result, getattr(result, f"{field}_p95"))
             if steered is not None and drawn is not None and steered <= drawn:
-                found.append(
+                sentences.append(
                     f"{result.task}: at full strength channel {channel.name} reaches P = {steered:.3f}, no more than "
                     f"the 95th percentile of the control {words}, {drawn:.3f}."
                 )
-    return found
+    return sentences
 
 
 def _model_warnings(run: Run, metrics: dict[str, Any]) -> list[str]:
-    found = []
+    sentences = []
     dead_reads = sum(site["dead_reads"] for site in metrics["sites"])
     neurons = run.sparse.n_layers * run.config.sparse.d_mlp
     dead = sum(n for name, n in metrics["sparse"]["dead_channels"].items() if name.endswith("mlp.hook_post"))
     if dead:
-        found.append(f"{dead} of the sparse model's {neurons} MLP neurons are zero at every held-out token.")
+        sentences.append(f"{dead} of the sparse model's {neurons} MLP neurons are zero at every held-out token.")
     if dead_reads:
         reads = len(metrics["sites"]) * run.sparse.d_model
-        found.append(f"{dead_reads} of {reads} residual-read channels are zero at every held-out token.")
+        sentences.append(f"{dead_reads} of {reads} residual-read channels are zero at every held-out token.")
     for way, words in (("dense_to_sparse", "dense → sparse"), ("sparse_to_dense", "sparse → dense")):
         weak = [site["label"] for site in metrics["sites"] if not site[f"recovered_{way}"] >= _RECOVERED]
         if weak:
-            found.append(f"The {words} hybrid recovers less than {_RECOVERED} of the loss at {', '.join(weak)}.")
-    return found
+            sentences.append(f"The {words} hybrid recovers less than {_RECOVERED} of the loss at {', '.join(weak)}.")
+    return sentences

@@ -121,7 +121,9 @@ def _fixed(value: int | float, form: str) -> str:
 def _code(text: str) -> Markup:
     """Text whose parts in backticks are code."""
     parts = [escape(part) for part in text.split("`")]
-    return Markup("").join(Markup("<code>{}</code>").format(p) if at % 2 else p for at, p in enumerate(parts))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(p) if position % 2 else p for position, p in enumerate(parts)
+    )
 
 
 def _json_text(value: object) -> str:

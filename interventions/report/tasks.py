@@ -34,15 +34,15 @@ def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
     measured, left_out = sizes.get("tasks", {}), sizes.get("left_out", {})
     rows = []
     for name, spec in TASKS.items():
-        found = scored.get(name, {})
-        scores = {} if "unsupported" in found else {label: TaskScore(**score) for label, score in found.items()}
+        scores_of = scored.get(name, {})
+        scores = {} if "unsupported" in scores_of else {label: TaskScore(**score) for label, score in scores_of.items()}
         edges = {
             label: float(statistics.median(one["edges"] for one in seeds))
             for label, seeds in measured.get(name, {}).items()
         }
-        if scores or edges or found or name in left_out:
+        if scores or edges or scores_of or name in left_out:
             rows.append(
-                TaskRow(name, spec.description, scores, edges, found.get("unsupported") or left_out.get(name, ""))
+                TaskRow(name, spec.description, scores, edges, scores_of.get("unsupported") or left_out.get(name, ""))
             )
     return rows
 

@@ -49,9 +49,9 @@ class HeldOut(NamedTuple):
 def held_out(run: Run, most_tokens: int) -> HeldOut:
     """The first held-out documents, as many as give so many tokens; generated ones where the corpus is gone."""
     try:
-        found = list(_until(run, iter_documents(corpus_config(run.config), "val"), most_tokens))
-        if found:
-            return HeldOut("held-out", found)
+        documents = list(_until(run, iter_documents(corpus_config(run.config), "val"), most_tokens))
+        if documents:
+            return HeldOut("held-out", documents)
     except (OSError, ValueError):
         pass
     rng = random.Random(run.config.seed)
@@ -90,13 +90,13 @@ def task_of(run: Run, name: str) -> Task:
 
 def prompts(run: Run, batch: TaskBatch, pairs: int) -> list[Text]:
     """The first pairs of a batch, both members of each."""
-    found = []
+    texts = []
     for pair in range(pairs):
         for member in (0, 1):
             answer = visible(run.tokenizer, int(batch.answers[pair, member]))
             title = f"Evaluation prompt {pair + 1}, member {member}; right answer: {answer}"
-            found.append(Text(title, batch.tokens[pair, member, : int(batch.last[pair]) + 1]))
-    return found
+            texts.append(Text(title, batch.tokens[pair, member, : int(batch.last[pair]) + 1]))
+    return texts
 
 
 def visible(tokenizer: PreTrainedTokenizerFast, tokens: int | Sequence[int]) -> str:

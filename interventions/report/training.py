@@ -51,9 +51,9 @@ def history(records: Sequence[dict]) -> History:
     columns = {name: thinned(np.array([record[name] for record in records], dtype=float)) for name in names}
     kl = {}
     for name, _, _ in _KLS:
-        found = np.array([record.get(name, np.nan) for record in records], dtype=float)
-        if np.isfinite(found).any():
-            kl[name] = thinned(found)
+        series = np.array([record.get(name, np.nan) for record in records], dtype=float)
+        if np.isfinite(series).any():
+            kl[name] = thinned(series)
     return History(**columns, kl=kl)
 
 
@@ -109,8 +109,8 @@ def _per_site(past: History, labels: Sequence[str]) -> list[Chart]:
     for name, title in (("encode", "NMSE of the encoders"), ("decode", "NMSE of the decoders")):
         values: np.ndarray = getattr(past, f"nmse_{name}")
         series = [
-            Series(label, numbers(values[:, at].tolist()), depth_colour(at, len(labels)))
-            for at, label in enumerate(labels[: values.shape[1]])
+            Series(label, numbers(values[:, column].tolist()), depth_colour(column, len(labels)))
+            for column, label in enumerate(labels[: values.shape[1]])
         ]
         charts.append(_chart(past, name, title, "One curve per site; 1 is predicting the mean.", "NMSE", series))
     return charts

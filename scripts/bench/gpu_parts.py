@@ -98,9 +98,9 @@ def _exact_on_random_shape(i: int, rng: torch.Generator, device: torch.device) -
     least = min(j, inputs) * neurons if axis else 1
     budget = max(1, least) + below(max(1, x.numel() - least))
     several = [x, x.roll(1, 0), x.roll(1, 1)]
-    found = [w.to(device, copy=True) for w in several]
-    project_together_(found, budget, j, axis)
-    for ours, w in zip(found, several, strict=True):
+    copies = [w.to(device, copy=True) for w in several]
+    project_together_(copies, budget, j, axis)
+    for ours, w in zip(copies, several, strict=True):
         keep = projection_mask(w, budget, min_per_neuron=j, neuron_axis=axis)
         same = same and torch.equal(ours.cpu(), torch.where(keep, w, 0))
     return same
@@ -174,8 +174,8 @@ def equality(options: argparse.Namespace) -> None:
     for device in (torch.device("cpu"), options.device):
         torch.manual_seed(0)
         trainer = _trainer(config, _gpt2_shape(shape, 32), options, "no", device)
-        found = [trainer.train_step() for _ in range(n)]
-        losses.append(torch.stack([torch.cat([v.flatten().cpu() for v in step if v is not None]) for step in found]))
+        terms = [trainer.train_step() for _ in range(n)]
+        losses.append(torch.stack([torch.cat([v.flatten().cpu() for v in step if v is not None]) for step in terms]))
     difference = ((losses[0] - losses[1]).abs() / losses[0].abs().clamp(min=1e-3)).amax(1)
     values = {
         "steps": n,

@@ -27,13 +27,13 @@ class Options:
 
 def channels_of(folder: Path, task: str) -> list[Channel]:
     """A run's channels of a task. Raises ValueError where there is none, naming the command that finds one."""
-    found = [channel for channel in load_channels(folder).values() if channel.selection.get("task") == task]
-    if not found:
+    named = [channel for channel in load_channels(folder).values() if channel.selection.get("task") == task]
+    if not named:
         raise ValueError(
             f"{folder / FILE} has no channel for {task}: find one with "
             f"sparse-bridges find-channel --run {folder} --task {task}"
         )
-    return found
+    return named
 
 
 def row(run: str, channel: Channel) -> list[str]:

@@ -97,8 +97,8 @@ def report(options: Options, steps: dict[str, int]) -> None:
     for objective in OBJECTIVES:
         for seed in options.seeds:
             folder = Path(options.out) / f"{objective.replace(' ', '-')}-seed{seed}"
-            found = figures(folder, "single_double_quote")
-            for name, value in found.items():
+            measured = figures(folder, "single_double_quote")
+            for name, value in measured.items():
                 rows.setdefault(name, {}).setdefault(objective, []).append(value)
     print(f"| {options.layers} layers, {options.seconds:g} CPU s | " + " | ".join(OBJECTIVES) + " |")
     print("|---" * (len(OBJECTIVES) + 1) + "|")
@@ -126,7 +126,7 @@ def main(options: Options) -> None:
     print(f"steps in {options.seconds:g} CPU seconds: {steps}")
     todo = [(objective, seed) for seed in options.seeds for objective in OBJECTIVES]
     with ThreadPoolExecutor(options.jobs) as pool:
-        calls = pool.map(lambda at: run_one(options, at[0], steps[at[0]], at[1]), todo)
+        calls = pool.map(lambda job: run_one(options, job[0], steps[job[0]], job[1]), todo)
         list(tqdm(calls, total=len(todo), unit="run"))
     report(options, steps)
 

@@ -18,6 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from interventions.cli.options import report_errors
+from interventions.figures import save_figure
 from sparse_model.config import require
 from sparse_model.training.pretrain import PretrainConfig
 from sparse_model.training.sweep import Outcome, ablations, grid, run_sweep
@@ -58,12 +59,12 @@ def print_table(outcomes: dict[str, list[Outcome]]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     columns = {field: medians(outcomes, field) for field in ("loss", "nonzeros", "kurtosis", "dead_neurons")}
     for label, runs in outcomes.items():
-        losses, one = [o.loss for o in runs], runs[0]
-        kept = f"1/{one.entries / one.nonzeros:.1f}" if one.nonzeros else "-"
+        losses, outcome = [o.loss for o in runs], runs[0]
+        kept = f"1/{outcome.entries / outcome.nonzeros:.1f}" if outcome.nonzeros else "-"
         print(
-            f"| {label} | {columns['loss'][label]:.3f} | {min(losses):.3f} to {max(losses):.3f} | {one.lr:g} "
+            f"| {label} | {columns['loss'][label]:.3f} | {min(losses):.3f} to {max(losses):.3f} | {outcome.lr:g} "
             f"| {columns['nonzeros'][label]:.0f} | {kept} | {columns['kurtosis'][label]:.1f} "
-            f"| {columns['dead_neurons'][label]:.0f} of {one.neurons} |"
+            f"| {columns['dead_neurons'][label]:.0f} of {outcome.neurons} |"
         )
 
 
@@ -72,18 +73,18 @@ def plot_grid(outcomes: dict[str, list[Outcome]], options: Options, path: Path) 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     loss, kurt, dead = figure.subplots(1, 3)
     series = [*(f"nonzeros {n}" for n in options.nonzeros), "dense"]
-    for at, name in enumerate(series):
-        colour = "black" if name == "dense" else f"C{at}"
+    for index, name in enumerate(series):
+        colour = "black" if name == "dense" else f"C{index}"
         rows = [[o.loss for o in outcomes[f"width {width} {name}"]] for width in options.widths]
         loss.plot(options.widths, [statistics.median(r) for r in rows], "o-", ms=3, color=colour, label=name)
         loss.fill_between(options.widths, [min(r) for r in rows], [max(r) for r in rows], color=colour, alpha=0.15)
-    for at, width in enumerate(options.widths):
+    for index, width in enumerate(options.widths):
         rows = [outcomes[f"width {width} {name}"] for name in series]
         kept = [row[0].nonzeros / row[0].entries for row in rows]
         kurtosis = [statistics.median(o.kurtosis for o in row) for row in rows]
         share = [statistics.median(o.dead_neurons / o.neurons for o in row) for row in rows]
-        kurt.plot(kept, kurtosis, "o-", ms=3, color=f"C{at}", label=f"width {width}")
-        dead.plot(kept, share, "o-", ms=3, color=f"C{at}", label=f"width {width}")
+        kurt.plot(kept, kurtosis, "o-", ms=3, color=f"C{index}", label=f"width {width}")
+        dead.plot(kept, share, "o-", ms=3, color=f"C{index}", label=f"width {width}")
     loss.set(xlabel="d_model", ylabel="held-out loss, nats", xscale="log", xticks=options.widths)
     loss.set_xticklabels([str(w) for w in options.widths])
     loss.minorticks_off()
@@ -92,7 +93,7 @@ def plot_grid(outcomes: dict[str, list[Outcome]], options: Options, path: Path) 
     for axes in (loss, kurt, dead):
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7)
-    save(figure, path)
+    print(f"drawn: {save_figure(figure, path)}")
 
 
 def plot_ablations(outcomes: dict[str, list[Outcome]], path: Path) -> None:
@@ -100,25 +101,16 @@ def plot_ablations(outcomes: dict[str, list[Outcome]], path: Path) -> None:
     figure = Figure(figsize=(7.4, 0.3 * len(outcomes) + 1), layout="constrained")
     axes = figure.subplots()
     labels = list(outcomes)
-    for at, label in enumerate(labels):
+    for index, label in enumerate(labels):
         losses = [o.loss for o in outcomes[label]]
-        axes.plot(losses, [at] * len(losses), "o", ms=4, color="C0")
-        axes.plot([statistics.median(losses)], [at], "|", ms=12, color="black")
+        axes.plot(losses, [index] * len(losses), "o", ms=4, color="C0")
+        axes.plot([statistics.median(losses)], [index], "|", ms=12, color="black")
     axes.axvline(statistics.median(o.loss for o in outcomes[labels[0]]), color="grey", lw=0.8)
     axes.set(xlabel="held-out loss, nats (dots: seeds, bar: median)", yticks=range(len(labels)))
     axes.set_yticklabels(labels)
     axes.invert_yaxis()
     axes.grid(alpha=0.25)
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG by way of a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    print(f"drawn: {path}")
+    print(f"drawn: {save_figure(figure, path)}")
 
 
 def main(options: Options) -> None:

@@ -58,16 +58,16 @@ def print_table(groups: dict[str, list[Steering]], strength: float | None) -> No
     """Medians with ranges, a column for each group."""
     columns = [[steering_figures(r, strength) for r in runs] for runs in groups.values()]
     heads = [f"{name} ({len(runs)} run{'s' * (len(runs) != 1)})" for name, runs in groups.items()]
-    at = "at chosen strengths" if strength is None else f"strength {strength:g}"
-    print(f"| {at} | {' | '.join(heads)} |")
+    where = "at chosen strengths" if strength is None else f"strength {strength:g}"
+    print(f"| {where} | {' | '.join(heads)} |")
     print("|---" * (len(heads) + 1) + "|")
     print(f"| sites | {' | '.join(', '.join(str(r.site) for r in runs) for runs in groups.values())} |")
     for name in dict.fromkeys(name for column in columns for row in column for name in row):
         cells = []
         for column in columns:
-            found = [row[name] for row in column if name in row]
-            range_ = f" ({min(found):.3g} to {max(found):.3g})" if len(found) > 1 else ""
-            cells.append(f"{statistics.median(found):.3g}{range_}" if found else "-")
+            values = [row[name] for row in column if name in row]
+            range_ = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+            cells.append(f"{statistics.median(values):.3g}{range_}" if values else "-")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -77,14 +77,14 @@ def draw(groups: dict[str, list[Steering]], options: Options, path: Path) -> Pat
     axes = figure.subplots()
     for number, (name, runs) in enumerate(groups.items()):
         colour = depth_colour(number, len(groups))
-        found: dict[int, list[float]] = {}
+        by_size: dict[int, list[float]] = {}
         for result in runs:
             points = sorted((int(n), value_at(result, set_name(n), options.strength)) for n in result.channels)
             axes.plot(*zip(*points, strict=True), color=colour, lw=0.8, alpha=0.5)
             for n, p in points:
-                found.setdefault(n, []).append(p)
-        sizes = sorted(found)
-        axes.plot(sizes, [statistics.median(found[n]) for n in sizes], "o-", ms=4, lw=2.2, color=colour, label=name)
+                by_size.setdefault(n, []).append(p)
+        sizes = sorted(by_size)
+        axes.plot(sizes, [statistics.median(by_size[n]) for n in sizes], "o-", ms=4, lw=2.2, color=colour, label=name)
         if len(groups) == 1:
             styles = {"exact patch": "-", "difference of means": "--", "random directions, 95th percentile": ":"}
             for control, style in styles.items():

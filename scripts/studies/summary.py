@@ -99,9 +99,9 @@ def main(options: Options) -> None:
     print(f"| | {' | '.join(heads)} |")
     print("|---" * (len(heads) + 1) + "|")
     for name in dict.fromkeys(name for row in rows for name in row):
-        found = [row[name] for row in rows if name in row]
+        values = [row[name] for row in rows if name in row]
         cells = [f"{row[name]:.4g}" if name in row else "-" for row in rows]
-        print(f"| {name} | {' | '.join(cells + [f'{statistics.median(found):.4g}'] * several)} |")
+        print(f"| {name} | {' | '.join(cells + [f'{statistics.median(values):.4g}'] * several)} |")
 
 
 if __name__ == "__main__":

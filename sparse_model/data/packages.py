@@ -66,7 +66,7 @@ def open_packages(spec: str, val_fraction: float, seed: int, cache: Path) -> "Pa
         ValueError: a distribution that is not installed, none at all, or one named twice.
     """
     _, equals, listed = spec.partition("=")
-    every = {_normal(found.metadata["Name"]): found for found in _installed()}
+    every = {_normal(distribution.metadata["Name"]): distribution for distribution in _installed()}
     names = [_normal(name) for name in listed.split("+")] if equals else sorted(every)
     for name in names:
         if not name or names.count(name) > 1:
@@ -82,11 +82,11 @@ def open_packages(spec: str, val_fraction: float, seed: int, cache: Path) -> "Pa
 def _installed() -> Iterator[metadata.Distribution]:
     """The installed distributions less this project's own; the first of a name is the one that is imported."""
     seen = {_normal(_OWN)}
-    for found in metadata.distributions():
-        name = found.metadata["Name"]
+    for distribution in metadata.distributions():
+        name = distribution.metadata["Name"]
         if name and _normal(name) not in seen:
             seen.add(_normal(name))
-            yield found
+            yield distribution
 
 
 def _normal(name: str) -> str:
@@ -141,8 +141,7 @@ class PackagesSource:
 
     def identity(self) -> str:
         versions = [
-            (_normal(found.metadata["Name"]), found.version, _digest(found.read_text("RECORD") or ""))
-            for found in self.installed
+            (_normal(d.metadata["Name"]), d.version, _digest(d.read_text("RECORD") or "")) for d in self.installed
         ]
         return json.dumps([FILTER_VERSION, sys.version, versions])
 
@@ -167,8 +166,8 @@ def scan_files(name: str, installed: Sequence[metadata.Distribution]) -> Scan:
         seen.add(signature(text))
     left_out: Counter[str] = Counter()
     candidates: dict[str, int] = {}  # path -> distribution; where two list a file it is the first one's
-    for number, found in enumerate(installed):
-        for file in found.files or ():
+    for number, distribution in enumerate(installed):
+        for file in distribution.files or ():
             reason = _reason_of_path(file)
             if reason:
                 left_out[reason] += 1

@@ -129,10 +129,10 @@ class GeneratedSource:
         return SourceReport("generated", None, None, {}, "endless; train and val are separately seeded streams")
 
     def identity(self) -> str:
-        found = find_spec("sparse_model.data.generated_python")
-        assert found is not None
-        assert found.origin is not None
-        return f"{self.seed} {hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()}"
+        spec = find_spec("sparse_model.data.generated_python")
+        assert spec is not None
+        assert spec.origin is not None
+        return f"{self.seed} {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()}"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """A small byte-level BPE for Python, and loading or saving any Hugging Face tokenizer.
 
 Quote tasks compare the next-token probabilities of `")` and `')`, so those pairs (and the opening ones) must
-be single tokens wherever they stand in the text. They are cut out before BPE sees its input:
+be single tokens wherever they stand in the text. They are cut out before BPE sees its input. `while`, which real code
+has too seldom to be learned, is one token too, so that a loop's two headers are of equal length:
 
 1. Split off every occurrence of the four pairs in `QUOTE_TOKENS`.
 2. Split the rest into words with their leading space, digits, punctuation, and newline-plus-indentation runs.
 3. Learn merges inside those pieces only, with the quote pairs removed; then give each pair an id of its own.
+4. Where `while` is still in pieces, the last merges make room for those that join them.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from sparse_model.io.local import local_path
 
 QUOTE_TOKENS = ('("', "('", '")', "')")
 EOT = "<|endoftext|>"
+_WORD = "while"
 
 _QUOTE_PATTERN = r"""\(["']|["']\)"""
 _PIECE_PATTERN = "|".join(
@@ -60,10 +63,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         vocab_size=vocab_size - len(QUOTE_TOKENS) - 1, initial_alphabet=_BYTES, show_progress=False
     )
     learner.train_from_iterator(documents, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    merges = [(left, right) for left, right in learned["merges"]]
-    by_id = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
-    names = [EOT, *_BYTES, *QUOTE_TOKENS, *(name for name in by_id if len(name) > 1)]
+    learned = json.loads(learner.to_str())["model"]["merges"]
+    merges = _with_word([(left, right) for left, right in learned], _WORD)
+    names = [EOT, *_BYTES, *QUOTE_TOKENS, *_names(merges)]
     if len(names) < vocab_size:
         raise ValueError(
             f"vocab_size={vocab_size}, but the documents only yield {len(names)} tokens;"
@@ -82,6 +84,27 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         pad_token=EOT,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _names(merges: list[tuple[str, str]]) -> list[str]:
+    """What the merges make, in their order; two of them may make the same token."""
+    return list(dict.fromkeys(left + right for left, right in merges))
+
+
+def _with_word(merges: list[tuple[str, str]], word: str) -> list[tuple[str, str]]:
+    """As many tokens as `merges` make, `word` among them: the last merges give way.
+
+    Unchanged where `word` is a token already, or where so few merges are left that it would take half of them.
+    """
+    for dropped in range(len(word)):
+        kept = merges[: len(merges) - dropped]
+        vocab = {name: index for index, name in enumerate([*_BYTES, *_names(kept)])}
+        pieces = [token.value for token in models.BPE(vocab=vocab, merges=kept).tokenize(word)]
+        joined = ["".join(pieces[:count]) for count in range(1, len(pieces))]
+        longer = kept + list(zip(joined, pieces[1:], strict=True))
+        if len(_names(longer)) == len(_names(merges)) and dropped <= len(merges) // 2:
+            return longer
+    return merges
 
 
 def _pre_tokenizer(quotes: str) -> pre_tokenizers.PreTokenizer:

@@ -283,7 +283,7 @@ class SparseTransformer(HookedRootModule, HubModel):
         concatenated, nor the bigram table (paper A.1, A.2).
         """
         axes: dict[str, NeuronAxis] = {"qkv": "row", "fc": "row", "out": "column"}
-        found = []
+        parameters = []
         for name, p in self.named_parameters():
             parts = name.split(".")
             if name == "bigram" or "sink_logit" in name or parts[-2].startswith("ln"):
@@ -296,8 +296,8 @@ class SparseTransformer(HookedRootModule, HubModel):
             else:
                 share = (bias_fraction or fraction) if parts[-1] == "bias" else fraction
             axis = None if embedding or parts[-1] == "bias" else axes[parts[-2]]
-            found.append(SparseParameter(name, p, share, axis))
-        return found
+            parameters.append(SparseParameter(name, p, share, axis))
+        return parameters
 
 
 def attention_sublayer(

@@ -90,7 +90,7 @@ def _at_least(bits, floor, sign):
     """The patterns >= floor, compacted. Blocks without any are skipped after one vectorised maximum."""
     block = 64
     n = bits.shape[0]
-    found = np.full(n, sign)
+    values = np.full(n, sign)
     m = 0
     for start in range(0, n, block):
         stop = min(start + block, n)
@@ -100,9 +100,9 @@ def _at_least(bits, floor, sign):
         if highest >= floor:
             for i in range(start, stop):
                 value = bits[i] & sign
-                found[m] = value
+                values[m] = value
                 m += value >= floor
-    return found[:m]
+    return values[:m]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -26,9 +26,9 @@ def select_rows_kernel(
 ):
     """One row: bisect its k-th largest magnitude bit by bit, then keep what is above and the first of what ties."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    x = tl.load(x_ptr + row * width + at, mask=inside, other=0.0)
+    offset = tl.arange(0, BLOCK)
+    inside = offset < width
+    x = tl.load(x_ptr + row * width + offset, mask=inside, other=0.0)
     if BITS == 16:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
     else:
@@ -44,8 +44,8 @@ def select_rows_kernel(
     room = k - tl.sum(above.to(tl.int32), axis=0)
     keep = above | ((equal != 0) & (tl.cumsum(equal, axis=0) <= room))
     if WRITE:
-        tl.store(out_ptr + row * width + at, tl.where(keep, x, 0.0), mask=inside)
-    tl.store(mask_ptr + row * width + at, keep.to(tl.int8), mask=inside)
+        tl.store(out_ptr + row * width + offset, tl.where(keep, x, 0.0), mask=inside)
+    tl.store(mask_ptr + row * width + offset, keep.to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -53,8 +53,8 @@ def select_rows_kernel(
 def count_digits_kernel(bits_ptr, prefix_ptr, counts_ptr, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     """One block of one tensor: a histogram of its digits, added to the tensor's; bin 256 takes what does not agree."""
     tensor = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(bits_ptr + tensor * n + at, mask=at < n, other=-1).to(tl.int32)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bits = tl.load(bits_ptr + tensor * n + offset, mask=offset < n, other=-1).to(tl.int32)
     prefix = tl.load(prefix_ptr + tensor).to(tl.int32)
     # In two steps: the highest digit leaves a shift by the whole width, which is undefined.
     agrees = (bits >= 0) & ((bits >> SHIFT >> 7 >> 1) == (prefix >> SHIFT >> 7 >> 1))
@@ -118,6 +118,6 @@ def narrow(
     counts: Int[Tensor, "group 256"], threshold: Int[Tensor, "group 1"], room: Int[Tensor, "group 1"], shift: int
 ) -> tuple[Int[Tensor, "group 1"], Int[Tensor, "group 1"]]:
     """As `sparse_model.sparsity.topk_torch.narrow`."""
-    found = torch.empty_like(threshold), torch.empty_like(room)
-    narrow_kernel[(len(counts),)](counts, threshold, room, *found, SHIFT=shift)
-    return found
+    out = torch.empty_like(threshold), torch.empty_like(room)
+    narrow_kernel[(len(counts),)](counts, threshold, room, *out, SHIFT=shift)
+    return out

@@ -77,10 +77,10 @@ def run_sweep(
     """
     _shared_tokenizer(variants[0].config, folder / "tokenizer")
     first = {(variant.label, rate): _job(variant, rate, seeds[0], folder) for variant in variants for rate in rates}
-    found = dict(zip(first, _run_jobs(list(first.values()), jobs, "rates"), strict=True))
-    best = {variant.label: min(rates, key=lambda rate: found[variant.label, rate].loss) for variant in variants}
+    by_rate = dict(zip(first, _run_jobs(list(first.values()), jobs, "rates"), strict=True))
+    best = {variant.label: min(rates, key=lambda rate: by_rate[variant.label, rate].loss) for variant in variants}
     others = [_job(variant, best[variant.label], seed, folder) for variant in variants for seed in seeds[1:]]
-    outcomes = {variant.label: [found[variant.label, best[variant.label]]] for variant in variants}
+    outcomes = {variant.label: [by_rate[variant.label, best[variant.label]]] for variant in variants}
     for outcome in _run_jobs(others, jobs, "seeds"):
         outcomes[outcome.label].append(outcome)
     return outcomes
@@ -190,7 +190,7 @@ def grid(base: PretrainConfig, nonzeros: Iterable[int], widths: Iterable[int], *
     Heads have 16 channels and there are four MLP neurons per channel, so that width scales all of them. A number of
     nonzeros that a width cannot have, or that cannot hold the minimum per neuron, is a ValueError of the model.
     """
-    found = []
+    variants = []
     for width in widths:
         sparse = dataclasses.replace(base.sparse, d_model=width, d_mlp=4 * width, n_heads=width // 16, d_head=16)
         wide = dataclasses.replace(base, sparse=sparse)
@@ -199,11 +199,11 @@ def grid(base: PretrainConfig, nonzeros: Iterable[int], widths: Iterable[int], *
             if count > entries:
                 raise ValueError(f"nonzeros={count}: a model of width {width} has only {entries} entries")
             sparsity = dataclasses.replace(base.sparsity, nonzero_fraction=count / entries)
-            found.append(Variant(f"width {width} nonzeros {count}", dataclasses.replace(wide, sparsity=sparsity)))
+            variants.append(Variant(f"width {width} nonzeros {count}", dataclasses.replace(wide, sparsity=sparsity)))
         if dense:
             sparsity = dataclasses.replace(base.sparsity, nonzero_fraction=1.0)
-            found.append(Variant(f"width {width} dense", dataclasses.replace(wide, sparsity=sparsity)))
-    return found
+            variants.append(Variant(f"width {width} dense", dataclasses.replace(wide, sparsity=sparsity)))
+    return variants
 
 
 ABLATIONS: dict[str, dict[str, dict]] = {

@@ -191,17 +191,17 @@ class SparseTrainer:
 
     def _accumulate(self) -> Any:
         """The losses of this step's batches, averaged, with their gradients in the parameters."""
-        config, accelerator, found = self.config, self.accelerator, []
+        config, accelerator, parts = self.config, self.accelerator, []
         scale = self.scaler.scale(torch.full((), 1 / config.accumulate, device=self.device))
         for batch in range(self.step * config.accumulate, (self.step + 1) * config.accumulate):
             tokens = to_device(self.blocks[self.order(batch)].long(), self.device)
             precision = matmul_precision(self.device, config.tf32)
             products = sparse_products(self.sparse) if self.skips_zeros else nullcontext()
             with self._nan_is_divergence("an activation"), accelerator.autocast(), precision, products:
-                found.append(self.backward(tokens, batch, scale))
+                parts.append(self.backward(tokens, batch, scale))
             if self.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
-                self._check_finite(found[-1])
-        return found[0] if len(found) == 1 else mean_losses(found)
+                self._check_finite(parts[-1])
+        return parts[0] if len(parts) == 1 else mean_losses(parts)
 
     def _stop_agreed(self, asked: list[int]) -> bool:
         """Whether a process was asked to stop; several agree on it at every tenth step, so that all stop at one."""
@@ -327,9 +327,9 @@ def projected_parameters(sparse: SparseTransformer, config: TrainConfig) -> list
     Raises ValueError where a budget cannot hold the minimum per neuron, naming the smallest one that can.
     """
     sparsity = config.sparsity
-    found = sparse.sparse_parameters(sparsity.nonzero_fraction, sparsity.embed_fraction, sparsity.bias_fraction)
-    check_budgets(found, sparsity)
-    return found
+    parameters = sparse.sparse_parameters(sparsity.nonzero_fraction, sparsity.embed_fraction, sparsity.bias_fraction)
+    check_budgets(parameters, sparsity)
+    return parameters
 
 
 def check_budgets_of(config: TrainConfig) -> None:

@@ -72,6 +72,14 @@ def test_a_line_end_and_its_indentation_become_one_token(tokenizer: PreTrainedTo
     assert tokenizer.tokenize("123") == ["1", "2", "3"]
 
 
+def test_while_is_one_token_though_the_text_lacks_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert not any("while" in text for text in DOCUMENTS)
+    assert "while" in tokenizer.tokenize("if x:\n    while True:\n")
+    assert len(train_tokenizer(DOCUMENTS, 320)) == 320
+    learned = train_tokenizer(["    while x:\n        while y:\n"] * 3, 270)
+    assert [token for token in learned.get_vocab() if "while" in token] == ["while"]
+
+
 def test_training_is_deterministic_and_depends_on_the_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     again = train_tokenizer(iter(DOCUMENTS), 320)
     other = train_tokenizer([text.upper() for text in DOCUMENTS], 320)
