@@ -104,6 +104,7 @@ def selection(task: str, share: float) -> dict[str, Any]:
     sites = ((0, "attn.0", 0.91, 0.42), (1, "mlp.0", 0.73, 0.64))
     return {
         "task": task,
+        "units": "exact",
         "pairs": 48,
         "criterion": "joint patching",
         "share": {"1": 0.5, "2": share},
