@@ -76,14 +76,16 @@ def freeze(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
     patched = search_channels(run, batch, channel.site, beam=1, largest=max(_PATCHED_SIZES)).sets
     patched = {n: channels for n, channels in patched.items() if n in _PATCHED_SIZES}
     means = difference_of_means(run.dense, batch, channel.site, prompts_of(batch))
-    edits = [dosing.edit(channels) for channels in (*sets.values(), *patched.values())]
-    doses = [dose._asdict() for dose in dosing.edit_doses([*edits, means])]
+    known: dict[str, dict[str, float]] = channel.selection.get("doses", {})
+    new = {n: dosing.edit(channels) for n, channels in sets.items() if n not in known}
+    edits = [*new.values(), *map(dosing.edit, patched.values()), means]
+    doses = [dose._asdict() for dose in dosing.edit_doses(edits)]
     chosen = {
         "units": "exact",
-        "doses": dict(zip(sets, doses, strict=False)),
+        "doses": known | dict(zip(new, doses, strict=False)),
         "by_patching": {
             "sets": {str(n): channels for n, channels in patched.items()},
-            "doses": dict(zip(map(str, patched), doses[len(sets) :], strict=False)),
+            "doses": dict(zip(map(str, patched), doses[len(new) :], strict=False)),
         },
         "difference_of_means": doses[-1],
     }
