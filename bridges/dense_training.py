@@ -1,5 +1,6 @@
 """Training the small GPT-2 of the embedded default: a plain Hugging Face model, saved in Hugging Face format."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -13,9 +14,16 @@ from sparse_model.data.batch_order import BatchOrder
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.atomic import replace_folder
 from sparse_model.io.tensors import to_device
+from sparse_model.training.checkpoints import Checkpoints
+from sparse_model.training.finite import TrainingDiverged, first_not_finite, gradients_of, state_of
+from sparse_model.training.identity import Identity, digest_of, versions
+from sparse_model.training.interrupts import Interrupted, stop_signals
 from sparse_model.training.losses import next_token_loss
 from sparse_model.training.optim import set_lr
-from sparse_model.training.trainer import TrainingDiverged
+
+logger = logging.getLogger(__name__)
+
+DENSE_CHECKPOINT = "dense-checkpoint"
 
 
 def train_dense(
@@ -24,16 +32,110 @@ def train_dense(
     tokenizer: PreTrainedTokenizerFast,
     device: torch.device,
     *,
+    folder: Path | None = None,
     progress: bool = True,
 ) -> GPT2LMHeadModel:
     """Train a GPT-2 of the sparse model's depth, context and vocabulary on `blocks` [block, n_ctx].
 
     AdamW 3e-3 by default, gradient norm clipped to 1, 2 % warm-up, cosine decay to a tenth; bf16 autocast on CUDA.
     No dropout: with well under one pass over enough text there is nothing to regularise, and the bridged model is used
-    in eval mode. Raises TrainingDiverged where the loss is no longer finite.
+    in eval mode. Goes on from the last checkpoint in `folder`, where there is one, and keeps its own there.
+
+    Raises TrainingDiverged where a number is no longer finite, Interrupted on a signal, after a checkpoint, and
+    ValueError for a checkpoint that is damaged or made from something else.
     """
+    training = _DenseTraining(config, blocks, tokenizer, device, folder)
     options = config.dense_train
-    torch.manual_seed(options.seed)
+    bar = tqdm(total=options.steps, initial=training.step, desc="dense", unit="step", disable=not progress)
+    with stop_signals() as stop_asked, bar:
+        while training.step < options.steps:
+            loss = training.train_step()
+            last = training.step == options.steps
+            if (training.step - 1) % config.log_every == 0 or last:
+                training.check(loss)
+                bar.set_postfix_str(f"ce {loss.item():.3f}")
+            bar.update()
+            if (training.step % config.checkpoint_every == 0 and not last) or stop_asked:
+                training.save_checkpoint(loss)
+            if stop_asked:
+                kept = "go on with --resume" if folder else "nothing of it is kept"
+                raise Interrupted(f"stopped at step {training.step} of the dense model's training; {kept}")
+    return training.model.eval()
+
+
+class _DenseTraining:
+    """The model with its optimizer, and the step where it stands."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        blocks: Tensor,
+        tokenizer: PreTrainedTokenizerFast,
+        device: torch.device,
+        folder: Path | None,
+    ) -> None:
+        self.config, self.options, self.blocks, self.device = config, config.dense_train, blocks, device
+        torch.manual_seed(self.options.seed)
+        self.model = _new_gpt2(config, tokenizer.eos_token_id).to(device)  # type: ignore[arg-type]
+        self.model.set_attn_implementation("sdpa")
+        self.model.train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        self.order = BatchOrder(len(blocks), self.options.batch_size, self.options.seed)
+        self.modules, self.step = {"dense": self.model}, 0
+        self.checkpoints = None
+        if folder is not None:
+            self.checkpoints = Checkpoints(folder / DENSE_CHECKPOINT, self.modules, {"dense": self.optimizer})
+            shape = f"{config.sparse.n_layers} layers, context {config.sparse.n_ctx}, {config.sparse.d_vocab} tokens"
+            self.identity: Identity = {**versions(), "corpus": digest_of([blocks]), "shape": shape}
+            state = self.checkpoints.load(self.options, self.options.steps, self.identity)
+            if state is not None:
+                self.step = state["step"]
+                logger.info("resuming the dense model's training at step %d of %d", self.step, self.options.steps)
+
+    def train_step(self) -> Tensor:
+        """One optimizer step on the next batch; returns its loss on the device."""
+        set_lr(self.optimizer, self._rate(self.step))
+        tokens = to_device(self.blocks[self.order(self.step)].long(), self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = next_token_loss(self.model(tokens).logits, tokens)
+        loss.backward()
+        if self.device.type == "cpu":  # elsewhere reading a number waits for the device
+            self._refuse("the loss" if not loss.isfinite() else first_not_finite(gradients_of(self.modules)))
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
+
+    def check(self, loss: Tensor) -> None:
+        """Raise TrainingDiverged where the last step's loss, or a number that it left, is not finite."""
+        named = [("the loss", loss), *state_of(self.modules, [self.optimizer])]
+        self._refuse(first_not_finite(named), self.step - 1)
+
+    def save_checkpoint(self, loss: Tensor) -> None:
+        """Keep the state where it is finite."""
+        self.check(loss)
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.options, {"step": self.step, "identity": self.identity})
+
+    def _rate(self, step: int) -> float:
+        return self.options.lr * dense_rate(step, self.options.steps)
+
+    def _refuse(self, name: str | None, step: int | None = None) -> None:
+        step = self.step if step is None else step
+        if name is not None:
+            raise TrainingDiverged(
+                f"{name} of the dense model's training is no longer finite in step {step + 1} at learning rate "
+                f"{self._rate(step):.3g}; the last checkpoint is as it was: train again with a lower "
+                f"dense_train.lr={self.options.lr:g}"
+            )
+
+
+def _new_gpt2(config: RunConfig, end_of_text: int | None) -> GPT2LMHeadModel:
+    options = config.dense_train
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.sparse.d_vocab,
@@ -44,35 +146,14 @@ def train_dense(
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
         )
     )
     if not options.positions:
         model.transformer.wpe.weight.data.zero_()
         model.transformer.wpe.requires_grad_(False)
-    model.to(device)  # type: ignore[arg-type]
-    model.set_attn_implementation("sdpa")
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    order = BatchOrder(len(blocks), options.batch_size, options.seed)
-    bar = tqdm(range(options.steps), desc="dense", unit="step", disable=not progress)
-    for step in bar:
-        set_lr(optimizer, options.lr * dense_rate(step, options.steps))
-        tokens = to_device(blocks[order(step)].long(), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = next_token_loss(model(tokens).logits, tokens)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % config.log_every == 0 or step == options.steps - 1:
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingDiverged(f"dense loss is {value} at step {step}: lower dense_train.lr={options.lr:g}")
-            bar.set_postfix_str(f"ce {value:.3f}")
-    return model.eval()
+    return model
 
 
 def dense_rate(step: int, steps: int) -> float:

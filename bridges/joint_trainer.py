@@ -1,7 +1,9 @@
 """The joint trainer: sparse model and bridges beside a frozen dense model."""
 
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
@@ -9,9 +11,12 @@ from torch import Tensor
 from bridges.bridge import BridgeSet
 from bridges.config import RunConfig
 from bridges.dense import DenseModel, check_fit
+from bridges.hybrid import residuals
 from bridges.joint_step import JointLosses, draw, joint_backward
 from sparse_model.model.transformer import SparseTransformer
-from sparse_model.training.trainer import FreeRule, SparseTrainer
+from sparse_model.sparsity.topk import NotFiniteError
+from sparse_model.training.identity import Identity, digest_of
+from sparse_model.training.trainer import FreeRule, SparseTrainer, sublayer_not_finite
 
 
 class JointTrainer(SparseTrainer):
@@ -46,6 +51,24 @@ class JointTrainer(SparseTrainer):
         models = self.dense, self.sparse, self.bridges
         together = self.device.type != "cpu"
         return joint_backward(*models, tokens, drawn, config, scale=scale, total=total, together=together)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What decides the weights besides the settings."""
+        return super().identity | {"dense": digest_of(self.dense.parameters())}
+
+    @torch.no_grad()
+    def where_not_finite(self, tokens: Int[Tensor, "batch pos"]) -> str:
+        """What, on the CPU, is not finite first in the passes over a batch."""
+        sublayer = sublayer_not_finite(self.sparse, tokens)
+        if sublayer:
+            return sublayer
+        for site, resid in enumerate(residuals(self.dense, tokens)):
+            try:
+                self.bridges.encode(site, resid)
+            except NotFiniteError:
+                return f"the encoder's output at site {site}"
+        return "an activation of a hybrid"
 
     def progress_text(self, record: dict) -> str:
         """The progress bar's text."""

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
 
@@ -22,12 +23,14 @@ from bridges.scales import measure_scales
 from sparse_model.config import check_folder, claim_folder
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import save_tokenizer
+from sparse_model.io.lock import one_writer
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
-from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
+from sparse_model.training.accelerator import ending, make_accelerator, start_trackers, training_in
+from sparse_model.training.identity import digest_of, keep_identity, run_identity
+from sparse_model.training.interrupts import NOTHING_WRITTEN, RESUMES, interruptible
 from sparse_model.training.losses import next_token_loss
-from sparse_model.training.trainer import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -48,64 +51,90 @@ def train_bridge(
     """
     folder = Path(folder)
     accelerator = make_accelerator(folder, trackers, processes)
-    progress = progress and accelerator.is_main_process
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            check_folder(config, folder, resume)
-        parts = run_folder.check_parts(config, folder, progress=progress)
-        if accelerator.is_main_process:
+    with training_in(folder, accelerator, lambda: check_start(config, folder, resume)):
+        return _train_bridge(config, folder, accelerator, resume, progress and accelerator.is_main_process)
+
+
+def check_start(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Raise where a folder holds what a training of this configuration must not overwrite."""
+    check_folder(config, folder, resume)
+    run_folder.check_unfinished(folder, resume)
+
+
+def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, resume: bool, progress: bool) -> dict:
+    main = accelerator.is_main_process
+    with interruptible(RESUMES), accelerator.main_process_first():
+        with interruptible(NOTHING_WRITTEN):
+            parts = run_folder.check_parts(config, folder, progress=progress)
+        if main:
             claim_folder(config, folder, resume)
-            save_tokenizer(parts.tokenizer, folder / "tokenizer")
+            keep_identity(folder, run_identity(parts.blocks, parts.tokenizer, accelerator.num_processes))
+            if not (folder / "tokenizer").exists():
+                save_tokenizer(parts.tokenizer, folder / "tokenizer")
     start_trackers(accelerator, folder)
-    with accelerator.main_process_first():
+    with interruptible(RESUMES), accelerator.main_process_first():
         started = time.monotonic()
         hf = run_folder.prepare_dense(config, folder, parts, accelerator.device, progress=progress)
+        if main:
+            keep_identity(folder, {"dense": digest_of(hf.parameters())})
         dense_seconds = time.monotonic() - started
-    tokenizer, blocks = parts.tokenizer, parts.blocks
-    if (folder / "bridges").exists() and not (folder / CHECKPOINT).exists():
-        return _finish(run_folder.open_run(folder), blocks.val, progress)
+    blocks = parts.blocks
     torch.manual_seed(config.seed)
     dense, sparse = DenseModel(hf.to(getattr(torch, config.dense_dtype))), SparseTransformer(config.sparse)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
-    if resume and trainer.load_checkpoint() and accelerator.is_main_process:
+    if (folder / "bridges").exists():  # written last
+        return _finish(trainer, run_folder.open_run(folder), blocks.val, progress) if main else {}
+    if resume and trainer.load_checkpoint() and main:
         logger.info("resuming at step %d of %d", trainer.step, config.steps)
     started = time.monotonic()
     with ending(accelerator):
         trainer.train(progress=progress)
     joint_seconds = time.monotonic() - started
-    if not accelerator.is_main_process:
+    if not main:
         return {}
     prove_sparsity(trainer.projected, config.sparsity)
-    run = run_folder.Run(folder, config, tokenizer, dense.float(), sparse.eval(), bridges)
-    measure_scales(run.dense, sparse, bridges, held_out_blocks(config, blocks.val))
-    run_folder.save_trained(folder, sparse, bridges)
-    trainer.remove_checkpoint()
-    training = {
-        "dense_seconds": round(dense_seconds, 1),
-        "joint_seconds": round(joint_seconds, 1),
-        "steps": config.steps,
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
-        "threads": torch.get_num_threads(),
-        "corpus": blocks.report,
-    }
-    run_folder.update_metrics(folder, training=training)
-    return _finish(run, blocks.val, progress)
+    run = run_folder.Run(folder, config, parts.tokenizer, dense.float(), sparse.eval(), bridges)
+    with interruptible(RESUMES):
+        measure_scales(run.dense, sparse, bridges, held_out_blocks(config, blocks.val))
+        training = {
+            "dense_seconds": round(dense_seconds, 1),
+            "joint_seconds": round(joint_seconds, 1),
+            "steps": config.steps,
+            "processes": accelerator.num_processes,
+            "device": str(accelerator.device),
+            "threads": torch.get_num_threads(),
+            "corpus": blocks.report,
+        }
+        run_folder.update_metrics(folder, training=training)
+        run_folder.save_trained(folder, sparse, bridges)
+    return _finish(trainer, run, blocks.val, progress)
+
+
+def make_dense(config: RunConfig, folder: Path, *, resume: bool = False, progress: bool = True) -> float:
+    """Make the run's tokenizer and dense model only; returns its cross-entropy on held-out text, nats.
+
+    Raises FileExistsError where the training of one was stopped and `resume` is not set, and what training raises.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with training_in(folder, None, lambda: run_folder.check_unfinished(folder, resume)):
+        with interruptible(NOTHING_WRITTEN):
+            parts = run_folder.check_parts(config, folder, progress=progress)
+            if not (folder / "tokenizer").exists():
+                save_tokenizer(parts.tokenizer, folder / "tokenizer")
+        if parts.dense is not None and config.dense is None:
+            logger.info("taking the dense model that is in %s", folder / "dense")
+        with interruptible(RESUMES):
+            hf = run_folder.prepare_dense(config, folder, parts, device, progress=progress)
+            return _held_out_loss(DenseModel(hf).to(device), held_out_blocks(config, parts.blocks.val))
 
 
 @torch.no_grad()
-def make_dense(config: RunConfig, folder: Path, *, progress: bool = True) -> float:
-    """Make the run's tokenizer and dense model only; returns its cross-entropy on held-out text, nats."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts = run_folder.check_parts(config, folder, progress=progress)
-    save_tokenizer(parts.tokenizer, folder / "tokenizer")
-    with torch.enable_grad():
-        hf = run_folder.prepare_dense(config, folder, parts, device, progress=progress)
-    dense = DenseModel(hf).to(device)
-    batches = held_out_blocks(config, parts.blocks.val).long().split(32)
-    losses = [next_token_loss(dense(tokens.to(device)), tokens.to(device)) * len(tokens) for tokens in batches]
-    return float(torch.stack(losses).sum() / sum(len(tokens) for tokens in batches))
+def _held_out_loss(dense: DenseModel, blocks: Int[Tensor, "block pos"]) -> float:
+    device = next(dense.parameters()).device
+    batches = blocks.long().to(device).split(32)
+    losses = [next_token_loss(dense(tokens), tokens) * len(tokens) for tokens in batches]
+    return float(torch.stack(losses).sum() / len(blocks))
 
 
 def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Tensor, "held_out pos"]:
@@ -113,10 +142,13 @@ def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Ten
     return val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
 
 
-def _finish(run: run_folder.Run, val: Int[Tensor, "block pos"], progress: bool) -> dict:
-    metrics = evaluate_run(run, blocks=val, progress=progress)
-    run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
-    write_measured(run.sparse.measured, run.folder / "sparse")
+def _finish(trainer: JointTrainer, run: run_folder.Run, val: Int[Tensor, "block pos"], progress: bool) -> dict:
+    """What follows once sparse/ and bridges/ are written; a run that was killed meanwhile comes here again."""
+    trainer.remove_checkpoint()
+    with interruptible(f"{run.folder} is trained, and not evaluated: --resume does that"):
+        metrics = evaluate_run(run, blocks=val, progress=progress)
+        run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
+        write_measured(run.sparse.measured, run.folder / "sparse")
     logger.info("%s", evaluation_table(metrics))
     return metrics
 
@@ -127,12 +159,15 @@ def evaluate_run(
     """Evaluate a run on held-out text and set metrics.json, nothing else; returns the metrics.
 
     tokens: how many; None: as many as the run's config says. blocks: of them [block, pos]; None: the run's own corpus.
+
+    Raises InUse where another process writes into the run.
     """
-    if blocks is None:
-        blocks = prepare_corpus(run.config, run.tokenizer, progress=progress).val
-    n_blocks = max(1, (tokens or run.config.eval_tokens) // blocks.shape[1])
-    metrics = evaluate(run.dense, run.sparse, run.bridges, blocks[:n_blocks], progress=progress)
-    run_folder.update_metrics(run.folder, **metrics)
+    with one_writer(run.folder):
+        if blocks is None:
+            blocks = prepare_corpus(run.config, run.tokenizer, progress=progress).val
+        n_blocks = max(1, (tokens or run.config.eval_tokens) // blocks.shape[1])
+        metrics = evaluate(run.dense, run.sparse, run.bridges, blocks[:n_blocks], progress=progress)
+        run_folder.update_metrics(run.folder, **metrics)
     return metrics
 
 

@@ -1,6 +1,7 @@
 """A run folder: what a run is made of, how it is prepared, saved and opened.
 
-config.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json  report.html
+config.json  identity.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json
+report.html; while it trains: dense-checkpoint/  checkpoint/; while a command writes into it: .lock
 """
 
 import json
@@ -13,13 +14,14 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from bridges.bridge import SCALES, BridgeSet, load_bridges, save_bridges
 from bridges.config import RunConfig
 from bridges.dense import DenseModel, check_fit, load_gpt2
-from bridges.dense_training import save_dense, train_dense
+from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
 from sparse_model.config import from_json
 from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from sparse_model.io.atomic import recover_folder, write_text
+from sparse_model.io.atomic import recover_folder, remove_folder, write_text
 from sparse_model.io.local import local_path
+from sparse_model.io.lock import one_writer
 from sparse_model.io.tensors import digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
@@ -105,13 +107,26 @@ def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast,
 def prepare_dense(
     config: RunConfig, folder: Path, parts: Parts, device: torch.device, *, progress: bool = True
 ) -> GPT2LMHeadModel:
-    """The run's dense model, trained now where there is none yet, in the run's dense/ folder."""
+    """The run's dense model, trained now, or to its end, where there is none yet, in the run's dense/ folder."""
     model, dense_folder = parts.dense, folder / "dense"
+    if model is None and dense_folder.exists():  # another process has just trained it
+        return load_gpt2(dense_folder)
     if model is None:
-        model = train_dense(config, parts.blocks.train, parts.tokenizer, device, progress=progress)
+        blocks = parts.blocks.train
+        model = train_dense(config, blocks, parts.tokenizer, device, folder=folder, progress=progress)
     if not dense_folder.exists():
         save_dense(model, parts.tokenizer, dense_folder)
+    remove_folder(folder / DENSE_CHECKPOINT)
     return model
+
+
+def check_unfinished(folder: Path, resume: bool) -> None:
+    """Raise FileExistsError where the training of a dense model was stopped and is not to go on."""
+    if (folder / DENSE_CHECKPOINT).exists() and not resume:
+        raise FileExistsError(
+            f"{folder} holds the unfinished training of a dense model: add --resume to go on with it, or name another "
+            "folder with --run"
+        )
 
 
 def new_bridges(config: RunConfig, d_dense: int) -> BridgeSet:
@@ -121,7 +136,7 @@ def new_bridges(config: RunConfig, d_dense: int) -> BridgeSet:
 
 
 def save_trained(folder: Path, sparse: SparseTransformer, bridges: BridgeSet) -> None:
-    """Write sparse/ and bridges/."""
+    """Write sparse/ and, last, bridges/: a run that has them is trained."""
     save_sparse(sparse, folder / "sparse")
     save_bridges(bridges, folder / "bridges")
 
@@ -139,7 +154,7 @@ def open_run(folder: str | Path) -> Run:
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()
     dense = DenseModel(load_gpt2(folder / "dense"))
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
     for name, found, wanted in (
         ("sites", bridges.n_sites, 2 * dense.n_layers + 1),
@@ -163,8 +178,12 @@ def fingerprint(run: Run) -> str:
 
 
 def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:
-    """Set top-level keys of RUN/metrics.json, keeping the others; `merge` keeps the keys below them too."""
+    """Set top-level keys of RUN/metrics.json, keeping the others; `merge` keeps the keys below them too.
+
+    Raises InUse where another process writes into the run.
+    """
     path = folder / "metrics.json"
-    metrics = json.loads(path.read_text()) if path.exists() else {}
-    metrics |= {name: metrics.get(name, {}) | part if merge else part for name, part in parts.items()}
-    write_text(path, json.dumps(metrics, indent=1) + "\n")
+    with one_writer(folder):
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+        metrics |= {name: metrics.get(name, {}) | part if merge else part for name, part in parts.items()}
+        write_text(path, json.dumps(metrics, indent=1) + "\n")

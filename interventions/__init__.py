@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from interventions.finding.by_patching import channel_by_patching
     from interventions.finding.by_steering import channel_by_steering
     from interventions.finding.channel_search import find_channel
+    from interventions.looking.activations import activations, sparse_cache, top_channels
+    from interventions.looking.examples import logit_lens, top_examples
     from interventions.report.page import write_report
     from interventions.steering.baseline import dense_accuracy
     from interventions.steering.experiment_config import Experiment
@@ -40,6 +42,7 @@ __all__ = [
     "Task",
     "TaskBatch",
     "__version__",
+    "activations",
     "as_nodes",
     "channel_by_circuit",
     "channel_by_patching",
@@ -55,6 +58,7 @@ __all__ = [
     "load_circuit",
     "load_dense",
     "load_hf",
+    "logit_lens",
     "make_circuit",
     "packaged_bundles",
     "plot_effects",
@@ -65,8 +69,11 @@ __all__ = [
     "save_circuit",
     "score_tasks",
     "solved_tasks",
+    "sparse_cache",
     "splits",
     "steer",
+    "top_channels",
+    "top_examples",
     "validate",
     "with_controls",
     "write_report",
@@ -91,6 +98,8 @@ __getattr__ = lazy_names(
         "interventions.finding.by_patching": "channel_by_patching",
         "interventions.finding.by_steering": "channel_by_steering",
         "interventions.finding.channel_search": "find_channel",
+        "interventions.looking.activations": "activations sparse_cache top_channels",
+        "interventions.looking.examples": "logit_lens top_examples",
         "interventions.report.page": "write_report",
         "interventions.steering.baseline": "dense_accuracy",
         "interventions.steering.experiment_config": "Experiment",

@@ -277,4 +277,5 @@ def check_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
 def claim_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
     """Write config.json into a run folder, once everything that can be checked has been. Raises as `check_folder`."""
     check_folder(config, folder, resume)
-    to_json(config, folder / "config.json")
+    if not (folder / "config.json").exists():
+        to_json(config, folder / "config.json")

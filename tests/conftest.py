@@ -1,6 +1,7 @@
 """Fixtures shared by the tests. Nothing here reaches a network or a user's cache."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,9 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # tests under nohup send it too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Without a GPU the Triton kernels run in Triton's interpreter; they ask when they are imported.
 if not torch.cuda.is_available():

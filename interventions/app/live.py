@@ -24,9 +24,10 @@ from interventions.bundle.channels import Channel, resolve
 from interventions.editing.intervene import intervene
 from interventions.editing.where import Where
 from interventions.report.generations import NEW_TOKENS
-from interventions.report.texts import inline, task_of, visible
+from interventions.report.texts import inline, visible
 from interventions.steering.steered_prompts import plain_model
-from interventions.tasks.catalogue import TASKS
+from interventions.tasks.names import TASK_NAMES
+from interventions.tasks.of_run import recorded_task
 from sparse_model.model.generation import generate_steps
 
 Ended = Literal["length", "end of text", "context"]
@@ -259,21 +260,21 @@ def example_prompts(dense: nn.Module, channel: Channel, count: int = _EXAMPLES) 
     """
     run: Run = get_bundle(dense).run
     task = channel.selection.get("task")
-    names = [task] if isinstance(task, str) and task in TASKS else list(TASKS)
-    each = count if len(names) == 1 else 1
+    record = channel.selection.get("prompts", {})
+    own_prompts = list(_task_prompts(run, task, record, count)) if isinstance(task, str) else []
     prompts: dict[str, None] = {}
-    for prompt in (prompt for name in names for prompt in _task_prompts(run, name, each)):
+    for prompt in own_prompts or (prompt for name in TASK_NAMES for prompt in _task_prompts(run, name, {}, 1)):
         if len(prompts) == count:
             break
         prompts[prompt] = None
     return list(prompts)
 
 
-def _task_prompts(run: Run, name: str, count: int) -> Iterator[str]:
+def _task_prompts(run: Run, name: str, record: dict[str, Any], count: int) -> Iterator[str]:
     """Members 0 and 1 in turn, so that there are prompts to move either way."""
     try:
-        batch = task_of(run, name).sample(count, split="evaluation", seed=0)
-    except ValueError:
+        batch = recorded_task(run, name, record).sample_up_to(count, split="evaluation", seed=0)
+    except (ValueError, LookupError, OSError):
         return
     for pair, prompts in enumerate(batch.prompts):
         yield prompts[pair % 2]

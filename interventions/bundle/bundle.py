@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from bridges.bridge import BridgeSet, load_bridges
 from interventions.bundle.channels import Channel, load_channels
+from interventions.bundle.generating import AnnouncedGenerate
 from interventions.bundle.generation_check import check_generation
 from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
@@ -33,6 +34,13 @@ class Bundle:
         self.channels: dict[str, Channel] = load_channels(folder)
         self.shape = from_json(SparseConfig, folder / "sparse" / "config.json")
         self._run = run
+
+    def __repr__(self) -> str:
+        return f"<bundle {self}>"
+
+    def __str__(self) -> str:
+        sites = f"{self.bridges.n_sites} sites, dense width {self.bridges.d_dense}, sparse {self.bridges.d_sparse}"
+        return f"{self.folder}: {sites}; channels: {', '.join(self.channels) or 'none'}"
 
     @property
     def run(self) -> Any:
@@ -56,7 +64,15 @@ class Bundle:
         return load_sparse(self.folder / "sparse").eval().to(self.bridges.rms_sparse.device)
 
     def identity(self) -> dict[str, Any]:
-        """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now."""
+        """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now.
+
+        Raises ValueError where some of them are not in memory.
+        """
+        if any(tensor.is_meta for tensor in self.hf.state_dict().values()):
+            raise ValueError(
+                "the dense model's weights are offloaded, so what the intervention belongs to cannot be told: save or "
+                "load it on a model that is in memory"
+            )
         return {
             "layers": self.shape.n_layers,
             "dense": digest(self.hf.state_dict()),
@@ -75,12 +91,12 @@ class Bundle:
         return digest(state)
 
 
-def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
     A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
-    and logits are those of the HF model. Raises what `bridges.run_folder.open_run` raises, and ValueError for a device
-    that torch does not have here.
+    and logits are those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises
+    what `bridges.run_folder.open_run` raises, and ValueError for a device that torch does not have here.
     """
     from bridges.run_folder import open_run
 
@@ -88,9 +104,17 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     run = open_run(find_run(folder))
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
+    run.dense.to(dtype)
     dense = boot(run.dense.hf, run.tokenizer, device)
     check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
-    dense.bundle = Bundle(run.folder, run.dense.hf, run.bridges, Calls(dense.original_model.transformer), run)
+    tokenizer = run.tokenizer
+    dense.bundle = Bundle(
+        run.folder,
+        run.dense.hf,
+        run.bridges,
+        watched(dense.original_model, (tokenizer.pad_token_id, tokenizer.bos_token_id)),
+        run,
+    )
     return dense
 
 
@@ -118,8 +142,22 @@ def load_hf(
             f"{2 * hf.config.n_layer + 1} of {hf.config.n_embd}: they are not of one run"
         )
     check_generation(hf, "use_cache", hf.config.vocab_size, hf.config.max_position_embeddings)
-    hf.bundle = Bundle(folder, hf, bridges, Calls(hf.transformer))
+    hf.bundle = Bundle(folder, hf, bridges, watched(hf))
     return hf
+
+
+def watched(hf: Any, padding: tuple[int | None, int | None] | None = None) -> Calls:
+    """Watch the passes of a Hugging Face model and its `generate`.
+
+    padding: the ids of the padding token and of the one that begins a text; from the model's config when None.
+    """
+    if padding is None:
+        config = hf.config
+        pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        padding = (pad if isinstance(pad, int) else None, config.bos_token_id)
+    calls = Calls(hf.base_model, padding)
+    hf.generate = AnnouncedGenerate(hf, calls)
+    return calls
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -130,27 +168,25 @@ def _check_device(device: str | torch.device) -> None:
 def boot(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:
     """A TransformerLens view of an HF model that shares its tensors and leaves the HF object as it was.
 
-    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. A sequence longer
-    than the context is a ValueError.
+    Booting changes the object it is given (modules renamed, attention made eager), hence the copy. A text longer than
+    the context is a ValueError, where TransformerLens cuts it.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    from sparse_model.model.transformer import check_length
+    from interventions.bundle.lens import ThreadedBridge, ThreadedPosEmbed
 
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     name = tokenizer.name_or_path or "dense"
     dense = TransformerBridge.boot_transformers(
         name, hf_model=copy.deepcopy(model, shared), tokenizer=tokenizer, device=str(device)
     ).eval()
-    n_ctx = model.config.n_positions
-
-    def refuse_long(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ids = inputs[0]
-        # Reading a position's value waits for a device; there only the length of one call is checked.
-        check_length(int(ids.max()) + 1 if ids.device.type == "cpu" and ids.numel() else ids.shape[-1], n_ctx)
-
-    dense.pos_embed.register_forward_pre_hook(refuse_long)
+    dense.__class__, dense.pos_embed.__class__ = ThreadedBridge, ThreadedPosEmbed
     return dense
+
+
+def uncompiled(dense: nn.Module) -> nn.Module:
+    """The model behind `torch.compile(model)`; any other as it is."""
+    return getattr(dense, "_orig_mod", dense)
 
 
 def get_bundle(dense: nn.Module) -> Bundle:

@@ -9,7 +9,9 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from bridges.sites import Site, all_sites
 from sparse_model.io.atomic import write_text
+from sparse_model.io.lock import one_writer
 
 FILE = "channels.json"
 
 logger = logging.getLogger(__name__)
+_one_reader = threading.RLock()
 
 
 @runtime_checkable
@@ -61,7 +65,7 @@ class Rule:
         return f"{quantity}: {self.reached:.3g} reached, {self.bound} {self.threshold:.3g} asked for"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Channel:
     """A named direction of the sparse model's read at one site."""
 
@@ -82,6 +86,7 @@ class Channel:
     """The conditions that it was chosen by; none for a channel that was not searched for."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not self.indices or len(self.indices) != len(self.weights):
             raise ValueError(
                 f"channel {self.name!r}: {len(self.indices)} indices and {len(self.weights)} weights; need as many, "
@@ -112,10 +117,26 @@ class Channel:
         dose = self.selection.get("doses", {}).get(str(len(self.indices)), {})
         return float(dose.get("strength", 1.0))
 
+    def __repr__(self) -> str:
+        return f"<channel {self}>"
+
     def __str__(self) -> str:
         parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))
         count = f"{len(self.indices)} channel{'s' if len(self.indices) > 1 else ''}"
         return f"{self.name}: {count} at site {self.site}: {parts}"
+
+
+def _check_numbers(channel: Channel) -> None:
+    """Raise ValueError for numbers that Python would take all the same: -1 for the last channel, True for 1."""
+    for what, values in (("site", (channel.site,)), ("index", channel.indices)):
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"channel {channel.name!r}: {what} {value!r} is not an int from 0 on")
+    for weight in channel.weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"channel {channel.name!r}: weight {weight!r} is not a finite number")
+    if channel.weights and not any(channel.weights):
+        raise ValueError(f"channel {channel.name!r}: all its weights are 0, so it has no direction")
 
 
 def load_channels(folder: Path) -> dict[str, Channel]:
@@ -152,9 +173,10 @@ def _checked(path: Path, channel: Channel, digest: str | None) -> Channel:
 
 def save_channel(folder: Path, channel: Channel) -> None:
     """Add or replace one channel in RUN/channels.json."""
-    channels = load_channels(folder) | {channel.name: channel}
-    entries = {name: asdict(c) | {"digest": c.digest} for name, c in channels.items()}
-    write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+    with one_writer(folder):
+        channels = load_channels(folder) | {channel.name: channel}
+        entries = {name: asdict(c) | {"digest": c.digest} for name, c in channels.items()}
+        write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
 
 
 def resolve(name: str, channels: Mapping[str, Channel], sparse: SparseShape) -> Channel:
@@ -198,12 +220,26 @@ def read_nodes_and_rms(
 ) -> tuple[Float[Tensor, "batch pos d_sparse"], Float[Tensor, "batch pos 1"]]:
     """The reads, and the RMS of the residual stream that they are taken from: a read times its RMS is in the stream."""
     place = Site(site, sparse.n_layers)
-    _, cache = sparse.run_with_cache(tokens, names_filter=[place.read_hook, place.stream_hook])
-    gain = read_gain(sparse, site)
-    read = cache[place.read_hook][..., : sparse.d_model]
-    return torch.where(gain != 0, read / gain, 0), stream_rms(cache[place.stream_hook])
+    reader, seen = threading.get_ident(), {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        if threading.get_ident() == reader:  # others may run the model meanwhile, and their passes meet this hook too
+            seen[hook.name] = value.detach()
+
+    hooks = [(name, keep) for name in (place.read_hook, place.stream_hook)]
+    with _one_reader, sparse.hooks(hooks):  # TransformerLens counts the hooks it takes off by model
+        sparse(tokens)
+    return without_gain(sparse, site, seen[place.read_hook]), stream_rms(seen[place.stream_hook])
 
 
 def stream_rms(stream: Float[Tensor, "*batch_pos d_sparse"]) -> Float[Tensor, "*batch_pos 1"]:
     """The RMS that divides a sparse stream where it is read."""
     return stream.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def without_gain(
+    sparse: Any, site: int, hooked: Float[Tensor, "batch pos width"]
+) -> Float[Tensor, "batch pos d_sparse"]:
+    """What the hook of a site's read holds, in the unit of channels: without the norm's gain and without positions."""
+    gain = read_gain(sparse, site)
+    return torch.where(gain != 0, hooked[..., : sparse.d_model] / gain, 0)

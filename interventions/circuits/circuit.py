@@ -41,7 +41,7 @@ from sparse_model.io.tensors import read_tensors
 FOLDER = "circuits"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Circuit:
     """The nodes that are left of a model for one task, and the weights between them."""
 
@@ -63,6 +63,8 @@ class Circuit:
     ablation: Ablation
     config: dict[str, Any] = field(default_factory=dict)
     """The pruning configuration, its seed included."""
+    prompts: dict[str, Any] = field(default_factory=dict)
+    """Where the task's prompts came from (`Task.record`)."""
     controls: dict[str, Any] | None = None
     """Result of interventions.circuits.controls; None: the claim is uncontrolled."""
 
@@ -140,15 +142,20 @@ class Circuit:
                 if at.endswith("hook_q") and later == at.removesuffix("q") + "k":
                     yield name, other, "qk"
 
-    def plot(self) -> Figure:
-        """The circuit as `interventions.circuits.draw` draws it; needs no display."""
+    def __repr__(self) -> str:
+        return f"<circuit {self}>"
+
+    def __str__(self) -> str:
         controlled = "" if self.controls is not None else ", UNCONTROLLED"
-        title = (
+        return (
             f"{self.task}, {self.model} model: {self.n_nodes} nodes, {self.n_edges} edges, "
             f"task loss {self.loss:.3f}{controlled}"
         )
+
+    def plot(self) -> Figure:
+        """The circuit as `interventions.circuits.draw` draws it; needs no display."""
         effects = (self.controls or {}).get("node_effects", {})
-        return draw_circuit(self.to_networkx(links=True), self.shape, title, effects)
+        return draw_circuit(self.to_networkx(links=True), self.shape, str(self), effects)
 
     def save_graphml(self, path: str | Path, *, links: bool = False) -> None:
         """Write `to_networkx` as GraphML, by way of a temporary name."""
@@ -190,6 +197,7 @@ def save_circuit(folder: Path, circuit: Circuit) -> Path:
         "calibration": circuit.calibration._asdict(),
         "ablation": circuit.ablation.kind,
         "config": circuit.config,
+        "prompts": circuit.prompts,
         "controls": circuit.controls,
         "tensors_sha256": digest,
     }
@@ -265,5 +273,6 @@ def _from_json(data: dict[str, Any], shape: SparseConfig, values: dict[str, Tens
         edges=tuple(Edge(**edge) for edge in data["edges"]),
         calibration=Calibration(calibration["scale"], {int(i): s for i, s in calibration["shift"].items()}),
         ablation=Ablation(data["ablation"], values),
+        prompts=data.get("prompts", {}),
         controls=data["controls"],
     )

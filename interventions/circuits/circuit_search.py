@@ -17,8 +17,10 @@ from interventions.circuits.node_model import Kept, ModelKind, NodeModel, as_nod
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
 from interventions.circuits.settings_search import RANGES, search_config
-from interventions.tasks.base import TaskBatch
-from interventions.tasks.catalogue import get_task
+from interventions.tasks.base import Task, TaskBatch
+from interventions.tasks.catalogue import TaskName
+from interventions.tasks.names import PromptKind
+from interventions.tasks.of_run import recorded_task, run_task
 from sparse_model.data.prepare import prepare_corpus
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,10 @@ logger = logging.getLogger(__name__)
 
 def find_circuit(
     run: Run,
-    task: str,
+    task: TaskName,
     config: PruneConfig | None = None,
     *,
+    prompts: PromptKind = "generated",
     model: ModelKind = "sparse",
     controls: bool = False,
     search: int = 0,
@@ -37,20 +40,24 @@ def find_circuit(
 ) -> Circuit:
     """The circuit of a task in a run's sparse (or dense) model; nothing is saved (see `save_circuit`).
 
+    task: one of the twenty, or a file of pairs (`interventions.tasks.files`).
     config: settings of the pruning; None: their defaults.
+    prompts: generated from templates, or natural, from held-out files.
     controls: also run the controls, as `with_controls` does; without them the claim is uncontrolled.
     search: trials of a search over the settings for the fewest edges. They are kept in RUN/circuits/search.db.
     start_from: a warm start, the .json file of a circuit whose nodes begin kept, all others deleted.
 
-    Raises KeyError for an unknown task, ValueError for one that the model does not solve (see `prune`), and what
+    Raises what `run_task` raises, ValueError for a task that the model does not solve (see `prune`), and what
     `read_kept_nodes`, `search_config` and `prepare_corpus` raise.
     """
     config, nodes = config or PruneConfig(), _model(run, model)
-    pairs = splits(get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx), config)
+    bound = run_task(run, task, prompts)
+    config = _fitted(config, bound)
+    pairs = splits(bound, config)
     start = read_kept_nodes(start_from, nodes.shape) if start_from else None
     ablation = reference_ablation(nodes, _held_out(run, progress), config)
     if search:
-        key = f"{task} {model} {fingerprint(run)}"
+        key = f"{bound.name} {model} {fingerprint(run)}{bound.record.get('sha256', '')}"
         config = _searched(nodes, pairs, ablation, config, search, run.folder / FOLDER / "search.db", key, progress)
     pruned = prune(nodes, *pairs, ablation, config, start=start, progress=progress)
     _report_gates(pruned, config)
@@ -58,7 +65,8 @@ def find_circuit(
         nodes,
         pruned.kept,
         tied_qk=config.tied_qk,
-        task=task,
+        task=bound.name,
+        prompts=bound.record,
         fingerprint=fingerprint(run),
         loss=pruned.loss,
         unpruned_loss=pruned.unpruned_loss,
@@ -78,8 +86,8 @@ def with_controls(
     evaluation_pairs: of templates that neither pruning nor selection saw.
     """
     config = PruneConfig(**circuit.config)
-    task = get_task(circuit.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-    evaluation = task.sample(evaluation_pairs, split="evaluation", seed=config.seed)
+    task = recorded_task(run, circuit.task, circuit.prompts)
+    evaluation = task.sample_up_to(evaluation_pairs, split="evaluation", seed=config.seed)
     result = validate(
         _model(run, circuit.model),
         circuit,
@@ -92,6 +100,13 @@ def with_controls(
         progress=progress,
     )
     return dataclasses.replace(circuit, controls=result.to_dict())
+
+
+def _fitted(config: PruneConfig, task: Task) -> PruneConfig:
+    """The settings with no more pairs than the task has."""
+    pool = task.at_most(config.pool, "train")
+    selection_pairs = task.at_most(config.selection_pairs, "selection")
+    return dataclasses.replace(config, pool=pool, pairs=min(config.pairs, pool), selection_pairs=selection_pairs)
 
 
 def _model(run: Run, kind: ModelKind) -> NodeModel:

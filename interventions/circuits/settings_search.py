@@ -7,6 +7,7 @@ when a search is begun again.
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ def search_config(
     """The settings with the fewest edges among `trials` of them: (settings, edges, trials finished).
 
     `edges` prunes and counts. `path` is the database; its searches are told apart by `key` (what is pruned) and `base`,
-    from which all other settings are taken. SIGTERM or Ctrl-C ends it after the running trial, a second one at once.
+    from which all other settings are taken. Ctrl-C ends it after the running trial, a second one at once.
 
     Raises ValueError for fewer than one trial and where optuna is not installed, and what `edges` raises.
     """
@@ -66,7 +67,7 @@ def search_config(
     if not before:
         study.enqueue_trial({name: _setting(name, getattr(base, name)) for name in RANGES})
     with (
-        stop_signals() as caught,
+        stop_signals(signal.SIGINT) as caught,
         tqdm(total=trials, initial=min(before, trials), desc="search", unit="trial", disable=not progress) as bar,
     ):
 

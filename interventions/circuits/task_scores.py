@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bridges.dense import load_gpt2
 from interventions.circuits.gates import at_answer
 from interventions.circuits.node_model import NodeModel, as_nodes, device_of
-from interventions.tasks.base import CannotPresent, TaskBatch, answer_probabilities, pair_accuracy, task_loss
-from interventions.tasks.catalogue import get_task, list_tasks
+from interventions.tasks.base import CannotPresent, Task, TaskBatch, answer_probabilities, pair_accuracy, task_loss
+from interventions.tasks.catalogue import TaskName, get_task, list_tasks
+from interventions.tasks.names import PromptKind
+from interventions.tasks.reports import folder_tasks, models_in
 from sparse_model.data.tokenizer import load_tokenizer
-from sparse_model.model.checkpoint import load_sparse
 
 SOLVED = 0.9
 """Pair accuracy from which a task counts as solved."""
@@ -57,41 +57,45 @@ def score_tasks(
     max_tokens: int,
     pairs: int,
     seed: int,
-    only: Sequence[str] = (),
+    only: Sequence[TaskName | Task] = (),
 ) -> dict[str, dict[str, TaskScore] | str]:
     """Every task's score by model (or of `only` these); the reason where the tokenizer cannot present the task.
 
-    Raises KeyError for an unknown task, ValueError for fewer than one pair.
+    pairs: or as many as a task has. Raises what `get_task` raises, ValueError for fewer than one pair.
     """
     found: dict[str, dict[str, TaskScore] | str] = {}
-    for name in only or list_tasks():
+    for given in only or list_tasks():
+        task = given if isinstance(given, Task) else get_task(given, tokenizer, max_tokens=max_tokens)
         try:
-            batch = get_task(name, tokenizer, max_tokens=max_tokens).sample(pairs, split="evaluation", seed=seed)
+            batch = task.sample_up_to(pairs, split="evaluation", seed=seed)
         except CannotPresent as error:
-            found[name] = str(error)
+            found[task.name] = str(error)
             continue
-        found[name] = {label: score_task(model, batch) for label, model in models.items()}
+        found[task.name] = {label: score_task(model, batch) for label, model in models.items()}
     return found
 
 
-def solved_tasks(folder: str | Path, *, pairs: int = 128, seed: int = 0) -> dict[str, dict[str, TaskScore] | str]:
+def solved_tasks(
+    folder: str | Path,
+    *,
+    pairs: int = 128,
+    seed: int = 0,
+    tasks: Sequence[TaskName | Task] = (),
+    prompts: PromptKind = "generated",
+) -> dict[str, dict[str, TaskScore] | str]:
     """Every task's score by model, of the dense and the sparse model in a run folder or the one that it has.
 
+    tasks: only these, by name or file; unset: all that have such prompts. Natural ones are of held-out files.
     The reason where the tokenizer cannot present the task. Nothing is saved. Raises FileNotFoundError for a folder
-    with neither model.
+    with neither model, and what `get_task` raises.
     """
     folder = Path(folder)
-    models = _models_in(folder)
+    models = {label: as_nodes(model) for label, model in models_in(folder).items()}
     n_ctx = min(model.shape.n_ctx for model in models.values())
-    return score_tasks(models, load_tokenizer(folder / "tokenizer"), max_tokens=n_ctx, pairs=pairs, seed=seed)
-
-
-def _models_in(folder: Path) -> dict[str, NodeModel]:
-    models: dict[str, NodeModel] = {}
-    if (folder / "dense").is_dir():
-        models["dense"] = as_nodes(load_gpt2(folder / "dense"))
-    if (folder / "sparse").is_dir():
-        models["sparse"] = as_nodes(load_sparse(folder / "sparse").eval())
-    if not models:
-        raise FileNotFoundError(f"{folder} has neither dense/ nor sparse/: name the folder of a finished training")
-    return models
+    named = [task for task in tasks if not isinstance(task, Task)]
+    bound = [task for task in tasks if isinstance(task, Task)]
+    if named or not bound:
+        bound += folder_tasks(folder, n_ctx, named, prompts)
+    return score_tasks(
+        models, load_tokenizer(folder / "tokenizer"), max_tokens=n_ctx, pairs=pairs, seed=seed, only=bound
+    )

@@ -6,7 +6,7 @@ Example:
 
 from dataclasses import dataclass
 
-from interventions.cli.options import parse
+from interventions.cli.options import parse, writing_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,4 +28,5 @@ def main(options: Options) -> None:
     from bridges.pipeline import evaluate_run
     from bridges.run_folder import open_run
 
-    print(evaluation_table(evaluate_run(open_run(options.run), tokens=options.tokens)))
+    with writing_into(options.run):
+        print(evaluation_table(evaluate_run(open_run(options.run), tokens=options.tokens)))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from interventions.cli.options import TASK_LIST, parse
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
+from interventions.tasks.names import PromptKind
 
 if TYPE_CHECKING:
     from interventions.bundle.channels import Channel
@@ -27,9 +28,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
-    task: Annotated[str, tyro.conf.arg(help=f"Task whose feature is wanted, one of {TASK_LIST}.")] = (
-        "single_double_quote"
-    )
+    task: Annotated[str, tyro.conf.arg(help=f"Task whose feature is wanted, {TASK_LIST}.")] = "single_double_quote"
+    prompts: Annotated[PromptKind, tyro.conf.arg(help=PROMPTS_HELP)] = "generated"
     source: Annotated[Literal["steering", "patching", "circuit"], tyro.conf.arg(name="from")] = "steering"
     """Take the channels that steer the dense model best, of those that the sparse model uses; those that carry most of
     what patching a read does in the sparse model alone; or those of the task's circuit that the last deciding sublayer
@@ -51,17 +51,19 @@ def main(options: Options) -> None:
     from interventions.bundle.channels import FILE, save_channel
     from interventions.finding.channel_search import find_channel
 
-    run = open_run(options.run)
-    channel = find_channel(
-        run,
-        options.task,
-        by=options.source,
-        name=options.name,
-        pairs=options.pairs,
-        site=options.site,
-        progress=True,
-    )
-    save_channel(run.folder, channel)
+    with writing_into(options.run):
+        run = open_run(options.run)
+        channel = find_channel(
+            run,
+            options.task,
+            prompts=options.prompts,
+            by=options.source,
+            name=options.name,
+            pairs=options.pairs,
+            site=options.site,
+            progress=True,
+        )
+        save_channel(run.folder, channel)
     describe(channel)
     print(f"saved in {Path(options.run) / FILE}")
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from interventions.circuits.prune_config import PruneConfig
-from interventions.cli.options import TASK_LIST, parse
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
+from interventions.tasks.names import PromptKind
 from sparse_model.config import require
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
-    task: Annotated[str, tyro.conf.arg(help=f"Task whose circuit is wanted, one of {TASK_LIST}.")] = (
-        "single_double_quote"
-    )
+    task: Annotated[str, tyro.conf.arg(help=f"Task whose circuit is wanted, {TASK_LIST}.")] = "single_double_quote"
+    prompts: Annotated[PromptKind, tyro.conf.arg(help=PROMPTS_HELP)] = "generated"
     model: Literal["sparse", "dense"] = "sparse"
     """Which of the run's models to prune; the dense one is the baseline."""
     controls: bool = False
@@ -55,7 +55,9 @@ class Options:
 
 
 def command(arguments: list[str]) -> None:
-    main(parse(Options, "find-circuit", arguments, __doc__))
+    options = parse(Options, "find-circuit", arguments, __doc__)
+    with writing_into(options.run):
+        main(options)
 
 
 def main(options: Options) -> None:
@@ -69,6 +71,7 @@ def main(options: Options) -> None:
         run,
         options.task,
         options.config,
+        prompts=options.prompts,
         model=options.model,
         search=options.search,
         start_from=options.start_from,

@@ -21,6 +21,7 @@ COMMANDS = (
     "find-channel",
     "find-circuit",
     "steer",
+    "check-task",
     "solved-tasks",
     "report",
     "serve",

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
@@ -16,10 +16,14 @@ import tyro
 
 from interventions.tasks.names import TASK_NAMES
 from sparse_model.config import InvalidOption, TrainConfig
-from sparse_model.training.interrupts import Interrupted
+from sparse_model.io.lock import one_writer
+from sparse_model.training.interrupts import Interrupted, interruptible
 
-TASK_LIST = ", ".join(TASK_NAMES)
+TASK_LIST = f"one of {', '.join(TASK_NAMES)}, or a file of pairs of your own, such as ./my_task.jsonl"
 """For the help of --task."""
+
+PROMPTS_HELP = "Prompts from templates, or places in held-out files of the run's corpus (of stdlib where it has none)."
+"""For the help of --prompts."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 Options = TypeVar("Options")
@@ -172,7 +176,10 @@ def report_errors() -> Iterator[None]:
     if "transformers" in sys.modules:  # too late for the variable
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     try:
-        with show_messages():
+        with (
+            show_messages(),
+            interruptible("what this command had not yet saved is lost; the same command starts it again"),
+        ):
             yield
     except _mistakes() as error:
         if os.environ.get("SPARSE_BRIDGES_TRACEBACK"):
@@ -182,7 +189,15 @@ def report_errors() -> Iterator[None]:
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
+@contextmanager
+def writing_into(run: str | Path) -> Iterator[None]:
+    """Be the only process that writes into a run; a folder that does not exist is left to what opens it."""
+    folder = Path(run).expanduser()
+    with one_writer(folder) if folder.is_dir() else nullcontext():
+        yield
+
+
 def _mistakes() -> tuple[type[BaseException], ...]:
-    trainer: Any = sys.modules.get("sparse_model.training.trainer")  # importing it takes seconds
-    diverged = (trainer.TrainingDiverged,) if trainer else ()
+    finite: Any = sys.modules.get("sparse_model.training.finite")  # importing it takes seconds
+    diverged = (finite.TrainingDiverged,) if finite else ()
     return ValueError, LookupError, OSError, Interrupted, *diverged

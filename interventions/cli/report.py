@@ -7,7 +7,7 @@ Example:
 from dataclasses import dataclass
 from pathlib import Path
 
-from interventions.cli.options import parse
+from interventions.cli.options import parse, writing_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +25,5 @@ def command(arguments: list[str]) -> None:
 def main(options: Options) -> None:
     from interventions.report.page import write_report
 
-    print(f"report: {write_report(Path(options.run))}")
+    with writing_into(options.run):
+        print(f"report: {write_report(Path(options.run))}")

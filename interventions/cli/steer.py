@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from interventions.cli.options import TASK_LIST, parse
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse
 from interventions.steering.experiment_config import Experiment
+from interventions.tasks.names import PromptKind
+from sparse_model.io.lock import one_writer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from interventions.steering.result import Steering
 
 
@@ -26,9 +30,12 @@ class Settings(Experiment):
     task: Annotated[
         str | None,
         tyro.conf.arg(
-            help=f"Task whose prompts are steered, one of {TASK_LIST}; unset: the one that the channel was found for."
+            help=f"Task whose prompts are steered, {TASK_LIST}; unset: the one that the channel was found for."
         ),
     ] = None
+    prompts: Annotated[PromptKind | None, tyro.conf.arg(help=f"{PROMPTS_HELP} Unset: as for the channel's search.")] = (
+        None
+    )
     sets: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction] = ()
     """Set of channels to move instead, such as --sets 3 --sets 3 7; no two of one size. A channel that was not searched
     for is a set by itself."""
@@ -55,24 +62,40 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from bridges.run_folder import update_metrics
     from interventions.bundle.bundle import get_bundle, load_dense
     from interventions.bundle.packaged import FOLDER
-    from interventions.steering.baseline import dense_accuracy
-    from interventions.steering.plot import plot_steering
-    from interventions.steering.steer import steer
 
     dense = load_dense(options.run, options.device)
     folder = Path(options.out) if options.out else get_bundle(dense).folder
     if folder.is_relative_to(FOLDER):
         raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
+    with one_writer(folder):
+        _steer(dense, folder, options)
+
+
+def _steer(dense: "nn.Module", folder: Path, options: Options) -> None:
+    from bridges.run_folder import update_metrics
+    from interventions.bundle.bundle import get_bundle
+    from interventions.steering.baseline import dense_accuracy
+    from interventions.steering.experiment import resolved
+    from interventions.steering.plot import plot_steering
+    from interventions.steering.steer import steer
+    from interventions.tasks.of_run import run_task
+
     get_bundle(dense).bridges.check_scales()
     baseline = dense_accuracy(dense, options.experiment)
     check_solved(baseline["pair_accuracy"], anyway=options.anyway)
+    prompts = run_task(get_bundle(dense).run, str(resolved(options.experiment, get_bundle(dense)).task)).record
     result = steer(dense, options.experiment)
     name = "steering.png" if result.task == "single_double_quote" else f"steering-{result.task}.png"
     plot = plot_steering(result, folder / name)
-    update_metrics(folder, merge=True, dense_task={result.task: baseline}, steering={result.task: result._asdict()})
+    update_metrics(
+        folder,
+        merge=True,
+        dense_task={result.task: baseline},
+        steering={result.task: result._asdict()},
+        task_prompts={result.task: prompts},
+    )
     print(
         f"{result.task}, {result.prompts} evaluation prompts, site {result.site}, where={result.where}; dense model: "
         + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())

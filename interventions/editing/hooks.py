@@ -30,11 +30,14 @@ from bridges.sites import Site
 from interventions.bundle.bundle import Bundle
 from interventions.editing.positions import Positions, Steps, check_reached, select
 from interventions.editing.reads import norm_at, read_change, read_std
-from interventions.editing.vectors import Seen, Source
+from interventions.editing.seen import Seen
+from interventions.editing.vectors import Source
 from interventions.editing.where import Where
 
 Hook = Callable[..., Tensor | None]
 Remove = Callable[[], None]
+See = Callable[[], Seen | None]
+"""Gives the pass in progress; None for a pass in which the edit does not act."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Edit:
     where: Where
     positions: Positions
     steps: Steps
+    prompt_length: int | None = None
+    """Columns of the prompt, where the caller said them."""
+
+    def __str__(self) -> str:
+        return f"{self.source} at {self.site.label}, {self.where}, in {self.steps} steps"
 
     def read(
         self,
@@ -55,36 +63,25 @@ class Edit:
         stream: Float[Tensor, "batch pos d_dense"],
     ) -> Float[Tensor, "batch pos d_dense"]:
         """The reading norm's output for a stream, edited."""
-        self._look(seen)
         wide = _wide(stream)
         std = self._mean_std if self.source.units == "paper" else read_std(self.norm, wide)
-        return self._add(seen, value, read_change(self.norm, std, self.source(seen, wide)))
+        return self._add(seen, value, read_change(self._gain().to(wide), std, self.source(seen, wide)))
 
     def write(
         self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"], value: Float[Tensor, "batch pos d_dense"]
     ) -> Float[Tensor, "batch pos d_dense"]:
         """A value that is added to the stream, or the stream itself, edited."""
-        self._look(seen)
         return self._add(seen, value, self.source(seen, _wide(stream)))
-
-    def _look(self, seen: Seen) -> None:
-        call = self.bundle.calls.now
-        if call is None:
-            raise RuntimeError(
-                "an intervention ran outside a forward pass of the dense model, where positions mean nothing: call the "
-                "model, not one of its blocks"
-            )
-        if seen.call is not call:
-            seen.see(call)
 
     def _add(
         self, seen: Seen, value: Float[Tensor, "batch pos d_dense"], change: Float[Tensor, "#batch #pos d_dense"]
     ) -> Float[Tensor, "batch pos d_dense"]:
         edited = (_wide(value) + change.to(value.device)).to(value.dtype)
+        seen.largest_change = change.detach().abs().amax()
         if self.positions is not None:
-            seen.reached()
-            if seen.one_pass:
-                check_reached(self.positions, seen)
+            seen.history.note(seen.call)
+            if seen.history.one_pass:
+                check_reached(self.positions, seen.history)
         selected = select(self.positions, self.steps, seen)
         return edited if selected is None else torch.where(selected[..., None].to(value.device), edited, value)
 
@@ -93,6 +90,15 @@ class Edit:
         """The dense norm that reads at the site."""
         return norm_at(self.bundle.hf, self.site)
 
+    def _gain(self) -> Float[Tensor, " d_dense"]:
+        """The reading norm's weight, also where accelerate has offloaded it."""
+        if not self.norm.weight.is_meta:
+            return self.norm.weight
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self.norm):
+            return self.norm.weight.detach().clone()
+
     def vector(self) -> Float[Tensor, " d_dense"]:
         """What is added where both streams have their mean scales over held-out text."""
         direction = self.source.direction()
@@ -100,7 +106,7 @@ class Edit:
             raise ValueError("only a fixed delta or vector has one direction; toward and set_to differ at each token")
         if self.where == "stream":
             return direction
-        return read_change(self.norm, self._mean_std, direction).detach()
+        return read_change(self._gain().detach(), self._mean_std, direction)
 
     @property
     def _mean_std(self) -> Tensor:
@@ -108,20 +114,26 @@ class Edit:
         return self.bundle.bridges.std_dense[self.site.index]
 
 
-def lens_hooks(edit: Edit, seen: Seen) -> list[tuple[str, Hook]]:
+def lens_hooks(edit: Edit, see: See, dense: Any) -> list[tuple[str, Hook]]:
     """(hook name, function) pairs for TransformerLens; none for an edit that changes nothing."""
     if edit.source.is_nothing:
         return []
-    stream: dict[str, Tensor] = {}
+    check_on_path(edit, dense)
 
     def see_stream(value: Tensor, hook: Any = None) -> None:
-        stream["now"] = value
+        if (seen := see()) is not None:
+            seen.stream = value
 
-    def edit_read(value: Tensor, hook: Any = None) -> Tensor:
-        return edit.read(seen, value, stream["now"])
+    def edit_read(value: Tensor, hook: Any = None) -> Tensor | None:
+        if (seen := see()) is None:
+            return None
+        check_on_path(edit, dense)  # a switch may have been set since
+        return edit.read(seen, value, _shown(seen))
 
-    def edit_write(value: Tensor, hook: Any = None) -> Tensor:
-        return edit.write(seen, value + stream["now"] if edit.site.reader == "mlp" else value, value)
+    def edit_write(value: Tensor, hook: Any = None) -> Tensor | None:
+        if (seen := see()) is None:
+            return None
+        return edit.write(seen, value + _shown(seen) if edit.site.reader == "mlp" else value, value)
 
     if edit.where == "read":
         norm = edit.site.norm_hook
@@ -132,16 +144,33 @@ def lens_hooks(edit: Edit, seen: Seen) -> list[tuple[str, Hook]]:
     return [(edit.site.stream_hook, edit_write)]
 
 
-def attach(dense: nn.Module, edit: Edit, seen: Seen) -> Iterator[Remove]:
+def check_on_path(edit: Edit, dense: Any) -> None:
+    """Raise ValueError where TransformerLens' attention takes its input from before the norm that is edited."""
+    if edit.where != "read" or edit.site.reader != "attn":
+        return
+    for switch in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(dense.cfg, switch, False):
+            raise ValueError(
+                f"with {switch} attention reads past the place where {edit.site.label} is edited: call "
+                f"set_{switch}(False), or use where='stream'"
+            )
+
+
+def _shown(seen: Seen) -> Tensor:
+    assert seen.stream is not None
+    return seen.stream
+
+
+def attach(dense: nn.Module, edit: Edit, see: See) -> Iterator[Remove]:
     """Attach an edit to its model, hook by hook; yields what takes each one off again."""
     if isinstance(dense, GPT2LMHeadModel):
-        yield from _attach_hf(dense, edit, seen)
+        yield from _attach_hf(dense, edit, see)
     else:
-        yield from _attach_lens(dense, edit, seen)
+        yield from _attach_lens(dense, edit, see)
 
 
-def _attach_lens(dense: Any, edit: Edit, seen: Seen) -> Iterator[Remove]:
-    for name, function in lens_hooks(edit, seen):
+def _attach_lens(dense: Any, edit: Edit, see: See) -> Iterator[Remove]:
+    for name, function in lens_hooks(edit, see, dense):
         point = dense.hook_dict[name]
         # Permanent for TransformerLens, so that run_with_hooks and reset_hooks inside the block leave it alone.
         yield partial(_remove_lens, point, point.add_hook(function, is_permanent=True))
@@ -152,36 +181,49 @@ def _remove_lens(point: Any, handle: Any) -> None:
     point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
 
 
-def _attach_hf(model: GPT2LMHeadModel, edit: Edit, seen: Seen) -> Iterator[Remove]:
+def _attach_hf(model: GPT2LMHeadModel, edit: Edit, see: See) -> Iterator[Remove]:
     if edit.source.is_nothing:
         return
-    stream: dict[str, Tensor] = {}
-    block: Any = model.transformer.h[edit.site.layer]
+    blocks: Any = model.transformer.h
+    block = blocks[edit.site.layer]
 
-    def edit_read(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return edit.read(seen, output, inputs[0])
+    def edit_read(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return None if (seen := see()) is None else edit.read(seen, output, inputs[0])
 
     def see_stream(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        stream["now"] = inputs[0]
+        if (seen := see()) is not None:
+            seen.stream = inputs[0]
 
-    def edit_attention(attention: nn.Module, inputs: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
-        return edit.write(seen, output[0] + stream["now"], output[0]), *output[1:]
+    def edit_attention(attention: nn.Module, inputs: Any, output: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if (seen := see()) is None:
+            return None
+        return edit.write(seen, output[0] + _shown(seen), output[0]), *output[1:]
 
-    def edit_input(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return edit.write(seen, inputs[0], inputs[0]), *inputs[1:]
+    def edit_input(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if (seen := see()) is None else (edit.write(seen, inputs[0], inputs[0]), *inputs[1:])
 
-    def edit_output(block: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return edit.write(seen, output, output)
+    def edit_output(block: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        return None if (seen := see()) is None else edit.write(seen, output, output)
 
     if edit.where == "read":
         yield edit.norm.register_forward_hook(edit_read).remove
-    elif edit.site.is_final:
-        yield block.register_forward_hook(edit_output).remove
-    elif edit.site.reader == "attn":
-        yield block.register_forward_pre_hook(edit_input).remove
-    else:
+    elif edit.site.reader == "mlp":
         yield block.ln_1.register_forward_pre_hook(see_stream).remove
         yield block.attn.register_forward_hook(edit_attention).remove
+    elif edit.site.index == 0:
+        yield block.register_forward_pre_hook(edit_input).remove
+    else:
+        yield _first(block if edit.site.is_final else blocks[edit.site.layer - 1], edit_output)
+
+
+def _first(module: nn.Module, hook: Callable[..., Any]) -> Remove:
+    """Put a hook behind the other edits and before what only looks, such as output_hidden_states."""
+    hook.is_edit = True  # type: ignore[attr-defined]
+    handle = module.register_forward_hook(hook)
+    hooks: Any = module._forward_hooks
+    for key in [key for key, other in hooks.items() if not hasattr(other, "is_edit")]:
+        hooks.move_to_end(key)
+    return handle.remove
 
 
 def _wide(t: Tensor) -> Tensor:

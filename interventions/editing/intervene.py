@@ -8,27 +8,25 @@ Order: edits act where they sit in the model, so a stream edit is seen by whatev
 only for where="stream": `set_to` reads the stream, and `delta` its scale, as the edits before them have left it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
-from typing import get_args
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from bridges.sites import Site
-from interventions.bundle.bundle import Bundle, check_raw, get_bundle
+from interventions.bundle.bundle import Bundle, check_raw, get_bundle, uncompiled
 from interventions.bundle.channels import Channel, resolve
-from interventions.editing.hooks import Edit, Hook, Remove, attach, lens_hooks
-from interventions.editing.positions import Positions, Steps, check_positions, check_reached
+from interventions.bundle.passes import is_entered
+from interventions.editing import arguments
+from interventions.editing.build import acting, make_fixed, make_source
+from interventions.editing.entered import Entered, one_pass
+from interventions.editing.hooks import Edit, Hook, lens_hooks
 from interventions.editing.saved import load_edits, save_edits
-from interventions.editing.units import Units
-from interventions.editing.vectors import Delta, Fixed, Seen, SetTo, Source, Toward
-from interventions.editing.where import Where
-
-Channels = str | Channel | Mapping[str, int | float] | Sequence[str | Channel]
 
 
 class Intervention:
@@ -37,23 +35,39 @@ class Intervention:
     A context manager: attaches on enter, removes only its own hooks, also after an exception, in whatever order handles
     are left. Entered twice it applies twice, and each exit takes one of them away. `a + b` applies both.
 
-    Leaving a block without an exception raises IndexError for a position that no pass inside it had reached.
+    It acts on the passes of the thread (or asyncio task) that entered it, and of what copies its context; other threads
+    may call the model meanwhile, under handles of their own or none. Under a handle a model from `torch.compile` runs
+    uncompiled. Every pass must run each edit: where one did not, as the model was changed inside the block, that pass
+    raises RuntimeError.
+
+    Leaving a block without an exception raises IndexError for a position that no pass inside it had reached, and
+    RuntimeError where the model ran only in threads that the handle does not reach.
     """
 
     def __init__(self, dense: nn.Module, edits: tuple[Edit, ...]) -> None:
         self.dense, self.edits = dense, edits
-        self._attached: list[tuple[list[Remove], list[Seen]]] = []
+        self._entered: list[Entered] = []
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a handle belongs to a model in this process and cannot be pickled or copied: keep it with "
+            "handle.save(folder), and read it with Intervention.load(folder, dense)"
+        )
+
+    def __repr__(self) -> str:
+        return f"<intervention: {'; '.join(map(str, self.edits))}>"
 
     def hooks(self) -> list[tuple[str, Hook]]:
         """Hooks for `dense.run_with_hooks(tokens, fwd_hooks=handle.hooks())`, one pass of a TransformerLens model.
 
         There is no exit that could report a position that was never reached, so the pass itself raises IndexError.
+        TransformerLens attaches them for all threads, so only one thread may run the model with them at a time.
         Raises ValueError for a plain Hugging Face model, which knows no such hooks.
         """
         if isinstance(self.dense, GPT2LMHeadModel):
             raise ValueError("a plain Hugging Face model has no run_with_hooks: enter the handle with `with`")
         check_raw(self.dense)
-        return [pair for edit in self.edits for pair in lens_hooks(edit, Seen(one_pass=True))]
+        return [pair for edit in self.edits for pair in lens_hooks(edit, one_pass(edit), self.dense)]
 
     def vector(self) -> Float[Tensor, " d_dense"]:
         """The dense direction that is added: behind the norm for where="read", in the stream for "stream".
@@ -78,6 +92,7 @@ class Intervention:
 
         Raises ValueError for another model, naming what differs, and for a damaged folder.
         """
+        dense = uncompiled(dense)
         check_raw(dense)
         return cls(dense, load_edits(Path(path), get_bundle(dense)))
 
@@ -88,42 +103,33 @@ class Intervention:
 
     def __enter__(self) -> "Intervention":
         check_raw(self.dense)
-        removers: list[Remove] = []
-        seen = [Seen() for _ in self.edits]
-        try:
-            for edit, its in zip(self.edits, seen, strict=True):
-                removers.extend(attach(self.dense, edit, its))
-        except BaseException:
-            for remove in removers:
-                remove()
-            raise
-        self._attached.append((removers, seen))
+        self._entered.append(Entered(self.dense, self.edits))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        removers, seen = self._attached.pop()
-        for remove in removers:
-            remove()
+        here = [entered for entered in self._entered if is_entered(entered)]
+        entered = (here or self._entered)[-1]  # a handle may be left by another thread than it was entered by
+        self._entered.remove(entered)
+        entered.close()
         if kind is None:
-            for edit, its in zip(self.edits, seen, strict=True):
-                if its.call is not None:
-                    check_reached(edit.positions, its)
+            entered.check()
 
 
 def intervene(
     dense: nn.Module,
-    channel: Channels,
+    channel: Any,
     *,
-    delta: int | float | Float[Tensor, " batch"] | None = None,
-    set_to: int | float | None = None,
-    toward: Int[Tensor, "batch pos"] | None = None,
-    strength: int | float = 1.0,
-    positions: Positions = None,
-    steps: Steps = "all",
-    where: Where = "read",
-    units: Units = "exact",
+    delta: Any = None,
+    set_to: Any = None,
+    toward: Any = None,
+    strength: Any = 1.0,
+    positions: Any = None,
+    steps: Any = "all",
+    where: Any = "read",
+    prompt_length: Any = None,
+    units: Any = "exact",
 ) -> Intervention:
     """An intervention that moves sparse channels of a dense model from `load_dense` or `load_hf`.
 
@@ -131,49 +137,45 @@ def intervene(
         mapping to weights, which multiply delta, set_to or (for toward) the strength.
     delta: change of the channel's value, in the unit of `Channel.value` of a read; a number, or one per batch row.
     set_to: the value to which the channel moves, from the one that the encoder reads in the dense stream at each token
-        (`interventions.editing.vectors.encoded_value`).
-    toward: counterfactual tokens, aligned with the prompt token by token, padding included; generated tokens have no
-        counterfactual and stay as they are.
+        (`interventions.editing.vectors.encoded_value`); likewise.
+    toward: counterfactual tokens [batch, pos], aligned with the prompt token by token, padding included; generated
+        tokens have no counterfactual and stay as they are.
     strength: scales the change: 1 is all of it, 0 leaves the model as without the handle.
     positions: where in the sequence; everywhere when None. Absolute, with a KV cache or without: 0 is a row's first
-        real token, generated tokens go on counting. Indices and slices (an open end takes in generated tokens) may be
-        negative: from the end of the row's prompt. A boolean mask [batch, pos] is laid over the tokens as passed,
-        padding included, and leaves later ones alone. A callable takes all tokens so far [batch, pos] to such a mask;
+        real token, generated tokens go on counting; where the model is given position_ids, these. Numbers (one, or a
+        list, range, set, array or tensor) and slices (an open end takes in generated tokens) may be negative: from the
+        end of the row's prompt. A boolean mask [pos] or [batch, pos] is laid over the tokens as passed, padding
+        included, and leaves later ones alone. A callable takes all tokens so far [batch, pos] to such a mask;
         whether it takes a token must not depend on later ones.
-    steps: "prompt", "generated" or "all" tokens. The prompt is the first pass since entering; a pass that begins with
-        the same tokens continues it (generation, with a KV cache or without), any other is a new prompt. Of two prompts
-        of which one begins the other, the second needs a block of its own.
-    where: "read", only the next sublayer's input, or "stream", everything downstream.
+    steps: "prompt", "generated" or "all" tokens. The first generated token is chosen at the prompt's last token, which
+        "generated" leaves alone: positions=slice(-1, None) edits every token at which a new one is chosen.
+    where: "read", only the next sublayer's input, or "stream", everything downstream; `output_hidden_states` shows it.
     units: "exact", by each token's own scales, or "paper", by their averages over held-out text (A.4).
+    prompt_length: columns of the prompt, padding included. `generate` tells it by itself, however it feeds the prompt.
+        Passes of your own need it where the edit depends on the prompt's end and a pass goes on with a KV cache, or
+        with the tokens of an earlier pass in the same block; otherwise a pass is a prompt.
 
-    Padding is known from the attention mask that the model is given, also by `generate`; it is never edited.
+    Padding is known from the attention mask that the model is given, also by `generate`; it is never edited. Where
+    tokens look padded and there is no mask, what counts positions is refused.
     Beam search works; per-row arguments then need a row per beam, and with a cache a callable is refused.
 
     Raises KeyError for an unknown channel, IndexError for a position beyond the context (and on leaving the handle for
     one that was not reached), ValueError for anything else that does not fit.
     """
+    dense = uncompiled(dense)
     bundle = get_bundle(dense)
     check_raw(dense)
-    if sum(x is not None for x in (delta, set_to, toward)) != 1:
+    given = [name for name, value in (("delta", delta), ("set_to", set_to), ("toward", toward)) if value is not None]
+    if len(given) != 1:
         raise ValueError("give exactly one of delta, set_to, toward")
-    _check_places(bundle, positions, steps, where)
-    if units not in get_args(Units):
-        raise ValueError(f"units={units!r}: use 'exact' (each token's own scales) or 'paper' (their averages)")
-    bundle.bridges.check_scales()
-
-    def source(channel: Channel, weight: int | float) -> Source:
-        if delta is not None:
-            return Delta(bundle.bridges, channel, delta, weight * strength, units)
-        if set_to is not None:
-            return SetTo(bundle.bridges, channel, weight * set_to, strength, units)
-        assert toward is not None
-        return Toward(bundle, channel, toward, weight * strength, units)
-
     chosen = [(_resolved(c, bundle), weight) for c, weight in _weighted(channel)]
+    value = {"delta": delta, "set_to": set_to, "toward": toward}[given[0]]
+    acts = acting(bundle, positions, steps, where, prompt_length)
+    bundle.bridges.check_scales()
     return Intervention(
         dense,
         tuple(
-            Edit(bundle, Site(c.site, bundle.shape.n_layers), source(c, weight), where, positions, steps)
+            acts(Site(c.site, bundle.shape.n_layers), make_source(bundle, c, given[0], value, strength, weight, units))
             for c, weight in chosen
         ),
     )
@@ -181,44 +183,44 @@ def intervene(
 
 def intervene_vector(
     dense: nn.Module,
-    site: int,
-    vector: Float[Tensor, "*batch_pos d_dense"],
+    site: Any,
+    vector: Any,
     *,
-    strength: int | float = 1.0,
-    positions: Positions = None,
-    steps: Steps = "all",
-    where: Where = "read",
+    strength: Any = 1.0,
+    positions: Any = None,
+    steps: Any = "all",
+    where: Any = "read",
+    prompt_length: Any = None,
 ) -> Intervention:
     """The same handle for a dense stream vector of one's own: [d_dense], or one per token [batch, pos, d_dense].
 
-    Baselines and controls go through it, so that they share every code path with `intervene`. Gradients reach the
-    vector. Errors as for `intervene`.
+    site: its number, or its label such as "attn.1". Baselines and controls go through here, so that they share every
+    code path with `intervene`. Gradients reach the vector. Errors as for `intervene`.
     """
+    dense = uncompiled(dense)
     bundle = get_bundle(dense)
     check_raw(dense)
-    _check_places(bundle, positions, steps, where)
-    if vector.shape[-1] != bundle.bridges.d_dense:
-        raise ValueError(f"vector has width {vector.shape[-1]}, the dense stream {bundle.bridges.d_dense}")
-    place = Site(site, bundle.shape.n_layers)
-    return Intervention(dense, (Edit(bundle, place, Fixed(vector, strength), where, positions, steps),))
+    acts = acting(bundle, positions, steps, where, prompt_length)
+    source = make_fixed(bundle, vector, strength)
+    return Intervention(dense, (acts(arguments.site(site, bundle.shape.n_layers), source),))
 
 
-def _weighted(channels: Channels) -> list[tuple[str | Channel, int | float]]:
-    """Channels with their weights; ValueError for none."""
+def _weighted(channels: Any) -> list[tuple[Any, int | float]]:
+    """Channels with their weights; ValueError for none, and for what is no channel."""
     if isinstance(channels, str | Channel):
         return [(channels, 1)]
+    if not isinstance(channels, Mapping | Sequence | Set) or isinstance(channels, bytes):
+        raise ValueError(f"channel={channels!r}: give a name, an address such as 'attn.1.read.7', or several of them")
     if not channels:
         raise ValueError("channel is empty: name at least one")
     if isinstance(channels, Mapping):
-        return list(channels.items())
+        return [(name, arguments.number(f"the weight of {name!r}", weight)) for name, weight in channels.items()]
     return [(channel, 1) for channel in channels]
 
 
-def _resolved(channel: str | Channel, bundle: Bundle) -> Channel:
-    return resolve(channel, bundle.channels, bundle.shape) if isinstance(channel, str) else channel
-
-
-def _check_places(bundle: Bundle, positions: Positions, steps: Steps, where: Where) -> None:
-    if where not in ("read", "stream"):
-        raise ValueError(f"where={where!r}: use 'read' (only the next sublayer) or 'stream' (everything downstream)")
-    check_positions(positions, steps, bundle.hf.config.n_positions)
+def _resolved(channel: Any, bundle: Bundle) -> Channel:
+    if not isinstance(channel, str | Channel):
+        raise ValueError(f"channel {channel!r} is no channel: give a name or an address such as 'attn.1.read.7'")
+    resolved = resolve(channel, bundle.channels, bundle.shape) if isinstance(channel, str) else channel
+    arguments.check_channel(resolved, bundle.shape)
+    return resolved

@@ -24,9 +24,9 @@ def read_std(norm: nn.LayerNorm, stream: Float[Tensor, "*batch_pos d_dense"]) ->
 
 
 def read_change(
-    norm: nn.LayerNorm,
+    gain: Float[Tensor, " d_dense"],
     std: Float[Tensor, ""] | Float[Tensor, "*#batch_pos 1"],
     vector: Float[Tensor, "*#batch_pos d_dense"],
 ) -> Float[Tensor, "*#batch_pos d_dense"]:
     """A norm's response to a small change of the stream: gain * (v - mean(v)) / std."""
-    return norm.weight.to(vector) * (vector - vector.mean(-1, keepdim=True)) / std
+    return gain.to(vector) * (vector - vector.mean(-1, keepdim=True)) / std

@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bridges.sites import Site
 from interventions.bundle.bundle import Bundle
 from interventions.bundle.channels import Channel
+from interventions.editing.arguments import check_channel, site
+from interventions.editing.build import acting, make_fixed, make_source
 from interventions.editing.hooks import Edit
 from interventions.editing.positions import Positions
-from interventions.editing.vectors import Delta, Fixed, SetTo, Source, Toward
+from interventions.editing.vectors import Delta, Fixed, SetTo, Toward
 from sparse_model.io.atomic import recover_folder, replace_folder
 
 SETTINGS, TENSORS = "intervention.json", "intervention.safetensors"
@@ -57,7 +58,7 @@ def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
         earlier = any(entry["kind"] != "vector" and "units" not in entry for entry in settings["edits"])
         if not differences and not earlier:
             return tuple(_unpack(entry, f"{i}.", tensors, bundle) for i, entry in enumerate(settings["edits"]))
-    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): save the intervention again") from error
     if not differences:
         raise ValueError(
@@ -72,18 +73,18 @@ def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
 
 def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """What differs, in words."""
-    found = []
+    differences = []
     if saved["layers"] != here["layers"]:
-        found.append(f"{saved['layers']} layers there, {here['layers']} here")
+        differences.append(f"{saved['layers']} layers there, {here['layers']} here")
     if saved["dense dtype"] != here["dense dtype"]:
-        found.append(f"the dense model is in {saved['dense dtype']} there, {here['dense dtype']} here")
+        differences.append(f"the dense model is in {saved['dense dtype']} there, {here['dense dtype']} here")
     elif saved["dense"] != here["dense"]:
-        found.append("the dense model's weights differ")
+        differences.append("the dense model's weights differ")
     if saved["sparse"] != here["sparse"]:
-        found.append("the sparse model's weights differ")
+        differences.append("the sparse model's weights differ")
     if saved["bridges"] != here["bridges"]:
-        found.append("the bridges differ")
-    return found
+        differences.append("the bridges differ")
+    return differences
 
 
 def _pack(edit: Edit, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _pack(edit: Edit, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]
         case Delta():
             source |= {"kind": "delta", "delta": number("delta", edit.source.delta)}
         case SetTo():
-            source |= {"kind": "set_to", "set_to": edit.source.value}
+            source |= {"kind": "set_to", "set_to": number("set_to", edit.source.value)}
         case Toward():
             source |= {"kind": "toward", "toward": number("toward", edit.source.tokens)}
         case Fixed():
@@ -112,6 +113,7 @@ def _pack(edit: Edit, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]
         "reads": edit.site.label,
         "where": edit.where,
         "steps": edit.steps,
+        "prompt_length": edit.prompt_length,
         "positions": _pack_positions(edit.positions, number),
         "channel": None if channel is None else asdict(channel),
         "units": edit.source.units,
@@ -138,13 +140,12 @@ def _unpack(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor], bund
         positions = slice(*positions["slice"]) if "slice" in positions else tensors[prefix + "positions"]
     device = bundle.bridges.rms_sparse.device
     given: Any = tensors[prefix + kind].to(device) if prefix + kind in tensors else entry.get(kind)
-    source: Source
+    acts = acting(bundle, positions, entry["steps"], entry["where"], entry.get("prompt_length"))
+    place = site(entry["site"], bundle.shape.n_layers)
     if kind == "vector":
-        source = Fixed(given, strength)
-    else:
-        fields = entry["channel"]
-        channel = Channel.from_dict(fields)
-        makers: dict[str, Any] = {"delta": Delta, "set_to": SetTo, "toward": Toward}
-        source = makers[kind](bundle if kind == "toward" else bundle.bridges, channel, given, strength, entry["units"])
-    site = Site(entry["site"], bundle.shape.n_layers)
-    return Edit(bundle, site, source, entry["where"], positions, entry["steps"])
+        return acts(place, make_fixed(bundle, given, strength))
+    channel = Channel.from_dict(entry["channel"])
+    check_channel(channel, bundle.shape)
+    if channel.site != place.index:
+        raise ValueError(f"the edit is at {place.label}, its channel at site {channel.site}")
+    return acts(place, make_source(bundle, channel, kind, given, strength, units=entry["units"]))

@@ -15,70 +15,12 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from interventions.bundle.channels import Channel, read_nodes_and_rms, stream_rms
-from interventions.bundle.passes import Call
+from interventions.editing.seen import Seen
 from interventions.editing.units import Units
 
 StreamVector = Float[Tensor, "#batch #pos d_dense"]
 
 REPEATED = "beam search and num_return_sequences repeat every prompt row: .repeat_interleave(n, 0) does the same"
-
-
-class Seen:
-    """What one attached intervention has seen: the pass in progress, its prompt, and how far it has come.
-
-    The prompt is what the first pass shows. A pass with the same first tokens continues it, with a KV cache or
-    without; any other pass is a new prompt.
-    """
-
-    def __init__(self, *, one_pass: bool = False) -> None:
-        self.one_pass = one_pass
-        """Whether there will be no later pass, so that a position that is not reached is an error at once."""
-        self.call: Call | None = None
-        self.reach = self.width = 0
-        """Positions and columns that the longest pass has held."""
-        self._prompt: Int[Tensor, "batch prompt_pos"] | None = None
-
-    def see(self, call: Call) -> None:
-        """Note the pass in progress."""
-        self.call = call
-
-    def now(self) -> Call:
-        """The pass in progress."""
-        assert self.call is not None
-        return self.call
-
-    def reached(self) -> None:
-        """Note how far the pass in progress comes. Counts padding, so only what has positions asks."""
-        call = self.now()
-        self.reach, self.width = max(self.reach, call.reach), max(self.width, call.start + call.length)
-
-    def tokens(self) -> Int[Tensor, "batch all_pos"]:
-        """Every token so far; ValueError where the model was not given them."""
-        tokens = self.now().tokens
-        if tokens is None:
-            raise ValueError(
-                "this intervention depends on the tokens, and the model was given embeddings or a KV cache that other "
-                "calls filled: pass token ids, and fill the cache by calling this model"
-            )
-        return tokens
-
-    def prompt(self) -> int:
-        """Columns of the prompt. Compares tokens, so only what depends on the prompt asks."""
-        call, old = self.now(), self._prompt
-        if call.tokens is None:
-            return call.first
-        if old is not None and torch.equal(call.tokens[:, : old.shape[1]], old):
-            return old.shape[1]
-        columns = call.first if call.start else call.length
-        self._prompt = call.tokens[:, :columns].clone()
-        return columns
-
-    def prompt_lengths(self) -> Int[Tensor, "#batch 1"]:
-        """Real tokens of each row's prompt."""
-        call, columns = self.now(), self.prompt()
-        if call.real is None:
-            return torch.tensor([[columns]], device=call.device)
-        return call.real[:, :columns].sum(1, keepdim=True)
 
 
 @runtime_checkable
@@ -128,6 +70,10 @@ class Delta:
     strength: int | float
     units: Units = "exact"
 
+    def __str__(self) -> str:
+        amount = f"{self.delta:+g}" if isinstance(self.delta, int | float) else f"{len(self.delta)} amounts"
+        return f"{self.channel.name} by {amount}{_times(self.strength)}"
+
     @property
     def is_nothing(self) -> bool:
         return self.strength == 0 or (not isinstance(self.delta, Tensor) and self.delta == 0)
@@ -141,10 +87,7 @@ class Delta:
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
         delta: Any = self.delta
         if isinstance(delta, Tensor):
-            if delta.shape[0] not in (1, stream.shape[0]):
-                raise ValueError(
-                    f"delta has {delta.shape[0]} rows but the batch has {stream.shape[0]}: give one each ({REPEATED})"
-                )
+            _check_rows("delta", delta, stream)
             delta = delta.to(self.bridges.rms_sparse)[:, None, None]
         rms = _rms(self.units, self.bridges, self.channel, stream)
         return (self.strength * delta * rms * channel_direction(self.bridges, self.channel)).to(stream)
@@ -156,9 +99,12 @@ class SetTo:
 
     bridges: BridgeSet
     channel: Channel
-    value: int | float
+    value: int | float | Float[Tensor, " batch"]
     strength: int | float
     units: Units = "exact"
+
+    def __str__(self) -> str:
+        return f"{self.channel.name} to {self.value:g}{_times(self.strength)}"
 
     @property
     def is_nothing(self) -> bool:
@@ -171,7 +117,11 @@ class SetTo:
         now, rms = encoded_value(self.bridges, self.channel, stream)
         if self.units == "paper":
             rms = self.bridges.rms_sparse[self.channel.site]
-        change = self.strength * (self.value - now)
+        value = self.value
+        if isinstance(value, Tensor):
+            _check_rows("set_to", value, stream)
+            value = value.to(now)[:, None]
+        change = self.strength * (value - now)
         return (change[..., None] * rms * channel_direction(self.bridges, self.channel)).to(stream)
 
 
@@ -201,6 +151,9 @@ class Toward:
         self.models, self.channel, self.tokens, self.strength, self.units = models, channel, tokens, strength, units
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
 
+    def __str__(self) -> str:
+        return f"{self.channel.name} toward a counterfactual{_times(self.strength)}"
+
     @property
     def is_nothing(self) -> bool:
         return self.strength == 0
@@ -209,11 +162,11 @@ class Toward:
         return None
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
-        call, columns = seen.now(), seen.prompt()
-        presented = seen.tokens()[:, :columns]
-        if presented.shape != self.tokens.shape:
+        call, columns = seen.call, seen.prompt(self.tokens.shape[1])
+        presented = seen.tokens()[:, :columns]  # less than the prompt where it comes in chunks
+        if (presented.shape[0], columns) != self.tokens.shape:
             raise ValueError(
-                f"toward has shape {tuple(self.tokens.shape)} but the prompt {tuple(presented.shape)}: give "
+                f"toward has shape {tuple(self.tokens.shape)} but the prompt {(presented.shape[0], columns)}: give "
                 "counterfactual tokens of the same batch and length, aligned token by token. Pad the shorter text at "
                 f"the place where they differ, or choose a counterfactual of equal length; {REPEATED}"
             )
@@ -228,15 +181,17 @@ class Toward:
         self, presented: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "batch pos channel"]:
         """How far the indices move in the sparse stream."""
-        if self._last is None or not torch.equal(self._last[0], presented) or not _equal(self._last[1], real):
+        last = self._last  # read once: other threads may set it
+        if last is None or not _equal(last[0], presented) or not _equal(last[1], real):
+            other = self.tokens[:, : presented.shape[1]]
             with torch.no_grad():
-                there, (here, rms) = self._read(self.tokens, real)[0], self._read(presented, real)
+                there, (here, rms) = self._read(other, real)[0], self._read(presented, real)
                 if self.units == "paper":
                     rms = self.models.bridges.rms_sparse[self.channel.site]
                 change = rms * (there - here)
             # A copy: the caller may write other tokens into the same tensor.
-            self._last = presented.clone(), real, change
-        return self._last[2]
+            self._last = last = presented.clone(), real, change
+        return last[2]
 
     def _read(
         self, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
@@ -263,6 +218,9 @@ class Fixed:
     strength: int | float
     units: ClassVar[Units] = "exact"
 
+    def __str__(self) -> str:
+        return f"a vector of length {float(self.vector.norm(dim=-1).mean()):.3g}{_times(self.strength)}"
+
     @property
     def is_nothing(self) -> bool:
         return self.strength == 0
@@ -274,11 +232,11 @@ class Fixed:
         vector = self.strength * self.vector.to(stream)
         if vector.ndim == 1:
             return vector[None, None]
-        call = seen.now()
+        call, columns = seen.call, seen.prompt(self.vector.shape[-2])
         vector = vector.reshape(-1, *vector.shape[-2:])
-        if vector.shape[0] not in (1, stream.shape[0]) or vector.shape[1] < seen.prompt():
+        if vector.shape[0] not in (1, stream.shape[0]) or vector.shape[1] < columns:
             raise ValueError(
-                f"vector has shape {tuple(self.vector.shape)} but the prompt {(stream.shape[0], seen.prompt())}: give "
+                f"vector has shape {tuple(self.vector.shape)} but the prompt {(stream.shape[0], columns)}: give "
                 f"one vector per token of the prompt, or one for all ({REPEATED})"
             )
         vector = vector[:, call.start : call.start + call.length]
@@ -286,5 +244,16 @@ class Fixed:
         return torch.nn.functional.pad(vector, (0, 0, 0, call.length - vector.shape[1]))
 
 
+def _times(strength: int | float) -> str:
+    return "" if strength == 1 else f" times {strength:g}"
+
+
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _check_rows(name: str, amount: Float[Tensor, " rows"], stream: Float[Tensor, "batch pos d_dense"]) -> None:
+    if amount.shape[0] not in (1, stream.shape[0]):
+        raise ValueError(
+            f"{name} has {amount.shape[0]} rows but the batch has {stream.shape[0]}: give one each ({REPEATED})"
+        )

@@ -16,7 +16,9 @@ from interventions.steering.rivals import difference_of_means
 from interventions.steering.steered_prompts import prompts_of
 from interventions.steering.strengths import Dosing
 from interventions.tasks.base import TaskBatch
-from interventions.tasks.catalogue import get_task
+from interventions.tasks.catalogue import TaskName
+from interventions.tasks.names import PromptKind
+from interventions.tasks.of_run import run_task
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,9 @@ FindBy = Literal["steering", "patching", "circuit"]
 
 def find_channel(
     run: Run,
-    task: str,
+    task: TaskName,
     *,
+    prompts: PromptKind = "generated",
     by: FindBy = "steering",
     name: str | None = None,
     pairs: int = 64,
@@ -37,31 +40,33 @@ def find_channel(
 ) -> Channel:
     """The channel that carries a task's feature, with the strengths at which to steer it; nothing is saved.
 
+    task: one of the twenty, or a file of pairs (`interventions.tasks.files`).
+    prompts: generated from templates, or natural, from held-out files.
     by: "steering": of the channels that the sparse model uses, those that steer the dense model best; "patching": those
         that carry most of what patching a read does in the sparse model alone; "circuit": those of the task's circuit
         (see `find_circuit`) that the last deciding sublayer reads.
     name: None: the one that the task proposes, quote_type for single_double_quote.
-    pairs: selection prompt pairs; no others are looked at.
+    pairs: selection prompt pairs, or as many as the task has; no others are looked at.
     site: None: it is chosen among those where the read decides both models' answer.
 
-    Raises KeyError for an unknown task, FileNotFoundError for a circuit that has not been found, ValueError for a site
+    Raises what `run_task` raises, FileNotFoundError for a circuit that has not been found, ValueError for a site
     out of range or whose read does not differ between the prompts, and for bridges without scales.
     """
     run.bridges.check_scales()
-    presented = get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-    circuit = load_circuit(run, task) if by == "circuit" else None
-    name = name or presented.spec.channel
-    batch = presented.sample(pairs, split="selection", seed=run.config.seed)
+    bound = run_task(run, task, prompts)
+    circuit = load_circuit(run, bound.name) if by == "circuit" else None
+    name = name or bound.spec.channel
+    batch = bound.sample_up_to(pairs, split="selection", seed=run.config.seed)
     if circuit:
         channel = channel_by_circuit(run, name, circuit, batch, site=site)
     elif by == "patching":
-        channel = channel_by_patching(run, name, task, batch, site=site, progress=progress)
+        channel = channel_by_patching(run, name, bound.name, batch, site=site, progress=progress)
     else:
-        channel = channel_by_steering(run, name, task, batch, site=site, progress=progress)
+        channel = channel_by_steering(run, name, bound.name, batch, site=site, progress=progress)
     channel = freeze(run, channel, batch)
     if not read_matters(channel.selection["whole_effect_nats"]):
         logger.warning("the sparse model's answer does not hang on this read; the channel means little")
-    return channel
+    return replace(channel, selection=channel.selection | {"prompts": bound.record})
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The report's channel pages: activation on code and by task class, dense direction, and what steering does."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,11 @@ from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions.bundle.channels import FILE, Channel, read_nodes
 from interventions.charts import BLUE, ORANGE, Chart, Series, finite, numbers
-from interventions.editing.intervene import intervene
+from interventions.looking import examples as lens
 from interventions.report.generations import Continuation, continuations
-from interventions.report.texts import HeldOut, Text, heads, inline, prompts, task_of, visible
+from interventions.report.texts import HeldOut, Text, heads, inline, prompts, visible
 from interventions.tasks.base import TaskBatch, since_difference
+from interventions.tasks.of_run import recorded_task
 
 LENS_TOKENS = 8
 """Tokens at either end of the logit lens."""
@@ -121,8 +123,9 @@ def _batch(run: Run, channel: Channel) -> tuple[TaskBatch | None, list[str]]:
     if name is None:
         return None, ["No task is recorded for this channel, so there are none of its prompts to show."]
     try:
-        return task_of(run, name).sample(_PAIRS, split="evaluation", seed=run.config.seed), []
-    except (KeyError, ValueError) as error:
+        task = recorded_task(run, name, channel.selection.get("prompts", {}))
+        return task.sample_up_to(_PAIRS, split="evaluation", seed=run.config.seed), []
+    except (LookupError, ValueError, OSError) as error:
         return None, [f"There are no prompts of its task to show: {error.args[0]}"]
 
 
@@ -181,20 +184,11 @@ def _histogram(run: Run, channel: Channel, batch: TaskBatch, number: int) -> Cha
     )
 
 
-@torch.no_grad()
 def logit_lens(run: Run, dense: Any, channel: Channel) -> tuple[list[LensToken], list[LensToken]]:
-    """What a channel's dense direction, for one unit of it, adds to the logits if it reaches the unembedding as it is.
+    """What a channel's dense direction adds to the logits, as `interventions.looking.examples.logit_lens` has it."""
 
-    The final norm's response to a small change, at its mean scale over held-out text; the frame that `Intervention`
-    uses for a read edit.
-    """
-    vector = intervene(dense, channel, delta=1.0, where="stream").vector()
-    body = run.dense.hf.transformer
-    read = body.ln_f.weight * (vector - vector.mean()) / run.bridges.std_dense[-1]
-    logits = run.dense.hf.lm_head.weight.float() @ read.float()
-    order = logits.argsort(descending=True)
+    def shown(found: Sequence[lens.LensToken]) -> list[LensToken]:
+        return [LensToken(inline(run.tokenizer, one.token), finite(one.logit, 3) or 0.0) for one in found]
 
-    def tokens(ids: Tensor) -> list[LensToken]:
-        return [LensToken(inline(run.tokenizer, int(i)), finite(float(logits[i]), 3) or 0.0) for i in ids]
-
-    return tokens(order[:LENS_TOKENS]), tokens(order.flip(0)[:LENS_TOKENS])
+    raised, lowered = lens.logit_lens(dense, channel, count=LENS_TOKENS)
+    return shown(raised), shown(lowered)

@@ -16,8 +16,8 @@ from interventions.circuits.node_model import ModelKind, as_nodes
 from interventions.report.explorer import MOST_EDGES, explorer_data
 from interventions.report.importance import by_importance, effects_of, size_curve
 from interventions.report.nodes import NodeWords, words
-from interventions.report.texts import task_of
 from interventions.tasks.base import TaskBatch
+from interventions.tasks.of_run import recorded_task
 
 DETAILED = 400
 """Nodes of all circuits together that get examples and prompts, the most important of each; it bounds the file."""
@@ -128,9 +128,9 @@ def _page(
 def _task(run: Run, circuit: Circuit) -> tuple[str, TaskBatch | None, list[str]]:
     """The description and evaluation prompts of a circuit's task; or no prompts, and the reason."""
     try:
-        task = task_of(run, circuit.task)
-        return task.description, task.sample(_PAIRS, split="evaluation", seed=run.config.seed), []
-    except (KeyError, ValueError) as error:
+        task = recorded_task(run, circuit.task, circuit.prompts)
+        return task.description, task.sample_up_to(_PAIRS, split="evaluation", seed=run.config.seed), []
+    except (LookupError, ValueError, OSError) as error:
         return "", None, [f"There are no prompts of its task, and so no sizes: {error.args[0]}"]
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 from bridges.evaluation import SiteReport
 from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
-from interventions.bundle.channels import load_channels
+from interventions.bundle.channels import Channel, load_channels
 from interventions.charts import Chart
 from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
@@ -29,9 +29,10 @@ from interventions.report.channels import channel_pages
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages
-from interventions.report.tasks import size_ratio, size_warnings, task_rows
+from interventions.report.tasks import changed_files, counting_words, size_ratio, size_warnings, task_rows
 from interventions.report.texts import HeldOut, blocks, held_out, visible
 from interventions.report.training import training_charts
+from interventions.tasks.reports import SOLVED_BY_COUNTING
 from sparse_model.io.atomic import write_text
 
 REPORT = "report.html"
@@ -77,12 +78,13 @@ def _contents(run: Run) -> dict[str, Any]:
     histograms = [page.histogram for page in pages if page.histogram]
     charts = [*training, *hybrids, *(page.chart for page in steering), *histograms]
     warnings = overview.warnings(run, metrics, channels, [page.result for page in steering], circuits)
+    records = _records(metrics, channels, circuits)
     return {
         "run": run,
         "config": dataclasses.asdict(run.config),
         "metrics": metrics,
         "cards": overview.cards(metrics),
-        "warnings": [*warnings, *size_warnings(metrics), *loaded.problems],
+        "warnings": [*warnings, *size_warnings(metrics), *changed_files(records), *loaded.problems],
         "training": training,
         "site_columns": COLUMNS,
         "site_groups": GROUPS,
@@ -92,13 +94,25 @@ def _contents(run: Run) -> dict[str, Any]:
         "steering": steering,
         "controls": CONTROLS,
         "tasks": task_rows(metrics),
+        "counting": counting_words(metrics),
         "solved": SOLVED,
+        "solved_by_counting": SOLVED_BY_COUNTING,
         "size_ratio": size_ratio(metrics),
         "circuits": circuits,
         "held_out": documents,
         "channels": pages,
         "data": _data(run, charts, circuits),
     }
+
+
+def _records(
+    metrics: dict[str, Any], channels: Mapping[str, Channel], circuits: Iterable[CircuitPage]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Tasks with where their prompts came from, as the run's results say."""
+    yield from metrics.get("task_prompts", {}).items()
+    yield from ((name, found.get("prompts", {})) for name, found in metrics.get("tasks", {}).items())
+    yield from ((str(c.selection.get("task")), c.selection.get("prompts", {})) for c in channels.values())
+    yield from ((page.circuit.task, page.circuit.prompts) for page in circuits)
 
 
 def _environment() -> Environment:

@@ -1,10 +1,15 @@
 """The report's twenty tasks: which the run's models solve, and how many edges their circuits have."""
 
 import statistics
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, get_args
 
+from interventions.circuits.node_model import ModelKind
 from interventions.circuits.task_scores import TaskScore
 from interventions.tasks.catalogue import TASKS
+from interventions.tasks.names import NATURAL
+from interventions.tasks.of_run import change_of
+from interventions.tasks.reports import SOLVED_BY_COUNTING
 
 FAR = 0.05
 """Difference of two models' losses, nats, from which the sizes of their circuits do not compare."""
@@ -21,6 +26,13 @@ class TaskRow(NamedTuple):
     """By model, median over pruning seeds; empty where no circuits were cut out."""
     why: str
     """Why one of them is empty."""
+    floors: list[float]
+    """Pair accuracy of the bigram, trigram and 5-gram tables of the training text; empty where nothing was counted."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether counting trigrams is enough."""
+        return bool(self.floors) and self.floors[1] >= SOLVED_BY_COUNTING
 
     @property
     def ratio(self) -> float | None:
@@ -29,22 +41,48 @@ class TaskRow(NamedTuple):
 
 
 def task_rows(metrics: dict[str, Any]) -> list[TaskRow]:
-    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order; none without either."""
+    """What solved-tasks and scripts/studies/circuit_size.py found, in the paper's order, then other tasks."""
     scored, sizes = metrics.get("tasks", {}), metrics.get("circuit_size", {})
     measured, left_out = sizes.get("tasks", {}), sizes.get("left_out", {})
     rows = []
-    for name, spec in TASKS.items():
+    for name in dict.fromkeys([*TASKS, *scored]):
         scores_of = scored.get(name, {})
-        scores = {} if "unsupported" in scores_of else {label: TaskScore(**score) for label, score in scores_of.items()}
+        scores = {label: TaskScore(**scores_of[label]) for label in get_args(ModelKind)[::-1] if label in scores_of}
         edges = {
             label: float(statistics.median(one["edges"] for one in seeds))
             for label, seeds in measured.get(name, {}).items()
         }
         if scores or edges or scores_of or name in left_out:
-            rows.append(
-                TaskRow(name, spec.description, scores, edges, scores_of.get("unsupported") or left_out.get(name, ""))
-            )
+            why = scores_of.get("unsupported") or left_out.get(name, "")
+            floors = list(scores_of.get("floors", {}).get("evaluation", {}).values())
+            rows.append(TaskRow(name, _description(name, scores_of), scores, edges, why, floors))
     return rows
+
+
+def _description(name: str, found: dict[str, Any]) -> str:
+    """A task's sentence; of one from a file, where it stands."""
+    spec = TASKS.get(name.removesuffix(NATURAL))
+    return spec.description if spec else f"The pairs of {found.get('prompts', {}).get('file', 'a file')}."
+
+
+def counting_words(metrics: dict[str, Any]) -> dict[str, str]:
+    """By task, a sentence that says whether it needs more than counting; of those where n-grams were counted."""
+    sentences = {}
+    for row in task_rows(metrics):
+        if row.floors:
+            shares = ", ".join(f"{floor:.0%}" for floor in row.floors)
+            more = "no more" if row.counted else "more"
+            sentences[row.name] = (
+                f"Bigram, trigram and 5-gram tables of the training text get {shares} of its pairs right: "
+                f"this task needs {more} than counting."
+            )
+    return sentences
+
+
+def changed_files(records: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
+    """A sentence for every task whose file is not the one that results were made with, once."""
+    changes = ((task, change_of(record)) for task, record in records)
+    return list(dict.fromkeys(f"Task {task}: {change}." for task, change in changes if change))
 
 
 def size_ratio(metrics: dict[str, Any]) -> float | None:

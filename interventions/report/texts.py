@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bridges.run_folder import Run
-from interventions.tasks.base import Task, TaskBatch
-from interventions.tasks.catalogue import get_task
+from interventions.tasks.base import TaskBatch
 from sparse_model.data.corpus import iter_documents
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.prepare import corpus_config
@@ -81,11 +80,6 @@ def heads(run: Run, documents: HeldOut, count: int) -> list[Text]:
     first = islice(documents.documents, count)
     kind = documents.kind.capitalize()
     return [Text(f"{kind} document {n}", torch.tensor(ids[:longest])) for n, ids in enumerate(first, 1)]
-
-
-def task_of(run: Run, name: str) -> Task:
-    """A task for a run's tokenizer and context. Raises KeyError for an unknown one."""
-    return get_task(name, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
 
 
 def prompts(run: Run, batch: TaskBatch, pairs: int) -> list[Text]:

@@ -7,7 +7,7 @@ from interventions.bundle.bundle import get_bundle
 from interventions.steering.experiment import resolved
 from interventions.steering.experiment_config import Experiment
 from interventions.tasks.base import answer_probabilities, pair_accuracy
-from interventions.tasks.catalogue import get_task
+from interventions.tasks.of_run import run_task
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def dense_accuracy(dense: nn.Module, experiment: Experiment) -> dict[str, float]
     """
     bundle = get_bundle(dense)
     run, plan = bundle.run, resolved(experiment, bundle)
-    task = get_task(str(plan.task), run.tokenizer, max_tokens=run.config.sparse.n_ctx)
+    task = run_task(run, str(plan.task))
     batch = task.sample(plan.pairs, split="evaluation", seed=plan.seed or 0).to(run.dense.hf.device)
     logits = run.dense(batch.tokens.flatten(0, 1)).unflatten(0, batch.tokens.shape[:2])
     right, wrong = answer_probabilities(logits, batch)

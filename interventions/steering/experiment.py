@@ -1,15 +1,22 @@
 """A declared experiment made complete: from JSON, with its channel, sets and strengths filled in."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from interventions.bundle.bundle import Bundle
 from interventions.bundle.channels import Channel, resolve
 from interventions.steering.experiment_config import Experiment
 from interventions.steering.strengths import LADDER
-from interventions.tasks.catalogue import get_task
+from interventions.tasks.catalogue import task_spec
+from interventions.tasks.files import is_task_file
+from interventions.tasks.names import NATURAL
+from interventions.tasks.of_run import change_of, run_task
 from sparse_model.config import from_dict, require
+
+logger = logging.getLogger(__name__)
 
 STRENGTHS = tuple(round(0.1 * i, 1) for i in range(11))
 """Strengths of an experiment that names none; more where larger ones were chosen."""
@@ -27,15 +34,13 @@ def _tuples(value: Any) -> Any:
 def resolved(experiment: Experiment, bundle: Bundle) -> Experiment:
     """The experiment with its channel, task, sets and seed filled in.
 
-    Raises KeyError for an unknown channel or task, ValueError where the channel names no task or has no set of the
-    sizes asked for, and for a set with channels that the sparse stream does not have.
+    Its pairs are no more than the task has. Raises what `run_task` raises, KeyError for an unknown channel, ValueError
+    where it names no task or has no set of the sizes asked for, and for a set with channels that do not exist.
     """
-    proposed = get_task(experiment.task or "single_double_quote", bundle.run.tokenizer).spec.channel
+    proposed = task_spec(experiment.task or "single_double_quote").channel
     name = experiment.channel or proposed
     channel = resolve(name, bundle.channels, bundle.shape)
-    task = experiment.task or channel.selection.get("task")
-    if task is None:
-        raise ValueError(f"channel {name!r} was not found for a task: name one")
+    task = _task(experiment, channel)
     searched: dict[str, list[int]] = channel.selection.get("sets", {})
     sets = experiment.sets or tuple(tuple(searched[str(n)]) for n in experiment.sizes if str(n) in searched)
     if not searched and not sets:
@@ -44,14 +49,34 @@ def resolved(experiment: Experiment, bundle: Bundle) -> Experiment:
     wrong = [c for channels in sets for c in channels if not 0 <= c < bundle.shape.d_model]
     require(not wrong, "sets", wrong, f"the sparse stream has channels 0 .. {bundle.shape.d_model - 1}")
     seed = bundle.run.config.seed if experiment.seed is None else experiment.seed
+    pairs = run_task(bundle.run, task).at_most(experiment.pairs, "evaluation", "selection")
     return replace(
         experiment,
         channel=name,
         task=task,
+        pairs=pairs,
         sets=sets,
         sizes=tuple(map(len, sets)),
         seed=seed,
     )
+
+
+def _task(experiment: Experiment, channel: Channel) -> str:
+    """The task of an experiment: as it says, or the one that the channel was found for; its prompts are in the name."""
+    record = channel.selection.get("prompts", {})
+    searched_for = record["file"] if record.get("prompts") == "file" else channel.selection.get("task")
+    task = experiment.task or searched_for
+    if task is None:
+        raise ValueError(f"channel {channel.name!r} was not found for a task: name one")
+    if is_task_file(task):
+        require(experiment.prompts is None, "prompts", experiment.prompts, f"{task} has its own prompts: leave it out")
+        changed = change_of(record) if Path(task).resolve() == Path(str(searched_for)).resolve() else ""
+        if changed:
+            logger.warning("channel %s: %s", channel.name, changed)
+        return task
+    if experiment.prompts == "generated":
+        return task.removesuffix(NATURAL)
+    return task.removesuffix(NATURAL) + NATURAL if experiment.prompts == "natural" else task
 
 
 def default_strengths(chosen: dict[str, float]) -> tuple[float, ...]:

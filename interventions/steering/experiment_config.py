@@ -1,8 +1,10 @@
 """What a steering experiment is. Nothing heavy is imported here: the command line reads it to print its help."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from interventions.editing.where import Where
+from interventions.tasks.names import PromptKind
 from sparse_model.config import check_choices, require
 
 _COUNTS = ("pairs", "draws", "maps", "searches", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
@@ -16,7 +18,10 @@ class Experiment:
     """Named channel, as sparse-bridges find-channel wrote it, or an address such as attn.1.read.7; unset: the name that
     the task proposes, quote_type without a task."""
     task: str | None = None
-    """Task whose prompts are steered; unset: the one that the channel was found for."""
+    """Task whose prompts are steered, by name or file; unset: the one that the channel was found for."""
+    prompts: PromptKind | None = None
+    """Prompts from templates (generated), or places in held-out files of the run's corpus (natural); unset: as for the
+    channel's search."""
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Of the sets of channels that the search found, those of these sizes are moved."""
     sets: tuple[tuple[int, ...], ...] = ()
@@ -27,7 +32,7 @@ class Experiment:
     where: Where = "read"
     """Edit only what the next sublayer reads, or the stream."""
     pairs: int = 64
-    """Evaluation prompt pairs, and selection pairs for the difference of means."""
+    """Evaluation prompt pairs, and selection pairs for the difference of means; or as many as the task has."""
     draws: int = 100
     """Random directions, and random sets of channels."""
     maps: int = 20
@@ -49,6 +54,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        choices = (None, *get_args(PromptKind))
+        require(self.prompts in choices, "prompts", self.prompts, f"use one of {', '.join(get_args(PromptKind))}")
         for name in _COUNTS:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for channels in self.sets:

@@ -25,7 +25,7 @@ from interventions.steering.rivals import difference_of_means
 from interventions.steering.steered_prompts import Prompts, plain_model, prompts_of
 from interventions.steering.strengths import Dosing
 from interventions.tasks.base import TaskBatch
-from interventions.tasks.catalogue import get_task
+from interventions.tasks.of_run import run_task
 from sparse_model.data.prepare import prepare_corpus
 
 
@@ -78,7 +78,7 @@ def prepare_setting(dense: nn.Module, experiment: Experiment, *, progress: bool 
     assert plan.task is not None
     assert plan.seed is not None
     channel = resolve(plan.channel, bundle.channels, bundle.shape)
-    task = get_task(plan.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
+    task = run_task(run, plan.task)
     evaluation, selection = (
         task.sample(plan.pairs, split=split, seed=plan.seed).to(hf.device) for split in ("evaluation", "selection")
     )

@@ -24,6 +24,7 @@ from interventions.steering.experiment import Experiment
 from interventions.steering.steered_prompts import Prompts, Vectors, logits_at
 from interventions.tasks.base import CannotPresent, TaskBatch, pair_accuracy
 from interventions.tasks.catalogue import get_task, list_tasks
+from interventions.tasks.names import NATURAL
 from sparse_model.model.generation import generate_steps
 
 Vector = Float[Tensor, " d_dense"]
@@ -84,7 +85,7 @@ class Bystanders:
         self.tasks = {
             name: batch
             for name, batch in _task_batches(run, plan.task_pairs, self.seed).items()
-            if name != plan.task and solves(self._pair_accuracy(batch.to(hf.device)))
+            if name != str(plan.task).removesuffix(NATURAL) and solves(self._pair_accuracy(batch.to(hf.device)))
         }
         self.new_tokens = min(plan.new_tokens, hf.config.n_positions - int(prompts.last.max()))
 

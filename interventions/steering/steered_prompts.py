@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from bridges.run_folder import Run
-from interventions.bundle.bundle import Bundle, check_raw, get_bundle
-from interventions.bundle.passes import Calls
+from interventions.bundle.bundle import Bundle, check_raw, get_bundle, watched
 from interventions.editing.hooks import Where
 from interventions.steering.suffix import Suffix
 from interventions.tasks.base import TaskBatch, since_difference
@@ -77,7 +76,7 @@ def steerable(run: Run) -> GPT2LMHeadModel:
     """The dense model of an opened run, as `intervene` takes it."""
     hf: Any = run.dense.hf
     if getattr(hf, "bundle", None) is None:
-        hf.bundle = Bundle(run.folder, hf, run.bridges, Calls(hf.transformer), run)
+        hf.bundle = Bundle(run.folder, hf, run.bridges, watched(hf), run)
     return hf
 
 

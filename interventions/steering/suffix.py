@@ -132,7 +132,7 @@ def _read(norm: nn.LayerNorm, stream: Stream, change: Stream | None) -> Stream:
     """What a norm makes of the stream, and of a small change of it."""
     if change is None:
         return norm(stream)
-    return (norm(stream) + read_change(norm, read_std(norm, stream), change)).to(stream.dtype)
+    return (norm(stream) + read_change(norm.weight, read_std(norm, stream), change)).to(stream.dtype)
 
 
 def _mlp(mlp: Any, read: Stream) -> Stream:

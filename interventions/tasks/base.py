@@ -11,7 +11,7 @@
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -153,6 +153,23 @@ class Task:
     @property
     def description(self) -> str:
         return self.spec.description
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Where the prompts come from, as results keep it: `prompts` is generated, natural or file."""
+        return {"prompts": "generated"}
+
+    def available(self, split: PromptSplit) -> int | None:
+        """How many pairs `split` has; None for templates, which do not run out."""
+        return None
+
+    def at_most(self, n_pairs: int, *splits: PromptSplit) -> int:
+        """`n_pairs`, or as many as each of the splits has. Raises CannotPresent where one has none."""
+        return n_pairs
+
+    def sample_up_to(self, n_pairs: int, *, split: PromptSplit, seed: int) -> TaskBatch:
+        """`n_pairs` pairs, or all that there are. Raises what `at_most` and `sample` raise."""
+        return self.sample(self.at_most(n_pairs, split), split=split, seed=seed)
 
     def sample(self, n_pairs: int, *, split: PromptSplit, seed: int) -> TaskBatch:
         """`n_pairs` pairs from the templates of `split`; the same arguments give the same batch.

@@ -1,53 +1,81 @@
-"""The twenty tasks by name."""
+"""Tasks by name: the twenty, and those in files of one's own."""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
 from interventions.tasks.base import DEFAULT_MAX_TOKENS, Task, TaskSpec
+from interventions.tasks.files import FileTask, is_task_file, read_task_file
 from interventions.tasks.mining import MINERS
-from interventions.tasks.names import TASK_NAMES
+from interventions.tasks.names import NATURAL, TASK_NAMES, PromptKind
 from interventions.tasks.natural import NaturalTask
 
 TASKS: Mapping[str, TaskSpec] = MappingProxyType(
     {name: import_module(f"interventions.tasks.twenty.{name}").TASK for name in TASK_NAMES}
 )
 
+TaskName = str | Path | TaskSpec
+"""One of the twenty, also with `-natural` behind it; a file of pairs (`interventions.tasks.files`); or a spec."""
 
-def list_tasks() -> list[str]:
-    """The names of all tasks, in the paper's order."""
-    return list(TASKS)
+
+def list_tasks(prompts: PromptKind = "generated") -> list[str]:
+    """The names of all tasks, in the paper's order; of those that have natural prompts, as records name them."""
+    return list(TASKS) if prompts == "generated" else [name + NATURAL for name in TASKS if name in MINERS]
+
+
+def task_spec(name: TaskName) -> TaskSpec:
+    """A task before it meets a tokenizer.
+
+    Raises KeyError for an unknown name (the message lists close ones), and what `read_task_file` raises.
+    """
+    if isinstance(name, TaskSpec):
+        return name
+    if isinstance(name, Path) or is_task_file(name):
+        return read_task_file(name).spec
+    base = name.removesuffix(NATURAL)
+    if base not in TASKS:
+        close = difflib.get_close_matches(base, TASKS, n=3, cutoff=0.4) or list(TASKS)
+        raise KeyError(f"unknown task {name!r}; did you mean {', '.join(close)}? A task of your own is a .jsonl file")
+    return TASKS[base]
 
 
 def get_task(
-    name: str,
+    name: TaskName,
     tokenizer: PreTrainedTokenizerFast,
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
-    prompts: Literal["generated", "natural"] = "generated",
+    prompts: PromptKind = "generated",
     texts: Sequence[str] = (),
+    text: str = "given",
 ) -> Task:
     """The task `name` for `tokenizer`, with prompts of at most `max_tokens` tokens (end-of-text included).
 
-    Prompts are generated from templates, or natural: found in `texts`, files that the models were not trained on.
+    Prompts are generated from templates, or natural: found in `texts`, files that the models were not trained on,
+    which `text` describes. A task from a file has its own.
 
     Raises:
         KeyError: an unknown name; the message lists close ones.
-        ValueError: natural prompts without texts, or of a task that real text does not contain.
+        ValueError: natural prompts without texts, or of a task that real text does not contain; what reading a file of
+            pairs raises.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4) or list(TASKS)
-        raise KeyError(f"unknown task {name!r}; did you mean {', '.join(close)}?")
-    if prompts == "generated":
-        return Task(spec=TASKS[name], tokenizer=tokenizer, max_tokens=max_tokens)
-    if prompts != "natural":
+    if prompts not in ("generated", "natural"):
         raise ValueError(f"prompts={prompts!r}: use generated or natural")
-    if name not in MINERS:
-        raise ValueError(f"task {name!r} has no natural prompts; use generated ones, or one of {', '.join(MINERS)}")
+    if isinstance(name, Path) or (isinstance(name, str) and is_task_file(name)):
+        if prompts == "natural":
+            raise ValueError(f"task {str(name)!r} has its own prompts: leave out prompts='natural'")
+        file = read_task_file(name)
+        return FileTask(spec=file.spec, tokenizer=tokenizer, max_tokens=max_tokens, file=file)
+    spec = task_spec(name)
+    if prompts == "generated" and not (isinstance(name, str) and name.endswith(NATURAL)):
+        return Task(spec=spec, tokenizer=tokenizer, max_tokens=max_tokens)
+    if spec.name not in MINERS:
+        raise ValueError(
+            f"task {spec.name!r} has no natural prompts; use generated ones, or one of {', '.join(MINERS)}"
+        )
     if not texts:
         raise ValueError("texts is empty: natural prompts are found in held-out files; give their texts")
-    return NaturalTask(spec=TASKS[name], tokenizer=tokenizer, max_tokens=max_tokens, texts=texts)
+    return NaturalTask(spec=spec, tokenizer=tokenizer, max_tokens=max_tokens, texts=texts, text=text)

@@ -1,5 +1,13 @@
 """The names of the twenty tasks, in the paper's order; the command line lists them without loading anything else."""
 
+from typing import Literal
+
+PromptKind = Literal["generated", "natural"]
+"""Prompts from templates, or places in held-out files. A file of one's own pairs has only its own."""
+
+NATURAL = "-natural"
+"""Ends a task's name where its prompts are natural, in every table and record."""
+
 TASK_NAMES = (
     "single_double_quote",
     "bracket_counting",

@@ -6,39 +6,20 @@
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from interventions.tasks.base import (
-    PROMPT_SPLITS,
-    PromptSplit,
-    Strings,
-    Task,
-    TaskBatch,
-    answer_probabilities,
-    log_odds,
-)
+from interventions.tasks.base import PROMPT_SPLITS, PromptSplit
 from interventions.tasks.mining import Twins, mine
+from interventions.tasks.names import NATURAL
+from interventions.tasks.stock import StockPair, StockTask
 from sparse_model.data.text_files import stable_fraction
 
 _TRAIN, _SELECTION = 0.4, 0.7  # 40 % of the files train, 30 % selection, 30 % evaluation
 _MOST_PER_FILE = 32
 _CHARACTERS_PER_TOKEN = 8
-DISTANCES = (1, 2, 4, 8, 16, 32)
-"""Upper ends of the ranges of `accuracy_by_distance`; a last one has no end."""
-
-
-class _NaturalPair(NamedTuple):
-    tokens: tuple[list[int], list[int]]
-    """The prompts, without the end-of-text token."""
-    answers: tuple[int, int]
-    prompt: Strings
 
 
 def split_of(text: str) -> PromptSplit:
@@ -48,18 +29,36 @@ def split_of(text: str) -> PromptSplit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaturalTask(Task):
+class NaturalTask(StockTask):
     """A task whose pairs come from `texts`; `get_task(..., prompts="natural", texts=...)` makes one."""
 
     texts: Sequence[str]
     """Files that the models were not trained on."""
+    text: str = "given"
+    """What they are, in words."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name + NATURAL
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"prompts": "natural", "text": self.text}
+
+    @property
+    def source(self) -> str:
+        return "the held-out files of split {split} give"
+
+    @property
+    def remedy(self) -> str:
+        return "give more text, or use generated prompts"
 
     @cached_property
-    def _pairs(self) -> dict[PromptSplit, list[_NaturalPair]]:
-        pairs: dict[PromptSplit, list[_NaturalPair]] = {split: [] for split in PROMPT_SPLITS}
+    def stock(self) -> dict[PromptSplit, list[StockPair]]:
+        pairs: dict[PromptSplit, list[StockPair]] = {split: [] for split in PROMPT_SPLITS}
         for text in dict.fromkeys(self.texts):
-            found = mine(self.name, text)
-            random.Random(f"{self.name} {len(text)}").shuffle(found)
+            found = mine(self.spec.name, text)
+            random.Random(f"{self.spec.name} {len(text)}").shuffle(found)
             kept = 0
             for twins in found:
                 pair = self._encode_twins(twins) if kept < _MOST_PER_FILE else None
@@ -68,39 +67,7 @@ class NaturalTask(Task):
                     kept += 1
         return pairs
 
-    def available(self, split: PromptSplit) -> int:
-        """How many pairs the files of `split` give."""
-        return len(self._pairs[split])
-
-    def sample(self, n_pairs: int, *, split: PromptSplit, seed: int) -> TaskBatch:
-        """`n_pairs` different pairs from the files of `split`; the same arguments give the same batch.
-
-        Raises:
-            ValueError: n_pairs < 1, an unknown split, or more pairs than there are.
-        """
-        if n_pairs < 1:
-            raise ValueError(f"n_pairs={n_pairs}: must be at least 1")
-        if split not in PROMPT_SPLITS:
-            raise ValueError(f"split={split!r}: use one of {', '.join(PROMPT_SPLITS)}")
-        pairs = self._pairs[split]
-        if n_pairs > len(pairs):
-            raise ValueError(
-                f"n_pairs={n_pairs}: the held-out files of split {split!r} give {len(pairs)} natural pairs of task"
-                f" {self.name!r}; ask for at most that, give more text, or use generated prompts"
-            )
-        drawn = random.Random(f"{self.name}/{split}/{seed}").sample(pairs, n_pairs)
-        end_of_text = self._end_of_text()
-        width = 1 + max(len(pair.tokens[0]) for pair in drawn)
-        rows = [[[end_of_text, *member] for member in pair.tokens] for pair in drawn]
-        padded = [[member + [end_of_text] * (width - len(member)) for member in pair] for pair in rows]
-        return TaskBatch(
-            tokens=torch.tensor(padded),
-            answers=torch.tensor([pair.answers for pair in drawn]),
-            last=torch.tensor([len(pair.tokens[0]) for pair in drawn]),
-            prompts=[pair.prompt for pair in drawn],
-        )
-
-    def _encode_twins(self, twins: Twins) -> _NaturalPair | None:
+    def _encode_twins(self, twins: Twins) -> StockPair | None:
         """The pair's tokens and answers; None where this tokenizer cannot present it."""
         head = self._cut(twins)
         if head is None:
@@ -112,7 +79,7 @@ class NaturalTask(Task):
         answers = [self._first_of(*three) for three in zip(prompts, tokens, twins.completion, strict=True)]
         if answers[0] is None or answers[1] is None or answers[0] == answers[1]:
             return None
-        return _NaturalPair(tokens, (answers[0], answers[1]), prompts)
+        return StockPair(tokens, (answers[0], answers[1]), prompts)
 
     def _cut(self, twins: Twins) -> str | None:
         """The end of the head, from a line's start, that leaves room for the rest; None where nothing does."""
@@ -147,48 +114,3 @@ class NaturalTask(Task):
 
 def _in_word(character: str) -> bool:
     return character.isalnum() or character == "_"
-
-
-def distances(batch: TaskBatch) -> Int[Tensor, " pair"]:
-    """Tokens from the last one in which a pair's members differ to the answer."""
-    differ = batch.tokens[:, 0] != batch.tokens[:, 1]
-    places = torch.arange(differ.shape[1])
-    last = torch.where(differ, places, -1).amax(dim=1)
-    return batch.last.cpu() + 1 - last
-
-
-class Scores(NamedTuple):
-    """How a model does on some pairs."""
-
-    pairs: int
-    accuracy: float
-    """Share of pairs both of whose members prefer their right answer."""
-    p_right: float
-    """Mean probability of the right answer under the whole vocabulary."""
-
-
-@torch.no_grad()
-def score(
-    logits: Callable[[Int[Tensor, "row pos"]], Float[Tensor, "row pos vocab"]],
-    batch: TaskBatch,
-    pairs_at_once: int = 16,
-) -> dict[str, Scores]:
-    """A model's scores on a batch: on all pairs, and by the distance from the deciding token to the answer."""
-    right, probability = [], []
-    for start in range(0, len(batch.last), pairs_at_once):
-        rows = slice(start, start + pairs_at_once)
-        part = TaskBatch(batch.tokens[rows], batch.answers[rows], batch.last[rows], batch.prompts[rows])
-        flat = logits(part.tokens.flatten(0, 1))
-        scores = flat.unflatten(0, part.tokens.shape[:2])
-        right.append((log_odds(scores, part) > 0).all(dim=1).float().cpu())
-        probability.append(answer_probabilities(scores, part)[0].mean(dim=1).cpu())
-    rights, probabilities, far = torch.cat(right), torch.cat(probability), distances(batch)
-    table = {"all": torch.ones(len(far), dtype=torch.bool)}
-    for low, high in zip((0, *DISTANCES), (*DISTANCES, None), strict=True):
-        name = f"over {low}" if high is None else str(high) if high == low + 1 else f"{low + 1} to {high}"
-        table[name] = (far > low) if high is None else (far > low) & (far <= high)
-    return {
-        name: Scores(int(chosen.sum()), float(rights[chosen].mean()), float(probabilities[chosen].mean()))
-        for name, chosen in table.items()
-        if chosen.any()
-    }

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from datasets.table import InMemoryTable
 from jaxtyping import Int32
 
 from sparse_model.data.text_files import SPLITS, Split
+from sparse_model.io.atomic import clean_up_beside, remove_folder, replace_folder
+from sparse_model.io.lock import hold
 
 Blocks = dict[Split, Int32[np.ndarray, "block n_ctx"]]
 
@@ -32,24 +34,30 @@ def cache_folder(chosen: str | Path | None = None) -> Path:
     return Path(chosen or os.environ.get("SPARSE_BRIDGES_CACHE") or "~/.cache/sparse-bridges").expanduser()
 
 
+def lock_file(folder: Path) -> Path:
+    """What the process that builds the blocks of `folder` holds."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
+@contextmanager
+def one_builder(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds the blocks of `folder`; what a killed one left of them is removed."""
+    with hold(lock_file(folder), wait=True):
+        clean_up_beside(folder)
+        yield
+
+
 def write_cache(folder: Path, blocks: Blocks, report: dict[str, Any]) -> None:
-    """Write beside `folder`, then rename, so that `folder` appears complete or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """Write `folder` whole or not at all."""
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        dataset = DatasetDict({split: Dataset(_table(array)) for split, array in blocks.items()})
-        dataset.save_to_disk(temporary)
-        facts = {"digests": {split: _digest(array) for split, array in blocks.items()}, "report": report}
-        (temporary / "blocks.json").write_text(json.dumps(facts, indent=1))
-        temporary.chmod(0o755)  # mkdtemp's folders are private; caches may be shared
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():  # otherwise another process was first, with the same blocks
-            raise
+        with replace_folder(folder) as temporary:
+            dataset = DatasetDict({split: Dataset(_table(array)) for split, array in blocks.items()})
+            dataset.save_to_disk(temporary)
+            facts = {"digests": {split: _digest(array) for split, array in blocks.items()}, "report": report}
+            (temporary / "blocks.json").write_text(json.dumps(facts, indent=1))
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not quiet:
             enable_progress_bars()
 
@@ -68,7 +76,7 @@ def read_cache(folder: Path) -> tuple[Blocks, dict[str, Any]] | None:
         raise
     except Exception as error:  # whatever a damaged file makes of the JSON and Arrow readers
         warnings.warn(f"corpus cache {folder} is damaged ({error}); building it again", stacklevel=3)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         return None
 
 

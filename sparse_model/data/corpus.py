@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from sparse_model.data.cache import cache_folder, read_cache, write_cache
+from sparse_model.data.cache import Blocks, cache_folder, lock_file, one_builder, read_cache, write_cache
 from sparse_model.data.packing import Feed, Packed, mix, pack
 from sparse_model.data.sources import Source, open_source, parse_spec
 from sparse_model.data.text_files import SPLITS, SourceReport, Split
@@ -133,17 +133,28 @@ def load_blocks(
     fingerprint = _fingerprint(config, sources, tokenizer, n_ctx)
     folder = cache_folder(cache_dir) / f"blocks-{fingerprint[:24]}"
     cached = read_cache(folder) if folder.exists() else None
-    if cached is not None:
-        blocks, report = cached
-        return CorpusBlocks(_tensor(blocks["train"]), _tensor(blocks["val"]), fingerprint, report)
-    blocks, splits, notes = {}, {}, []
+    if cached is None or lock_file(folder).exists():
+        with one_builder(folder):
+            cached = cached or (read_cache(folder) if folder.exists() else None)
+            if cached is None:
+                cached = _build_all(config, sources, tokenizer, n_ctx, progress)
+                write_cache(folder, *cached)
+    blocks, report = cached
+    return CorpusBlocks(_tensor(blocks["train"]), _tensor(blocks["val"]), fingerprint, report)
+
+
+def _build_all(
+    config: CorpusConfig, sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, n_ctx: int, progress: bool
+) -> tuple[Blocks, dict[str, Any]]:
+    """The blocks of both splits, and the report."""
+    blocks: Blocks = {}
+    splits, notes = {}, []
     with tqdm(total=0, unit=" tokens", unit_scale=True, desc="corpus", disable=not progress) as bar:
         for split in SPLITS:
             blocks[split], splits[split] = _build(config, split, sources, tokenizer, n_ctx, bar)
             notes += _notes(config, split, splits[split])
     report = {"splits": splits, "notes": notes, "sources": [source.report().as_json() for source in sources]}
-    write_cache(folder, blocks, report)
-    return CorpusBlocks(_tensor(blocks["train"]), _tensor(blocks["val"]), fingerprint, report)
+    return blocks, report
 
 
 def open_sources(config: CorpusConfig, cache_dir: str | Path | None = None) -> list[Source]:

@@ -9,7 +9,6 @@
 import difflib
 import hashlib
 import json
-import os
 import re
 import symtable
 import sys
@@ -109,9 +108,7 @@ class PackagesSource:
         scan = _read_scan(path) if path.exists() else None
         if scan is None:
             scan = scan_files(self.name, self.installed)
-            mine = path.with_name(f".{path.name}.{os.getpid()}")  # several runs may start at once
-            write_text(mine, json.dumps(scan._asdict()))
-            mine.replace(path)
+            write_text(path, json.dumps(scan._asdict()))
         if not scan.files:
             raise ValueError(
                 f"corpus {self.name!r} holds no usable .py file (left out: {scan.left_out}); name other distributions"

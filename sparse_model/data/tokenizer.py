@@ -13,14 +13,13 @@ has too seldom to be learned, is one token too, so that a loop's two headers are
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sparse_model.io.atomic import temporary_folder
 from sparse_model.io.local import local_path
 
 QUOTE_TOKENS = ('("', "('", '")', "')")
@@ -147,19 +146,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Write `tokenizer` into `folder`, creating it. Other files there stay; no file is ever half written."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with temporary_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp's folders are private; a run folder is not
         if not folder.exists():
             temporary.rename(folder)
             return
         # tokenizer.json last: a folder that has it has the rest.
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "tokenizer.json"):
             os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:

@@ -27,6 +27,9 @@ from transformer_lens.hook_points import HookPoint
 from sparse_model.config import SparseConfig
 from sparse_model.model.generation import generate_steps
 from sparse_model.model.hub import HubModel
+from sparse_model.model.lengths import check_length
+from sparse_model.model.lens_weights import LensWeights
+from sparse_model.model.text import Prompts, ReadsText
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import NeuronAxis, SparseParameter
 from sparse_model.sparsity.sparse_linear import SparseLinear
@@ -175,7 +178,7 @@ class Block(nn.Module):
         return torch.cat([normalized, getattr(self, norm)(rows)], -1)
 
 
-class SparseTransformer(HookedRootModule, HubModel):
+class SparseTransformer(ReadsText, LensWeights, HookedRootModule, HubModel):
     """The weight-sparse model. `sublayer` and its companions are the interface that bridges are written against."""
 
     pos_table: Float[Tensor, "n_ctx d_pos"]
@@ -253,10 +256,9 @@ class SparseTransformer(HookedRootModule, HubModel):
             logits = logits + F.embedding(tokens, self.bigram)
         return self.hook_logits(logits)
 
-    def forward(
-        self, tokens: Int[Tensor, "batch pos"], cache: KVCache | None = None
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of every position given. A cache is extended by these tokens."""
+    def forward(self, tokens: Prompts, cache: KVCache | None = None) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of every position given, of tokens or text. A cache is extended by these tokens."""
+        tokens = self.to_tokens(tokens).to(self.token_embed.weight.device)
         resid = self.embed(tokens, cache)
         for i in range(2 * self.cfg.n_layers):
             resid = self.sublayer(i, resid, cache)
@@ -324,9 +326,3 @@ def sinusoidal_table(n_ctx: int, width: int) -> Float[Tensor, "n_ctx width"]:
     table = torch.zeros(n_ctx, width)
     table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()[:, : width // 2]
     return table
-
-
-def check_length(length: int, n_ctx: int) -> None:
-    """Raise ValueError for a sequence longer than the context."""
-    if length > n_ctx:
-        raise ValueError(f"the sequence has {length} tokens but the model's context holds {n_ctx}: shorten it")

@@ -1,6 +1,7 @@
 """Starting and ending accelerate: device, processes, precision, trackers."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from sparse_model.training.interrupts import Interrupted
+from sparse_model.io.lock import one_writer
+from sparse_model.training.interrupts import Interrupted, end_with_launcher
+
+logger = logging.getLogger(__name__)
 
 # The first process alone prepares tokenizer, corpus and dense model, while the others wait.
 _PATIENCE = timedelta(hours=12)
@@ -32,10 +36,28 @@ def make_accelerator(folder: Path, trackers: tuple[str, ...] = (), processes: in
             "--num_processes N` starts a single one; use torchrun --nproc_per_node N, or ACCELERATE_USE_CPU=true "
             "accelerate launch --multi_gpu --num_processes N"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.is_main_process:
+        logger.warning("mixed precision fp16 does nothing on a CPU: training in float32; bf16 works there too")
     missing = set(trackers) - {str(tracker) for tracker in accelerator.log_with}
     if missing:  # accelerate would go on without them
         raise ValueError(f"trackers={', '.join(missing)}: unknown or not installed; pip install it or leave it out")
     return accelerator
+
+
+@contextmanager
+def training_in(folder: Path, accelerator: Accelerator | None, check: Callable[[], None]) -> Iterator[None]:
+    """Be the folder's one writer, all processes of a launch together, and end with their launcher.
+
+    `check` refuses a folder before anything is made there.
+    """
+    with end_with_launcher():
+        if accelerator is not None and not accelerator.is_main_process:
+            yield  # what it waits for first, the main process does once it is the writer
+            return
+        check()
+        with one_writer(folder):
+            check()  # another process may just have ended
+            yield
 
 
 @contextmanager

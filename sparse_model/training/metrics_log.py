@@ -3,18 +3,19 @@
 import json
 from pathlib import Path
 
+from sparse_model.io.atomic import failed_writes_named, write_text
+
 
 class MetricsLog:
     """metrics.jsonl, appended line by line; on resume, lines after the checkpoint's step are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_metrics(path) if r["step"] <= step] if step and path.exists() else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self.path = path
 
     def write(self, record: dict) -> None:
-        with self.path.open("a") as file:
+        with failed_writes_named(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from sparse_model.config import TrainConfig, check_folder, claim_folder
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
@@ -19,9 +21,11 @@ from sparse_model.io.atomic import write_text
 from sparse_model.model.checkpoint import save_sparse
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import prove_sparsity
-from sparse_model.training.accelerator import ending, make_accelerator, start_trackers
+from sparse_model.training.accelerator import ending, make_accelerator, start_trackers, training_in
+from sparse_model.training.identity import keep_identity, run_identity
+from sparse_model.training.interrupts import NOTHING_WRITTEN, RESUMES, interruptible
 from sparse_model.training.losses import next_token_loss
-from sparse_model.training.trainer import SparseTrainer, check_budgets_of, projected_parameters
+from sparse_model.training.trainer import SparseTrainer, check_budgets_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,41 +74,62 @@ def pretrain(
     other settings or a tokenizer does not fit, and what training raises. A start that is refused writes nothing there.
     """
     accelerator = make_accelerator(folder, trackers, processes)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            check_folder(config, folder, resume)
-        check_corpus(config)
-        check_budgets_of(config)
-        tokenizer_folder = folder / "tokenizer"
-        if tokenizer_folder.exists() or config.tokenizer:
-            tokenizer = load_tokenizer(tokenizer_folder if tokenizer_folder.exists() else config.tokenizer or "")
-        else:
-            tokenizer = train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
-        check_vocabulary(tokenizer, config.sparse)
-        blocks = prepare_corpus(config, tokenizer, progress=progress and accelerator.is_main_process)
-        if accelerator.is_main_process:
+    with training_in(folder, accelerator, lambda: check_folder(config, folder, resume)):
+        return _pretrain(config, folder, accelerator, resume, progress)
+
+
+def _pretrain(config: PretrainConfig, folder: Path, accelerator: Accelerator, resume: bool, progress: bool) -> dict:
+    main, trained = accelerator.is_main_process, folder / "sparse"
+    with interruptible(RESUMES), accelerator.main_process_first():
+        with interruptible(NOTHING_WRITTEN):
+            check_corpus(config)
+            check_budgets_of(config)
+            tokenizer = _tokenizer(config, folder)
+            check_vocabulary(tokenizer, config.sparse)
+            blocks = prepare_corpus(config, tokenizer, progress=progress and main)
+        if main:
             claim_folder(config, folder, resume)
-            save_tokenizer(tokenizer, tokenizer_folder)
+            keep_identity(folder, run_identity(blocks, tokenizer, accelerator.num_processes))
+            if not (folder / "tokenizer").exists():
+                save_tokenizer(tokenizer, folder / "tokenizer")
     start_trackers(accelerator, folder)
     validation = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
     torch.manual_seed(config.seed)
     model = SparseTransformer(config.sparse)
     trainer = ValidatedTrainer(config, model, blocks.train, folder, accelerator, validation=validation)
-    if resume and trainer.load_checkpoint() and accelerator.is_main_process:
+    if trained.exists():  # written last
+        trainer.remove_checkpoint()
+        return json.loads((folder / "metrics.json").read_text()) if main else {}
+    if resume and trainer.load_checkpoint() and main:
         logger.info("resuming at step %d of %d", trainer.step, config.steps)
     with ending(accelerator):
         trainer.train(progress=progress)
-    if not accelerator.is_main_process:
+    if not main:
         return {}
-    counts = prove_sparsity(projected_parameters(model, config), config.sparsity)
-    figures = {
-        "val_ce": held_out_loss(model, validation),
-        "nonzeros": sum(c.nonzeros for c in counts),
-        "nonzero_fraction": sum(c.nonzeros for c in counts) / sum(c.entries for c in counts),
-    }
-    model.measured = {"held-out cross-entropy, nats": figures["val_ce"], "corpus": config.corpus, "steps": config.steps}
-    save_sparse(model, folder / "sparse")
-    trainer.remove_checkpoint()
-    metrics = figures | {"corpus": blocks.report}
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    with interruptible(RESUMES):
+        metrics = _figures(trainer, validation) | {"corpus": blocks.report}
+        model.measured = {"held-out cross-entropy, nats": metrics["val_ce"], "corpus": config.corpus}
+        model.measured |= {"steps": config.steps}
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        save_sparse(model, trained)
+        trainer.remove_checkpoint()
     return metrics
+
+
+def _tokenizer(config: PretrainConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer, the one named, or a BPE trained on the corpus."""
+    kept = folder / "tokenizer"
+    if kept.exists() or config.tokenizer:
+        return load_tokenizer(kept if kept.exists() else config.tokenizer or "")
+    return train_tokenizer(tokenizer_documents(config), config.sparse.d_vocab)
+
+
+def _figures(trainer: ValidatedTrainer, validation: Int[Tensor, "block pos"]) -> dict[str, float]:
+    """Held-out loss and nonzeros; the latter are proved to be within their budgets."""
+    counts = prove_sparsity(trainer.projected, trainer.config.sparsity)
+    nonzeros = sum(count.nonzeros for count in counts)
+    return {
+        "val_ce": held_out_loss(trainer.sparse, validation),
+        "nonzeros": nonzeros,
+        "nonzero_fraction": nonzeros / sum(count.entries for count in counts),
+    }

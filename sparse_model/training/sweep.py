@@ -28,8 +28,8 @@ from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_to
 from sparse_model.io.atomic import write_text
 from sparse_model.model.checkpoint import load_sparse
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.training.finite import TrainingDiverged
 from sparse_model.training.pretrain import PretrainConfig, pretrain
-from sparse_model.training.trainer import TrainingDiverged
 
 
 class Variant(NamedTuple):

@@ -11,40 +11,33 @@ place of `backward` and adds the bridges to what is trained. One step:
 5. Every sparse parameter is projected onto its budget (`sparse_model.sparsity.projection`).
 """
 
-import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sparse_model.config import TrainConfig, differing, from_json, to_json
+from sparse_model.config import TrainConfig
 from sparse_model.data.batch_order import BatchOrder
-from sparse_model.io.atomic import recover_folder, replace_folder
-from sparse_model.io.tensors import load_checked, read_tensors, to_device
+from sparse_model.io.tensors import to_device
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import SparseParameter, annealed_fraction, check_budgets, project_
 from sparse_model.sparsity.sparse_linear import sparse_products
 from sparse_model.sparsity.topk import NotFiniteError
 from sparse_model.training.accelerator import matmul_precision
+from sparse_model.training.checkpoints import CHECKPOINT, Checkpoints
+from sparse_model.training.finite import TrainingDiverged, first_not_finite, gradients_of, parameters_of, state_of
+from sparse_model.training.identity import Identity, digest_of, versions
 from sparse_model.training.interrupts import Interrupted, stop_signals
 from sparse_model.training.losses import next_token_loss
 from sparse_model.training.metrics_log import MetricsLog, flat
 from sparse_model.training.optim import adamw, normalize_grad_rms_, schedule, set_lr
-
-CHECKPOINT = "checkpoint"
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss term became NaN or infinite; the message names it."""
 
 
 class FreeRule(NamedTuple):
@@ -115,6 +108,7 @@ class SparseTrainer:
         # For fp16 only: gradients are scaled up so that they do not vanish, and a step that overflows is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         self.step = 0
+        self.checkpoints = Checkpoints(folder / CHECKPOINT, self.modules, self.optimizers)
         self._broadcast()
 
     def backward(self, tokens: Int[Tensor, "batch pos"], batch: int, scale: float | Tensor) -> Any:
@@ -137,8 +131,8 @@ class SparseTrainer:
     def train(self, *, progress: bool = True) -> None:
         """Run to the configured number of steps, from the step where this trainer stands.
 
-        Raises TrainingDiverged, with the last checkpoint kept, when a loss is no longer finite, and Interrupted after
-        writing a checkpoint on SIGTERM or Ctrl-C.
+        Raises TrainingDiverged, with the last checkpoint kept, when a number is no longer finite, and Interrupted after
+        writing a checkpoint on SIGINT, SIGTERM or SIGHUP.
         """
         config, main = self.config, self.accelerator.is_main_process
         metrics = MetricsLog(self.folder / "metrics.jsonl", self.step) if main else None
@@ -150,7 +144,8 @@ class SparseTrainer:
                 last = self.step == config.steps
                 checkpoint_due = self.step % config.checkpoint_every == 0
                 if self.step % config.log_every == 0 or checkpoint_due or self.step == 1 or last:
-                    self._check_finite(losses)
+                    self._check_finite(losses, self.step)
+                    self._check_state()
                     record = self._record(losses) | self.extra_record()
                     self.accelerator.log(flat(record), step=self.step)
                     if metrics:
@@ -167,27 +162,34 @@ class SparseTrainer:
     def train_step(self) -> Any:
         """One optimizer step on the next batch; returns its losses on the device."""
         config = self.config
-        progress = self.step / config.steps
         losses = self._accumulate()
         self._reduce_gradients()
         for optimizer in self.optimizers.values():
             if self.scaler.is_enabled():
                 self.scaler.unscale_(optimizer)
+        if self.device.type == "cpu" and not self.scaler.is_enabled():  # elsewhere it would wait for the device
+            self._refuse(first_not_finite(gradients_of(self.modules)), self.step + 1)
         self.grad_rms = normalize_grad_rms_(self.main, config.optim.grad_rms)
-        kept = annealed_fraction(config.sparsity.nonzero_fraction, config.sparsity, progress)
-        half_step = (self.step + 0.5) / config.steps  # so that neither the first nor the last step has rate zero
-        set_lr(self.optimizers["main"], config.optim.lr * schedule(half_step, config.optim, kept))
         if self.free:
             nn.utils.clip_grad_norm_(self.free, self.free_rule.clip, foreach=True)
-            set_lr(self.optimizers["free"], self.free_rule.lr * schedule(half_step, config.optim))
-        for optimizer in self.optimizers.values():
+        for optimizer, rate in zip(self.optimizers.values(), self._rates(self.step), strict=False):
+            set_lr(optimizer, rate)
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        with self._nan_is_divergence("a weight"):
+        try:
             project_(self.projected, config.sparsity, (self.step + 1) / config.steps)
+        except NotFiniteError as error:
+            self._refuse(first_not_finite(parameters_of(self.modules)) or f"a weight ({error})", self.step + 1)
         self.step += 1
         return losses
+
+    def _rates(self, step: int) -> tuple[float, float]:
+        """The learning rates of sparse and of free parameters in a step, counted from 0."""
+        sparsity, optim, steps = self.config.sparsity, self.config.optim, self.config.steps
+        kept = annealed_fraction(sparsity.nonzero_fraction, sparsity, step / steps)
+        half_step = (step + 0.5) / steps  # so that neither the first nor the last step has rate zero
+        return optim.lr * schedule(half_step, optim, kept), self.free_rule.lr * schedule(half_step, optim)
 
     def _accumulate(self) -> Any:
         """The losses of this step's batches, averaged, with their gradients in the parameters."""
@@ -197,10 +199,14 @@ class SparseTrainer:
             tokens = to_device(self.blocks[self.order(batch)].long(), self.device)
             precision = matmul_precision(self.device, config.tf32)
             products = sparse_products(self.sparse) if self.skips_zeros else nullcontext()
-            with self._nan_is_divergence("an activation"), accelerator.autocast(), precision, products:
-                parts.append(self.backward(tokens, batch, scale))
+            try:
+                with accelerator.autocast(), precision, products:
+                    parts.append(self.backward(tokens, batch, scale))
+            except NotFiniteError as error:  # on the CPU, top-k refuses NaN at once; other errors keep their meaning
+                what = f"{self.where_not_finite(tokens)} became NaN ({error})"
+                raise TrainingDiverged(self._diverged(what, self.step + 1)) from error
             if self.device.type == "cpu":  # elsewhere reading a loss waits for the device: at log steps only
-                self._check_finite(parts[-1])
+                self._check_finite(parts[-1], self.step + 1)
         return parts[0] if len(parts) == 1 else mean_losses(parts)
 
     def _stop_agreed(self, asked: list[int]) -> bool:
@@ -243,75 +249,80 @@ class SparseTrainer:
         )
         return record
 
-    @contextmanager
-    def _nan_is_divergence(self, what: str) -> Iterator[None]:
-        """On the CPU, top-k refuses NaN at once. Every other error keeps its meaning."""
-        try:
-            yield
-        except NotFiniteError as error:
-            raise TrainingDiverged(self._diverged(f"{what} became NaN ({error})")) from error
+    @torch.no_grad()
+    def where_not_finite(self, tokens: Int[Tensor, "batch pos"]) -> str:
+        """What, on the CPU, is not finite first in the passes over a batch."""
+        return sublayer_not_finite(self.sparse, tokens) or "an activation"
 
-    def _check_finite(self, losses: Any) -> None:
+    def _check_finite(self, losses: Any, step: int) -> None:
+        """Raise TrainingDiverged for a loss term of a step, counted from 1, that is not finite."""
         for name, value in losses._asdict().items():
             finite = torch.ones(()) if value is None else value.isfinite()
             if not finite.all():
-                site = f" at site {int((~finite).nonzero()[0])}" if value.ndim else ""
-                raise TrainingDiverged(self._diverged(f"{name}{site} is no longer finite"))
+                self._refuse(f"{name} at site {int((~finite).nonzero()[0])}" if value.ndim else name, step)
 
-    def _diverged(self, what: str) -> str:
+    def _check_state(self) -> None:
+        """Raise TrainingDiverged where a parameter or an optimizer's number is not finite after the last step."""
+        self._refuse(first_not_finite(state_of(self.modules, self.optimizers.values())), self.step)
+
+    def _refuse(self, name: str | None, step: int) -> None:
+        if name is not None:
+            raise TrainingDiverged(self._diverged(f"{name} is no longer finite", step))
+
+    def _diverged(self, what: str, step: int) -> str:
+        cause = first_not_finite(parameters_of(self.modules))
+        cause = "" if cause is None or cause in what else f", where {cause} is not finite,"
+        rate, free = self._rates(max(0, step - 1))
         return (
-            f"{what} in step {self.step + 1}; the last checkpoint in {self.folder} is as it was. Train again with a "
-            f"lower learning rate (optim.lr is {self.config.optim.lr:g}, that of free parameters {self.free_rule.lr:g})"
+            f"{what} in step {step}{cause} at learning rate {rate:.3g} ({free:.3g} for free parameters); the last "
+            f"checkpoint in {self.folder} is as it was. Train again with a lower learning rate (optim.lr is "
+            f"{self.config.optim.lr:g}, that of free parameters {self.free_rule.lr:g})"
         )
 
     def save_checkpoint(self) -> None:
-        """Write FOLDER/checkpoint: weights, moments, step. The previous one stays until the new one is whole."""
+        """Write a checkpoint below FOLDER/checkpoint: weights, moments, step. The one before it stays.
+
+        Raises TrainingDiverged instead where one of these numbers is not finite.
+        """
+        self._check_state()
         if self.accelerator.is_main_process:
-            with replace_folder(self.folder / CHECKPOINT) as folder:
-                for name, module in self.modules.items():
-                    save_file(_unshared(module.state_dict()), folder / f"{name}.safetensors")
-                for name, optimizer in self.optimizers.items():
-                    torch.save(optimizer.state_dict(), folder / f"{name}_optimizer.pt")
-                to_json(self.config, folder / "config.json")
-                state = {"step": self.step, "scaler": self.scaler.state_dict()}
-                (folder / "step.json").write_text(json.dumps(state))
+            state = {"step": self.step, "scaler": self.scaler.state_dict(), "identity": self.identity}
+            self.checkpoints.save(self.config, state)
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self) -> bool:
-        """Restore the last checkpoint; false where there is none.
+        """Restore the last checkpoint that is whole; false where there is none.
 
-        Raises ValueError for one of another configuration, naming the options that differ, or for a damaged one.
+        Raises ValueError as `sparse_model.training.checkpoints.Checkpoints.load`.
         """
-        folder = self.folder / CHECKPOINT
-        recover_folder(folder)
-        if not folder.exists():
+        state = self.checkpoints.load(self.config, self.config.steps, self.identity)
+        if state is None:
             return False
-        different = set(differing(from_json(type(self.config), folder / "config.json"), self.config))
-        different -= {"log_every", "checkpoint_every", "eval_tokens"}
-        if different:
-            names = ", ".join(sorted(different))
-            raise ValueError(f"{folder} was made with other settings ({names}): resume with the same ones")
-        for name, module in self.modules.items():
-            path = folder / f"{name}.safetensors"
-            state = read_tensors(path)
-            shared = {n: state[m] for n, m in _shared(module.state_dict()).items() if m in state}
-            load_checked(module, state | shared, path)
-        for name, optimizer in self.optimizers.items():
-            path = folder / f"{name}_optimizer.pt"
-            try:
-                optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-            except Exception as error:  # truncated zip, pickle and I/O errors are of many kinds
-                raise ValueError(f"{path} is damaged: {error}; start without --resume") from error
-        state = json.loads((folder / "step.json").read_text())
         self.step = state["step"]
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         return True
 
+    @cached_property
+    def identity(self) -> Identity:
+        """What decides the weights besides the settings."""
+        return {**versions(), "corpus": digest_of([self.blocks]), "processes": self.accelerator.num_processes}
+
     def remove_checkpoint(self) -> None:
-        """Drop the checkpoint once the final weights are saved."""
+        """Drop the checkpoints once the final weights are saved."""
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
+            self.checkpoints.remove()
+
+
+def sublayer_not_finite(sparse: SparseTransformer, tokens: Int[Tensor, "batch pos"]) -> str | None:
+    """The first sublayer in which top-k meets NaN, on the CPU."""
+    resid = sparse.embed(tokens)
+    for i in range(2 * sparse.n_layers):
+        try:
+            resid = sparse.sublayer(i, resid)
+        except NotFiniteError:
+            return f"an activation of {('attn', 'mlp')[i % 2]}.{i // 2}"
+    return None
 
 
 def mean_losses(batches: list[Any]) -> Any:
@@ -336,14 +347,3 @@ def check_budgets_of(config: TrainConfig) -> None:
     """Raise what `projected_parameters` raises, before any model is made."""
     with torch.device("meta"):
         projected_parameters(SparseTransformer(config.sparse), config)
-
-
-def _shared(state: dict[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are another name's tensor (tied embeddings), with that name."""
-    first: dict[int, str] = {}
-    return {n: first[t.data_ptr()] for n, t in state.items() if first.setdefault(t.data_ptr(), n) != n}
-
-
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    again = _shared(state)
-    return {name: t for name, t in state.items() if name not in again}

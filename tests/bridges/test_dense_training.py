@@ -10,7 +10,7 @@ from support.helpers import tiny_tokenizer
 from bridges.config import DenseTrainConfig, RunConfig
 from bridges.dense_training import dense_rate, train_dense
 from sparse_model.config import SparseConfig
-from sparse_model.training.trainer import TrainingDiverged
+from sparse_model.training.finite import TrainingDiverged
 
 SHAPE = SparseConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=16, d_vocab=384)
 CONFIG = RunConfig(sparse=SHAPE, dense_train=DenseTrainConfig(d_model=16, n_heads=2, steps=100, batch_size=2, lr=0.01))
@@ -44,5 +44,5 @@ def test_training_follows_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_that_is_not_finite_stops_the_training_also_after_the_last_line_of_the_log() -> None:
     options = dataclasses.replace(CONFIG.dense_train, steps=3, lr=1e30)
     config = dataclasses.replace(CONFIG, dense_train=options, log_every=50)
-    with pytest.raises(TrainingDiverged, match=r"dense loss is nan at step 2: lower dense_train\.lr=1e\+30"):
+    with pytest.raises(TrainingDiverged, match=r"the loss of .* in step 2 at .* lower dense_train\.lr=1e\+30"):
         train_dense(config, torch.randint(384, (8, 16)), tiny_tokenizer(), torch.device("cpu"), progress=False)

@@ -183,6 +183,7 @@ def tasks_and_sizes(run: Run) -> dict[str, Any]:
         name: {"unsupported": of} if isinstance(of, str) else {label: s._asdict() for label, s in of.items()}
         for name, of in scores.items()
     }
+    tasks[TASK]["floors"] = {"evaluation": {"bigram": 0.0, "trigram": 0.5, "5-gram": 0.98}}
     edges = {"dense": [{"edges": 90}, {"edges": 110}, {"edges": 400}], "sparse": [{"edges": n} for n in (4, 5, 0)]}
     ratios = {"tasks": [TASK], "ratio": [22.5, 22.0, 400.0]}
     sizes = {"target_loss": 0.15, "ce": {"sparse": 1.75, "dense": 1.5}, "with_edges": ratios, "tasks": {TASK: edges}}

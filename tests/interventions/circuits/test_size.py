@@ -249,7 +249,10 @@ def test_tasks_that_the_tokenizer_cannot_present_are_listed(
             assert f"unsupported, run: {of['unsupported']}" in printed
         else:
             assert 0 <= of["dense"]["pair_accuracy"] <= 1
-            assert set(of) == {"dense", "sparse"}
+            assert set(of) == {"dense", "sparse", "prompts", "available", "floors", "by_distance"}
+            floors = of["floors"]["evaluation"]
+            assert list(floors) == ["bigram", "trigram", "5-gram"]
+            assert f" | {', '.join(f'{p:.2f}' for p in floors.values())} |" in printed
 
 
 def test_a_folder_with_one_model_will_do(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,6 +266,9 @@ def test_a_folder_with_one_model_will_do(folder: Path, tmp_path: Path, capsys: p
     for part in ("dense", "sparse"):
         alone = json.loads((tmp_path / part / "metrics.json").read_text())["tasks"]
         scored = {name: of for name, of in alone.items() if "unsupported" not in of}
-        assert scored == {name: {part: of[part]} for name, of in both.items() if "unsupported" not in of}
+        assert {name: of[part] for name, of in scored.items()} == {
+            name: of[part] for name, of in both.items() if "unsupported" not in of
+        }
+        assert not any(of["floors"]["evaluation"] for of in scored.values())  # nothing says what it was trained on
     with pytest.raises(FileNotFoundError, match="has neither dense/ nor sparse/"):
         solved_tasks.main(solved_tasks.Options(runs=(str(tmp_path / "none"),)))

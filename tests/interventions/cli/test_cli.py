@@ -1,16 +1,20 @@
 """The command line: every command explains itself at once, and a mistake is one sentence that names what was typed."""
 
 import dataclasses
+import fcntl
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support.helpers import digests
 
 from bridges.config import RunConfig
 from interventions.bundle.packaged import FOLDER
@@ -25,10 +29,11 @@ SOME = {
     "train-sparse": ("--sparsity.nonzero-fraction", "--text-field", "--trackers", "gpt2"),
     "train-dense": ("--dense-train.steps", "--run"),
     "evaluate": ("--run", "--tokens"),
-    "find-channel": ("--from", "--name", "--site", *TASK_NAMES),
-    "find-circuit": ("--controls", "--target-loss", "--start-from", *TASK_NAMES),
-    "steer": ("--anyway", "--channel", "--sets", "--where", *TASK_NAMES),
-    "solved-tasks": ("RUN", "--pairs"),
+    "find-channel": ("--from", "--name", "--prompts", "--site", *TASK_NAMES),
+    "find-circuit": ("--controls", "--prompts", "--target-loss", "--start-from", *TASK_NAMES),
+    "steer": ("--anyway", "--channel", "--prompts", "--sets", "--where", *TASK_NAMES),
+    "check-task": ("--task", "--prompts", *TASK_NAMES),
+    "solved-tasks": ("RUN", "--pairs", "--task", "--prompts"),
     "report": ("--run",),
     "serve": ("--host", "--port"),
     "package-bundle": ("--name",),
@@ -102,6 +107,15 @@ def test_the_module_and_the_wrappers_are_the_command() -> None:
         ("solved-tasks runs/x --pairs 0", "--pairs 0: must be at least 1"),
         ("serve --port 70000", "--port 70000: use 0 to 65535"),
         ("evaluate --run no/such", "no run at no/such: train one with sparse-bridges train-bridge --run no/such"),
+        ("check-task --run no/such --task for_while", "no run at no/such: train one"),
+        (
+            "check-task --run demo --task ./none.jsonl",
+            "no task file at none.jsonl: give one of the twenty",
+        ),
+        (
+            "check-task --run demo --task lambda_func --prompts natural",
+            "task 'lambda_func' has no natural prompts",
+        ),
         ("solved-tasks no/such", "no/such has neither dense/ nor sparse/"),
     ],
 )
@@ -182,15 +196,61 @@ def test_library_code_does_not_print() -> None:
 def test_solved_tasks_prints_and_keeps_what_the_call_gives(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from interventions import solved_tasks
 
-    assert said(capsys, "solved-tasks", str(bundle), "--pairs", "4")[0] == 0
+    assert said(capsys, "solved-tasks", str(bundle), "--pairs", "4", "--no-floors")[0] == 0
     kept = json.loads((bundle / "metrics.json").read_text())["tasks"]
     called = solved_tasks(bundle, pairs=4)
     assert list(kept) == list(called) == list(TASK_NAMES)
     for name, scores in called.items():
         plain = {"unsupported": scores} if isinstance(scores, str) else {k: s._asdict() for k, s in scores.items()}
-        assert kept[name] == plain
+        assert {label: kept[name][label] for label in plain} == plain
 
 
 def test_each_module_holds_one_command() -> None:
     for command in COMMANDS:
         assert callable(import_module(f"interventions.cli.{module_of(command)}").command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "--run", "RUN"),
+        ("find-channel", "--run", "RUN"),
+        ("find-circuit", "--run", "RUN"),
+        ("steer", "--run", "RUN"),
+        ("steer", "--run", "demo", "--out", "RUN"),
+        ("solved-tasks", "RUN"),
+        ("report", "--run", "RUN"),
+        ("train-bridge", "tiny", "--run", "RUN"),
+        ("train-sparse", "tiny", "--run", "RUN"),
+        ("train-dense", "tiny", "--run", "RUN"),
+    ],
+)
+def test_whoever_comes_second_is_told_who_is_first(
+    command: tuple[str, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "empty" if command[0].startswith("train") else folder
+    run.mkdir(exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on elsewhere (train-bridge)")
+        lock.flush()
+        before = digests(run)
+        code, _, err = said(capsys, *(str(run) if word == "RUN" else word for word in command))
+    assert (code, digests(run)) == (2, before)
+    assert err.splitlines()[-1] == (
+        f"error: {run} is in use by process 7 on elsewhere (train-bridge): wait for it, or stop it"
+    )
+    (run / ".lock").unlink()
+
+
+def test_a_signal_is_one_sentence_and_another_exit_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(folder)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name)
+        monkeypatch.setattr("bridges.pipeline.evaluate", lambda *_, number=number, **__: os.kill(os.getpid(), number))
+        code, _, err = said(capsys, "evaluate", "--run", str(folder))
+        assert code == 130
+        assert err.splitlines()[-1].startswith(f"error: stopped by {name}: what this command had not yet saved is lost")
+        assert digests(folder) == before

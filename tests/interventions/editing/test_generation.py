@@ -19,10 +19,10 @@ V = torch.linspace(-2, 3, 16).roll(5)
 @contextmanager
 def steps_of(dense) -> Iterator[list[torch.Tensor]]:
     """Collects the last token's logits of every pass."""
-    found: list[torch.Tensor] = []
-    handle = dense.unembed.hook_out.register_forward_hook(lambda module, inputs, value: found.append(value[:, -1]))
+    steps: list[torch.Tensor] = []
+    handle = dense.unembed.hook_out.register_forward_hook(lambda module, inputs, value: steps.append(value[:, -1]))
     try:
-        yield found
+        yield steps
     finally:
         handle.remove()
 
@@ -30,10 +30,10 @@ def steps_of(dense) -> Iterator[list[torch.Tensor]]:
 def generate(dense, tokens: torch.Tensor, *, cache: bool, sample: bool = False, **options):
     """(sequence, logits [batch, step, d_vocab])"""
     torch.manual_seed(1)
-    with steps_of(dense) as found:
+    with steps_of(dense) as steps:
         options = {"max_new_tokens": NEW, "do_sample": sample, "verbose": False, "stop_at_eos": False} | options
         out = dense.generate(tokens, use_past_kv_cache=cache, **options)
-    return out, torch.stack(found, 1)
+    return out, torch.stack(steps, 1)
 
 
 def one_pass(run: Run, out: torch.Tensor, site: int, change: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -222,7 +222,7 @@ def test_a_cache_continues_the_tokens_that_filled_it(dense, run: Run, tokens: to
     later = torch.randint(384, (2, 3))
     _, first = dense(tokens, return_type="logits_and_cache")
     _, second = dense(tokens[:, :5], return_type="logits_and_cache")
-    with intervene_vector(dense, 2, V, where="stream", positions=[-1, 13]):
+    with intervene_vector(dense, 2, V, where="stream", positions=[-1, 13], prompt_length=12):
         dense(later, past_key_values=second, return_type="logits")
         logits = dense(later, past_key_values=first)
     whole = torch.cat([tokens, later], 1)
@@ -246,15 +246,19 @@ def test_a_cache_of_unknown_origin_is_refused_where_tokens_matter(dense, tokens:
     assert torch.equal(steered, known)
 
 
-def test_a_prompt_that_another_begins_needs_a_block_of_its_own(dense, tokens: torch.Tensor) -> None:
-    """The documented rule for telling prompt from generated tokens without a cache."""
+def test_a_prompt_that_another_begins_may_be_either(dense, tokens: torch.Tensor) -> None:
+    """A pass with more tokens than an earlier one may continue it or be a prompt of its own: only the caller knows."""
     handle = intervene(dense, "pair", delta=9, positions=-1)
     with handle:
+        dense(tokens[:, :8])
+        with pytest.raises(ValueError, match=r"with the tokens of an earlier pass does not say.*give prompt_length="):
+            dense(tokens)
+        other = dense(tokens.flip(1))
+    with intervene(dense, "pair", delta=9, positions=-1, prompt_length=8):
         dense(tokens[:, :8])
         continued = dense(tokens)
     with handle:
         fresh = dense(tokens)
-        other = dense(tokens.flip(1))
     with intervene(dense, "pair", delta=9, positions=7):
         assert torch.equal(continued, dense(tokens))
     with intervene(dense, "pair", delta=9, positions=11):

@@ -19,7 +19,8 @@ from interventions.circuits.circuit import load_circuit
 from interventions.circuits.node_model import as_nodes, find_node
 from interventions.circuits.pruning import score
 from interventions.report import circuits, explorer
-from interventions.report.texts import blocks, held_out, task_of
+from interventions.report.texts import blocks, held_out
+from interventions.tasks.of_run import run_task
 
 
 def test_circuit_data_equals_the_circuit(full: Run, page: Page) -> None:
@@ -48,7 +49,7 @@ def test_sizes_are_the_losses_of_the_first_nodes(full: Run, page: Page) -> None:
     assert counts[0] == 0
     assert counts[-1] == found.n_nodes
     assert len(counts) <= 17
-    batch = task_of(full, TASK).sample(64, split="evaluation", seed=full.config.seed)
+    batch = run_task(full, TASK).sample(64, split="evaluation", seed=full.config.seed)
     model = as_nodes(full.sparse)
     for kept, loss in (
         ({name: torch.zeros_like(mask) for name, mask in found.kept.items()}, losses[0]),
@@ -234,7 +235,7 @@ def test_a_nodes_values_are_those_of_the_whole_model(full: Run, page: Page) -> N
         "mean": pytest.approx(float(shown.mean()), rel=5e-3, abs=1e-6),
         "max": pytest.approx(float(shown.max()), rel=5e-3),
     }
-    batch = task_of(full, TASK).sample(64, split="evaluation", seed=full.config.seed)
+    batch = run_task(full, TASK).sample(64, split="evaluation", seed=full.config.seed)
     at_last: list[list[float]] = [[], []]
     since: list[list[float]] = [[], []]
     for pair in range(64):
@@ -280,7 +281,7 @@ def test_tokens_that_the_stream_ties_to_a_channel(full: Run, page: Page) -> None
 
 def test_sizes_in_between_are_those_of_the_first_nodes(full: Run, page: Page) -> None:
     found, data = load_circuit(full, TASK), page.data["circuits"][TASK]
-    batch = task_of(full, TASK).sample(64, split="evaluation", seed=full.config.seed)
+    batch = run_task(full, TASK).sample(64, split="evaluation", seed=full.config.seed)
     by_rank = [node["name"] for node in sorted(data["nodes"], key=lambda node: node["rank"])]
     count, loss = data["sizes"][len(data["sizes"]) // 2]
     assert 0 < count < found.n_nodes

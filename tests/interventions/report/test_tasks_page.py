@@ -1,12 +1,16 @@
 """Every number of the page on the twenty tasks equals metrics.json."""
 
+import hashlib
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 from support.report_page import Page, page_of
 from support.report_runs import TASK
 
 from bridges.run_folder import Run, update_metrics
+from interventions.report.tasks import counting_words
 from interventions.tasks.catalogue import list_tasks
 
 
@@ -20,9 +24,9 @@ def test_the_table(full: Run, page: Page) -> None:
             wanted = [f"{score['pair_accuracy']:.2f}", f"{score['p_right']:.2f}"] if score else ["–", "–"]
             assert rows[name][at : at + 2] == wanted, name
         if name != TASK:
-            assert rows[name][4:7] == ["", "", ""]
-    assert rows[TASK][4:7] == ["110", "4", "27.5"]  # medians of 90, 110, 400 and of 4, 5, 0
-    assert rows["with_as"][7] == metrics["tasks"]["with_as"].get("unsupported", "not solved by <both>")
+            assert rows[name][4:10] == [""] * 6
+    assert rows[TASK][4:10] == ["0.00", "0.50", "0.98", "110", "4", "27.5"]  # medians of 90, 110, 400 and of 4, 5, 0
+    assert rows["with_as"][10] == metrics["tasks"]["with_as"].get("unsupported", "not solved by <both>")
 
 
 def test_solved_tasks_are_bold_from_the_threshold_on(bare: Run) -> None:
@@ -50,5 +54,32 @@ def test_without_an_edge_in_both_there_is_no_ratio(bare: Run) -> None:
     update_metrics(bare.folder, circuit_size=sizes | {"tasks": {"with_as": edges}})
     page = page_of(bare)
     assert "No task needs an edge in both models" in page.words["tasks"]
-    assert page.tables["task-table"][2][5:8] == ["3.5", "0", "3.5"]  # no edges count as one
+    assert page.tables["task-table"][2][8:11] == ["3.5", "0", "3.5"]  # no edges count as one
     assert not [warning for warning in page.warnings if re.search("unequal loss", warning)]
+
+
+def test_floors_and_what_they_say_of_a_task(bare: Run) -> None:
+    def of(trigram: float) -> dict[str, Any]:
+        return {"floors": {"evaluation": {"bigram": 0.0, "trigram": trigram, "5-gram": 1.0}}}
+
+    update_metrics(bare.folder, tasks={"with_as": of(0.98), "for_while-natural": of(0.97), "mine": of(0.25)})
+    page = page_of(bare)
+    rows = {row[0]: row[1:] for row in page.tables["task-table"][2:]}
+    assert list(rows) == ["with_as", "for_while-natural", "mine"]
+    assert [row[4:7] for row in rows.values()] == [["0.00", f"{p:.2f}", "1.00"] for p in (0.98, 0.97, 0.25)]
+    assert page.html.count('<td class="soft">') == 3  # those of with_as
+    words = counting_words(json.loads((bare.folder / "metrics.json").read_text()))
+    assert words["with_as"].endswith("get 0%, 98%, 100% of its pairs right: this task needs no more than counting.")
+    assert words["mine"].endswith("get 0%, 25%, 100% of its pairs right: this task needs more than counting.")
+
+
+def test_a_changed_task_file_is_said(bare: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("as it was")
+    record = {"prompts": "file", "file": str(file), "sha256": hashlib.sha256(b"as it was").hexdigest()}
+    update_metrics(bare.folder, task_prompts={"mine": record, "with_as": {"prompts": "generated"}})
+    assert not [warning for warning in page_of(bare).warnings if "task file" in warning]
+    file.write_text("another")
+    assert f"Task mine: the task file {file} has changed since; " in " ".join(page_of(bare).warnings)
+    file.unlink()
+    assert f"Task mine: the task file {file} is gone: " in " ".join(page_of(bare).warnings)

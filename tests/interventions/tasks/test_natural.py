@@ -12,7 +12,8 @@ from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import get_task
 from interventions.tasks.floors import ngram_floor
 from interventions.tasks.mining import mine
-from interventions.tasks.natural import NaturalTask, distances, score, split_of
+from interventions.tasks.natural import NaturalTask, split_of
+from interventions.tasks.scores import distances, score
 
 SNIPPETS: dict[str, tuple[str, tuple[str, str], str, tuple[str, str]]] = {
     "single_double_quote": ("f(b'ab')\n", ('"', "'"), "ab", ('")\n', "')\n")),
@@ -125,7 +126,7 @@ def test_every_pair_belongs_to_one_split_and_a_file_to_one_side() -> None:
 
 
 def test_no_more_pairs_than_there_are_and_other_refusals() -> None:
-    with pytest.raises(ValueError, match=r"n_pairs=500: the held-out files of split 'train' give \d+ natural pairs"):
+    with pytest.raises(ValueError, match=r"n_pairs=500: the held-out files of split 'train' give \d+ pairs"):
         natural(files(9)).sample(500, split="train", seed=0)
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match=r"task 'lambda_func' has no natural prompts; use generated ones"):

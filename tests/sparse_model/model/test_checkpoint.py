@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.reference import random_model
 
 from sparse_model.config import SparseConfig, SparsityConfig
-from sparse_model.io.atomic import recover_folder, replace_folder
+from sparse_model.io.atomic import clean_up, recover_folder, replace_folder
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import WEIGHTS
@@ -240,14 +240,25 @@ def test_the_next_write_after_a_kill_keeps_the_old_content_until_it_succeeds(
 
 
 def test_leftovers_of_a_killed_run_are_cleaned(target: Path) -> None:
-    for suffix in (".tmp", ".old"):
-        leftover = target.with_name(target.name + suffix)
-        leftover.mkdir()
-        (leftover / "junk").write_text("junk")
-    with replace_folder(target) as temporary:
-        (temporary / "b").write_text("new")
-    assert content(target) == {"b": "new"}
-    assert list(target.parent.iterdir()) == [target]
+    mine, run = target.parent / ".target.mine.tmp", target / "run"
+    mine.write_text("not ours")
+    run.mkdir()
+    other = run / ".weights.00000000.sb-new"  # a run of its own, whose writer it is
+    for path in (other, run / ".lock", target / ".a.01234567.sb-new"):
+        path.write_text("half")
+    for name in (".target.89abcdef.sb-new", ".target.89abcdef.sb-old"):
+        target.with_name(name).mkdir()
+        (target.with_name(name) / "junk").write_text("junk")
+    gone = target.with_name("gone")
+    with replace_folder(gone) as temporary:
+        (temporary / "c").write_text("kept")
+    gone.rename(target.with_name(".gone.89abcdef.sb-old"))  # killed between the two renames
+    clean_up(target.parent)
+    assert {path.name for path in target.parent.iterdir()} == {"target", ".target.mine.tmp", "gone"}
+    assert {path.name for path in target.iterdir()} == {"a", "run"}
+    clean_up(target)
+    assert other.exists()
+    assert content(gone) == {"c": "kept"}
 
 
 def test_recovering_what_needs_no_recovery_changes_nothing(target: Path) -> None:

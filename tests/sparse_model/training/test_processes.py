@@ -77,5 +77,8 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_the_checkpoint(whole: Path) ->
     assert done.returncode != 0
     assert "exitcode  : 7" in done.stderr.replace("exit code", "exitcode ") or "exitcode: 7" in done.stderr
     trainer = make_trainer(make_tiny_run(whole / "run-after"), whole / "death", BATCH)
+    with pytest.raises(ValueError, match="step-5 was begun with 2 processes, not 1: resume with the same"):
+        trainer.load_checkpoint()
+    trainer.identity = trainer.identity | {"processes": 2}
     assert trainer.load_checkpoint()
     assert trainer.step == 5 < STEPS

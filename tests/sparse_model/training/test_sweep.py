@@ -12,6 +12,7 @@ from frontier import Options, main
 from sparse_model.config import SparseConfig, SparsityConfig
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training import sweep
+from sparse_model.training.finite import TrainingDiverged
 from sparse_model.training.pretrain import PretrainConfig
 from sparse_model.training.sweep import (
     Job,
@@ -24,7 +25,6 @@ from sparse_model.training.sweep import (
     run_sweep,
     total_entries,
 )
-from sparse_model.training.trainer import TrainingDiverged
 
 BASE = PretrainConfig(
     steps=6,

@@ -21,8 +21,10 @@ from sparse_model.config import OptimConfig, SparsityConfig
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import budget, prove_sparsity
 from sparse_model.sparsity.topk import NotFiniteError
+from sparse_model.training.accelerator import make_accelerator
+from sparse_model.training.checkpoints import CHECKPOINT
+from sparse_model.training.finite import TrainingDiverged
 from sparse_model.training.metrics_log import read_metrics
-from sparse_model.training.trainer import CHECKPOINT, TrainingDiverged
 
 
 def make_trainer(run: Run, folder: Path, accelerator: Accelerator | None = None, **changes: object) -> JointTrainer:
@@ -155,11 +157,12 @@ def test_a_weight_that_is_no_number_is_a_divergence_and_a_users_error_is_not(tmp
     trainer = make_trainer(run, tmp_path / "out")
     with torch.no_grad():
         trainer.sparse.blocks[0].mlp.fc.weight[0, 0] = torch.nan
-    with pytest.raises(TrainingDiverged, match=r"an activation became NaN .* in step 1"):
+    named = r"an activation of mlp\.0 became NaN .* in step 1, where sparse\.blocks\.0\.mlp\.fc\.weight is"
+    with pytest.raises(TrainingDiverged, match=named):
         trainer.train_step()
     trainer = make_trainer(run, tmp_path / "out")
     trainer.main[0].register_hook(lambda grad: grad * torch.inf)
-    with pytest.raises(TrainingDiverged, match=r"a weight became NaN .* in step 1;"):
+    with pytest.raises(TrainingDiverged, match=r"the gradient of sparse\.\S+ is no longer finite in step 1 at"):
         trainer.train_step()
 
 
@@ -169,11 +172,11 @@ def test_checkpoint_of_other_settings_or_damaged_is_refused(tmp_path: Path) -> N
     trainer.save_checkpoint()
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         make_trainer(run, tmp_path / "out", seed=9).load_checkpoint()
-    path = tmp_path / "out" / CHECKPOINT / "main_optimizer.pt"
+    path = tmp_path / "out" / CHECKPOINT / "step-0" / "main_optimizer.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"main_optimizer\.pt is damaged"):
         make_trainer(run, tmp_path / "out").load_checkpoint()
-    path = tmp_path / "out" / CHECKPOINT / "sparse.safetensors"
+    path = tmp_path / "out" / CHECKPOINT / "step-0" / "sparse.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"sparse\.safetensors is damaged or truncated"):
         make_trainer(run, tmp_path / "out").load_checkpoint()
@@ -268,3 +271,13 @@ def test_mixed_precision_is_near_full_precision(tmp_path: Path, bf16: Accelerato
     full = make_trainer(run, tmp_path / "full").train_step()
     for name, value in full._asdict().items():
         torch.testing.assert_close(getattr(mixed, name), value, rtol=0.05, atol=0.02, equal_nan=True, check_dtype=False)
+
+
+def test_fp16_on_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for precision, said in (("fp16", 1), ("bf16", 0)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        caplog.clear()
+        make_accelerator(Path("run"))
+        assert caplog.text.count("fp16 does nothing on a CPU") == said
+    AcceleratorState._reset_state(reset_partial_state=True)
