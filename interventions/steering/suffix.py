@@ -12,7 +12,7 @@ are GPT-2's own modules; attention is written out, for edits in one pass share t
 Models of other families go whole from the site on, with the sublayers of `bridges.families`.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,7 @@ class _Past(NamedTuple):
     values: Float[Tensor, "row head prefix d_head"]
 
 
+@runtime_checkable  # for the shape checks of tests
 class Suffix(Protocol):
     """Logits behind the last token of prompts of one length, under edits of the tokens from `start` on."""
 
