@@ -9,6 +9,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bridges.families import ReadNorm
 from sparse_model.io.atomic import recover_folder, replace_folder
 from sparse_model.io.reading import NOTHING_ELSE, read_typed
 from sparse_model.io.tensors import check_finite, check_sizes, load_checked, read_shapes, read_tensors
@@ -42,6 +43,10 @@ class BridgeSet(nn.Module):
             self.register_buffer(name, torch.full((n_sites,), torch.nan))
         for bias in (m.bias for m in (*self.encoders, *self.decoders)):
             nn.init.zeros_(bias)
+
+    def norm_scale(self, site: int, norm: ReadNorm) -> Float[Tensor, ""]:
+        """The mean, over held-out text, of what the dense norm at a site divides by."""
+        return (self.std_dense if norm.centred else self.rms_dense)[site]
 
     def encode(self, site: int, resid: DenseResid) -> SparseResid:
         """f_site: a dense residual stream as a sparse one."""

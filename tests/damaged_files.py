@@ -76,7 +76,10 @@ def as_earlier(folder: Path) -> None:
     places = [folder / "channels.json", folder / "metrics.json", *folder.glob("circuits/*.json")]
     for path in (path for path in [*places, folder / "handle" / "intervention.json"] if path.exists()):
         data = json.loads(path.read_text())
-        path.write_text(json.dumps({k: v for k, v in data.items() if k not in ("sha256",)}, indent=1))
+        data.pop("sha256", None)
+        for entry in data.values() if path.name == "channels.json" else ():
+            entry.pop("digest")
+        path.write_text(json.dumps(data, indent=1))
 
 
 # What is read, each as text that is the same for the same result.

@@ -6,11 +6,14 @@ indices because one feature is often two opposing channels.
 """
 
 import difflib
+import hashlib
+import json
+import logging
 import math
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,10 +25,11 @@ from typing_extensions import TypedDict
 from bridges.sites import Site, all_sites
 from sparse_model.io.atomic import write_text
 from sparse_model.io.lock import one_writer
-from sparse_model.io.reading import NOTHING_ELSE, read_sealed, sealed, typed
+from sparse_model.io.reading import NOTHING_ELSE, read_json, typed
 
 FILE = "channels.json"
 
+logger = logging.getLogger(__name__)
 _one_reader = threading.RLock()
 
 
@@ -139,6 +143,11 @@ class Channel:
         return reads[..., list(self.indices)] @ weights / weights.square().sum()
 
     @property
+    def digest(self) -> str:
+        """Of everything that was chosen: a result that names it was steered with this very channel."""
+        return _digest(asdict(self))
+
+    @property
     def strength(self) -> float:
         """The strength of `toward` that was chosen for the channel on selection prompts; 1 where none was."""
         dose = self.selection.get("doses", {}).get(str(len(self.indices)), {})
@@ -172,21 +181,47 @@ def load_channels(folder: Path) -> dict[str, Channel]:
     if not path.exists():
         return {}
     remedy = f"remove it and run sparse-bridges find-channel --run {folder} again"
-    channels = typed(dict[str, Channel], read_sealed(path, remedy), path, remedy)
+    data = typed(dict[str, dict[str, Any]], read_json(path, remedy), path, remedy)
+    digests = {name: entry.pop("digest", None) for name, entry in data.items()}
+    channels = typed(dict[str, Channel], data, path, remedy)
     typed(dict[str, Selection], {name: c.selection for name, c in channels.items()}, path, remedy)
     typed(dict[str, dict[str, list[float]]], {name: c.statistics for name, c in channels.items()}, path, remedy)
     for name, channel in channels.items():
         if name != channel.name:
             raise ValueError(f"{path} is damaged (the channel {channel.name!r} stands under {name!r}): {remedy}")
-    return channels
+        if digests[name] not in (None, _digest(data[name])):
+            raise ValueError(
+                f"{path}: channel {name!r} was changed after it was chosen: {remedy}, or remove its digest to keep it "
+                "as your own"
+            )
+    return {name: _checked(path, channel) for name, channel in channels.items()}
+
+
+def _digest(entry: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(entry))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _checked(path: Path, channel: Channel) -> Channel:
+    """A channel without strengths where those are in the units of an earlier version."""
+    if "doses" in channel.selection and "units" not in channel.selection:
+        logger.warning(
+            "%s: the strengths of channel %r are of an earlier version's units and are left out: run sparse-bridges "
+            "find-channel again",
+            path,
+            channel.name,
+        )
+        kept = {key: value for key, value in channel.selection.items() if key != "doses"}
+        return replace(channel, selection=kept, rules=())
+    return channel
 
 
 def save_channel(folder: Path, channel: Channel) -> None:
     """Add or replace one channel in RUN/channels.json."""
     with one_writer(folder):
         channels = load_channels(folder) | {channel.name: channel}
-        entries = {name: asdict(c) for name, c in channels.items()}
-        write_text(folder / FILE, sealed(entries))
+        entries = {name: asdict(c) | {"digest": c.digest} for name, c in channels.items()}
+        write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
 
 
 def resolve(name: str, channels: Mapping[str, Channel], sparse: SparseShape) -> Channel:
@@ -222,16 +257,29 @@ def read_gain(sparse: Any, site: int) -> Float[Tensor, " d_sparse"]:
 
 def residual_reads(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
     """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
-    hook_name = Site(site, sparse.n_layers).read_hook
-    reader, reads = threading.get_ident(), []
+    return reads_and_rms(sparse, tokens, site)[0]
+
+
+def reads_and_rms(
+    sparse: Any, tokens: Int[Tensor, "batch pos"], site: int
+) -> tuple[Float[Tensor, "batch pos d_sparse"], Float[Tensor, "batch pos 1"]]:
+    """The reads, and the RMS of the residual stream that they are taken from: a read times its RMS is in the stream."""
+    place = Site(site, sparse.n_layers)
+    reader, seen = threading.get_ident(), {}
 
     def keep(value: Tensor, hook: Any) -> None:
         if threading.get_ident() == reader:  # others may run the model meanwhile, and their passes meet this hook too
-            reads.append(value.detach())
+            seen[hook.name] = value.detach()
 
-    with _one_reader, sparse.hooks([(hook_name, keep)]):  # TransformerLens counts the hooks it takes off by model
+    hooks = [(name, keep) for name in (place.read_hook, place.stream_hook)]
+    with _one_reader, sparse.hooks(hooks):  # TransformerLens counts the hooks it takes off by model
         sparse(tokens)
-    return without_gain(sparse, site, reads[-1])
+    return without_gain(sparse, site, seen[place.read_hook]), stream_rms(seen[place.stream_hook])
+
+
+def stream_rms(stream: Float[Tensor, "*batch_pos d_sparse"]) -> Float[Tensor, "*batch_pos 1"]:
+    """The RMS that divides a sparse stream where it is read."""
+    return stream.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def without_gain(

@@ -20,6 +20,7 @@ from interventions.editing.arguments import check_channel, site
 from interventions.editing.build import acting, make_fixed, make_source
 from interventions.editing.hooks import Edit
 from interventions.editing.positions import Positions
+from interventions.editing.units import Units
 from interventions.editing.vectors import Delta, Fixed, SetTo, Toward
 from interventions.editing.where import Where
 from sparse_model.io.atomic import recover_folder, replace_folder
@@ -62,6 +63,7 @@ class _Entry(TypedDict):
     rms_sparse: float
     kind: Literal["delta", "set_to", "toward", "vector"]
     strength: int | float | None
+    units: NotRequired[Units]
     delta: NotRequired[int | float | None]
     set_to: NotRequired[int | float | None]
     toward: NotRequired[None]
@@ -111,6 +113,11 @@ def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
         raise ValueError(
             f"{path} was saved for other models: {'; '.join(differences)}. Load it onto those of {stored['run']}, or "
             "build the intervention again on this model"
+        )
+    if any(entry["kind"] != "vector" and "units" not in entry for entry in stored["edits"]):
+        raise ValueError(
+            f"{path} is of an earlier version, which moved channels by the sparse stream's mean scale and not by "
+            "each token's own: build the intervention again and save that"
         )
     if "tensors_sha256" in stored and stored["tensors_sha256"] != digest_file(path / TENSORS):
         raise ValueError(f"{path / TENSORS} does not belong to the {SETTINGS} beside it (other digest): {again}")
@@ -165,7 +172,7 @@ def _pack(edit: Edit, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]
         "prompt_length": edit.prompt_length,
         "positions": _pack_positions(edit.positions, number),
         "channel": None if channel is None else asdict(channel),
-        "rms_sparse": float(edit.bundle.bridges.rms_sparse[edit.site.index]),
+        "units": edit.source.units,
         **source,
     }
 
@@ -202,4 +209,4 @@ def _unpack(entry: "_Entry", prefix: str, tensors: dict[str, Tensor], bundle: Bu
     check_channel(channel, bundle.shape)
     if channel.site != place.index:
         raise ValueError(f"the edit is at {place.label}, its channel at site {channel.site}")
-    return acts(place, make_source(bundle, channel, kind, given, strength))
+    return acts(place, make_source(bundle, channel, kind, given, strength, units=entry["units"]))
