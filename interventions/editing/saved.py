@@ -60,7 +60,7 @@ class _Entry(TypedDict):
     prompt_length: NotRequired[int | None]
     positions: int | list[int] | _Slice | _InTensors | None
     channel: Channel | None
-    rms_sparse: float
+    rms_sparse: NotRequired[float]
     kind: Literal["delta", "set_to", "toward", "vector"]
     strength: int | float | None
     units: NotRequired[Units]
