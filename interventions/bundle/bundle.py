@@ -107,6 +107,7 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
     run.dense.to(dtype)
+    run.bridges.requires_grad_(False)
     dense = threaded(boot(run.dense.hf, run.tokenizer, device))
     check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
     tokenizer = run.tokenizer
@@ -137,7 +138,7 @@ def load_hf(
     hf: Any = load_lm(folder / "dense", dtype).eval()
     hf.requires_grad_(False)
     hf.to(device)
-    bridges = load_bridges(folder / "bridges").eval().to(device)
+    bridges = load_bridges(folder / "bridges").eval().requires_grad_(False).to(device)
     anatomy = Anatomy(hf)
     if (bridges.n_sites, bridges.d_dense) != (2 * anatomy.n_layers + 1, anatomy.d_model):
         raise ValueError(
