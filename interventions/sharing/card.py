@@ -14,7 +14,7 @@ from interventions.report import overview
 from interventions.report.circuits import circuit_control_results, load_circuits
 from interventions.report.page import read_results
 from interventions.report.steering import steering_pages
-from interventions.steering.result import Curve, Steering, place_of, quiet_strength, set_name
+from interventions.steering.result import FROM_SPARSE, Curve, Steering, chosen_strength, place_of, set_name
 
 _TEMPLATE = Path(__file__).with_name("bundle_card.md.jinja").read_text(encoding="utf-8")
 
@@ -24,9 +24,10 @@ class SteeredRow(NamedTuple):
 
     edit: str
     strength: float
-    unsteered: float
-    steered: float
-    random: float
+    unsteered: float | None
+    """None stands for what was not measured."""
+    steered: float | None
+    random: float | None
     """95th percentile of random directions as long."""
     shuffled: float | None
     """Of shuffled decoders; None for edits of another length than theirs."""
@@ -71,28 +72,22 @@ def bundle_card(run: Run, name: str, reference: DenseReference | None) -> str:
 
 
 def steered_rows(result: Steering) -> list[SteeredRow]:
-    """Each set of channels and the difference of means, at the strength that is quiet on the evaluation prompts."""
+    """Each set of channels and the difference of means, at the strength chosen for it on selection prompts."""
+    edits = [(set_name(name), name, curve) for name, curve in result.channels.items()]
+    edits += [(f"{set_name(n)}{FROM_SPARSE}", f"by_patching {n}", curve) for n, curve in result.by_patching.items()]
+    edits.append(("difference of means", "difference_of_means", result.difference_of_means))
     rows = []
-    for name, curve in [*result.channels.items(), ("difference_of_means", result.difference_of_means)]:
-        strength, drawn = quiet_strength(result, name), name == result.reference
-
-        def at(values: Curve, strength: float = strength) -> float:
-            place = place_of(result, strength)
-            assert place is not None  # quiet strengths are measured ones
-            return values[place]
-
-        rows.append(
-            SteeredRow(
-                set_name(name),
-                strength,
-                at(curve, 0.0),
-                at(curve),
-                at(result.random_own_p95[name]),
-                at(result.shuffled_p95) if drawn else None,
-                at(result.untrained_p95) if drawn else None,
-            )
-        )
+    for title, name, curve in edits:
+        strength = chosen_strength(result, name)
+        drawn = (result.shuffled_p95, result.untrained_p95) if name == result.reference else (None, None)
+        controls = [_value(result, control, strength) for control in (result.random_own_p95.get(name), *drawn)]
+        rows.append(SteeredRow(title, strength, _value(result, curve, 0.0), _value(result, curve, strength), *controls))
     return rows
+
+
+def _value(result: Steering, curve: Curve | None, strength: float) -> float | None:
+    place = place_of(result, strength)
+    return None if place is None or curve is None else curve[place]
 
 
 def circuit_verdict(circuit: Circuit) -> str:

@@ -20,7 +20,7 @@ from bridges.run_folder import fingerprint, open_run
 from interventions import intervene, load_dense, load_hf, push_to_hub, save_pretrained
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.packaged import FOLDER
-from interventions.circuits.circuit import load_circuit
+from interventions.circuits.circuit import Circuit, load_circuit
 from interventions.cli import push
 from sparse_model.config import from_json, to_json
 
@@ -278,3 +278,40 @@ def test_the_command_says_a_refusal_in_a_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot push demo to 'me/quotes'")
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_card_shows_the_run_s_figures_with_controls_and_names_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(FOLDER / "demo", run)
+    path = run / "circuits" / "single_double_quote.json"
+    circuit = json.loads(path.read_text())
+    card = (save_pretrained(run, tmp_path / "bundle") / "README.md").read_text()
+    metrics = json.loads((run / "metrics.json").read_text())
+    for task, found in metrics["steering"].items():
+        for n in (*found["channels"], "difference_of_means"):
+            strength = found["chosen"][n]
+            at = found["strength"].index(strength)
+            title = "difference of means" if n == "difference_of_means" else f"{n} channel{'s' * (n != '1')}"
+            curve = found["channels"].get(n, found["difference_of_means"])
+            wanted = (
+                f"| {title} | {strength:g} | {curve[0]:.3f} | {curve[at]:.3f} | {found['random_own_p95'][n][at]:.3f} |"
+            )
+            assert wanted in card.partition(f"### {task}")[2].partition("###")[0]
+    assert f"| dense loss | {metrics['dense']['ce']:.3f} |" in card
+    row = next(line for line in card.splitlines() if line.startswith("| single_double_quote | sparse |"))
+    assert f"| {circuit['n_nodes']} | {circuit['n_edges']} | {circuit['loss']:.3f} |" in row
+    assert "FAILED" not in row
+    assert "UNCONTROLLED" not in row
+    with monkeypatch.context() as failing:
+        failing.setattr(Circuit, "failed", True)
+        card = (save_pretrained(run, tmp_path / "bundle") / "README.md").read_text()
+    assert "FAILED: misses its target loss" in card.partition("## Circuits")[2]
+    path.write_text(json.dumps(circuit | {"controls": None}))
+    card = (save_pretrained(run, tmp_path / "bundle") / "README.md").read_text()
+    assert "UNCONTROLLED" in card.partition("## Circuits")[2]
+    path.write_text("{")
+    said = refusal(ValueError, lambda: save_pretrained(run, tmp_path / "other"))
+    assert "single_double_quote.json" in said
+    assert not (tmp_path / "other").exists()
