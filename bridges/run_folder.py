@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.bridge import SCALES, BridgeSet, load_bridges, save_bridges
+from bridges.bundle_format import check_format, dense_files, load_dense_part
 from bridges.config import RunConfig
 from bridges.dense import DenseModel, check_fit
 from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
@@ -167,12 +168,13 @@ def open_run(folder: str | Path) -> Run:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}")
+    check_format(folder)
     config = from_json(RunConfig, folder / "config.json")
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()
-    dense = DenseModel(load_lm(folder / "dense"))
+    dense, source = DenseModel(load_dense_part(folder)), dense_files(folder)
     tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")
-    check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
+    check_same_tokenizer(tokenizer, load_tokenizer(source), str(folder / "tokenizer"), str(source))
     for name, found, wanted in (
         ("sites", bridges.n_sites, 2 * dense.n_layers + 1),
         ("dense width", bridges.d_dense, dense.d_model),

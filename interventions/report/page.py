@@ -66,7 +66,7 @@ def write_report(folder: Path) -> Path:
 
 def _contents(run: Run) -> dict[str, Any]:
     """What the templates show, by the names that they give it."""
-    metrics = _metrics(run.folder)
+    metrics = read_results(run.folder)
     channels = load_channels(run.folder)
     steering = steering_pages(run.folder, metrics)
     training = training_charts(run)
@@ -185,7 +185,8 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> dict[str, Any]:
+    """What RUN/metrics.json holds, none where it does not exist; a damaged one is a ValueError."""
     path = folder / "metrics.json"
     if not path.exists():
         return {}
