@@ -21,7 +21,7 @@ from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from bridges.scales import measure_scales
 from sparse_model.config import check_folder, claim_folder
-from sparse_model.data.prepare import prepare_corpus
+from sparse_model.data.prepare import prepare_corpus, say_what_is_left_out
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.lock import one_writer
 from sparse_model.model.transformer import SparseTransformer
@@ -67,6 +67,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
         with interruptible(NOTHING_WRITTEN):
             parts = run_folder.check_parts(config, folder, progress=progress)
         if main:
+            say_what_is_left_out(parts.blocks)
             claim_folder(config, folder, resume)
             keep_identity(folder, run_identity(parts.blocks, parts.tokenizer, accelerator.num_processes))
             if not (folder / "tokenizer").exists():
@@ -121,6 +122,7 @@ def make_dense(config: RunConfig, folder: Path, *, resume: bool = False, progres
     with training_in(folder, None, lambda: run_folder.check_unfinished(folder, resume)):
         with interruptible(NOTHING_WRITTEN):
             parts = run_folder.check_parts(config, folder, progress=progress)
+            say_what_is_left_out(parts.blocks)
             if not (folder / "tokenizer").exists():
                 save_tokenizer(parts.tokenizer, folder / "tokenizer")
         if parts.dense is not None and config.dense is None:

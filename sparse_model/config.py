@@ -175,6 +175,9 @@ class TrainConfig:
     """Training tokens taken from the corpus."""
     text_field: str | None = None
     """Field that holds the text in .jsonl files and hub datasets; unset: text, content or code."""
+    special_tokens: Literal["text", "ids"] = "text"
+    """What a special token of the tokenizer, such as <|endoftext|>, is where a text spells it out: text like any
+    other, or the one id that it names."""
     seed: int = 0
     """Seeds initial weights, batch order and everything else that is drawn."""
     steps: int = 6000
@@ -211,6 +214,7 @@ class TrainConfig:
             "eval_tokens",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        check_choices(self)
 
 
 def differing(a: Any, b: Any) -> list[str]:

@@ -15,6 +15,7 @@ from interventions.tasks.catalogue import TaskName, get_task
 from interventions.tasks.files import is_task_file
 from interventions.tasks.names import NATURAL, PromptKind
 from sparse_model.data.corpus import CorpusConfig, open_sources
+from sparse_model.data.pieces import head_of
 from sparse_model.data.prepare import corpus_config
 from sparse_model.data.sources import GeneratedSource, Source, parse_spec
 
@@ -42,9 +43,9 @@ def held_out_texts(corpus: CorpusConfig) -> HeldOutTexts:
     texts: list[str] = []
     for source in real.values():
         room = _MOST_CHARACTERS // len(real)
-        for text in source.documents("val"):
-            texts.append(text)
-            room -= len(text)
+        for document in source.documents("val"):
+            texts.append(head_of(document, _MOST_CHARACTERS))
+            room -= len(texts[-1])
             if room <= 0:
                 break
     return HeldOutTexts(f"held-out files of {', '.join(real)}", tuple(texts))
@@ -72,7 +73,9 @@ def training_text(folder: Path) -> TrainingText | None:
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
     names = {"spec": "corpus", "max_tokens": "corpus_tokens", "seed": "seed", "text_field": "text_field"}
-    corpus = CorpusConfig(**{field: config[name] for field, name in names.items()})
+    corpus = CorpusConfig(
+        **{field: config[name] for field, name in names.items()}, special_tokens=config.get("special_tokens", "text")
+    )
     return TrainingText(corpus, config["sparse"]["n_ctx"])
 
 

@@ -1,17 +1,33 @@
 """From a training configuration to its corpus and the text its tokenizer is trained on."""
 
+import dataclasses
+import logging
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
 from sparse_model.config import SparseConfig, TrainConfig
-from sparse_model.data.corpus import CorpusBlocks, CorpusConfig, iter_documents, load_blocks, open_sources
+from sparse_model.data.corpus import (
+    CHARACTERS_PER_TOKEN,
+    CorpusBlocks,
+    CorpusConfig,
+    iter_documents,
+    left_out_line,
+    load_blocks,
+    open_sources,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def corpus_config(config: TrainConfig) -> CorpusConfig:
     """The corpus of a training configuration."""
     return CorpusConfig(
-        spec=config.corpus, max_tokens=config.corpus_tokens, seed=config.seed, text_field=config.text_field
+        spec=config.corpus,
+        max_tokens=config.corpus_tokens,
+        seed=config.seed,
+        text_field=config.text_field,
+        special_tokens=config.special_tokens,
     )
 
 
@@ -25,12 +41,9 @@ def check_corpus(config: TrainConfig) -> None:
 
 def tokenizer_documents(config: TrainConfig, characters: int = 4_000_000) -> Iterator[str]:
     """Documents to train a tokenizer on: the head of the training split, at most so many characters."""
-    seen = 0
-    for document in iter_documents(corpus_config(config), "train"):
-        yield document
-        seen += len(document)
-        if seen >= characters:
-            return
+    corpus = corpus_config(config)
+    most = min(corpus.max_tokens, characters // CHARACTERS_PER_TOKEN)
+    return iter_documents(dataclasses.replace(corpus, max_tokens=most), "train")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, shape: SparseConfig) -> None:
@@ -44,3 +57,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, shape: SparseConfig) ->
 def prepare_corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> CorpusBlocks:
     """The token blocks of a training configuration."""
     return load_blocks(corpus_config(config), tokenizer, config.sparse.n_ctx, progress=progress)
+
+
+def say_what_is_left_out(blocks: CorpusBlocks) -> None:
+    """Log one line on what the corpus leaves out, and the notes on what was read otherwise than one may think."""
+    for line in (left_out_line(blocks.report), *blocks.report["notes"]):
+        if line:
+            logger.info("%s", line)

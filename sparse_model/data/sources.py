@@ -17,7 +17,9 @@ from datasets import load_dataset
 
 from sparse_model.data.cache import cache_folder
 from sparse_model.data.packages import open_packages
+from sparse_model.data.pieces import pieces_of
 from sparse_model.data.text_files import (
+    Document,
     FileSource,
     SourceReport,
     Split,
@@ -41,7 +43,7 @@ class WeightedSource(NamedTuple):
 class Source(Protocol):
     """A supply of documents."""
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Document]:
         """The documents of one side, in the same order every time."""
 
     def report(self) -> SourceReport:
@@ -54,24 +56,47 @@ class Source(Protocol):
 def parse_spec(spec: str) -> tuple[WeightedSource, ...]:
     """Read `"name"` or `"name:weight,name:weight"`; weights are scaled to shares that sum to 1.
 
+    A file or folder whose name has commas or colons is known by its existence, before anything is split there.
+
     Raises:
         ValueError: an empty or repeated name, a weight that is no positive number, or weights for only some.
     """
     names: list[str] = []
     weights: list[float | None] = []
-    for entry in spec.split(","):
-        name, colon, text = entry.strip().partition(":")
+    for name, text in _entries(spec):
         if not name or name in names:
             problem = f"names {name!r} twice" if name else "has an empty entry"
             raise ValueError(f"spec={spec!r} {problem}; write it as e.g. 'generated:0.4,stdlib:0.6'")
         names.append(name)
-        weights.append(_parse_weight(spec, name, text) if colon else None)
+        weights.append(_parse_weight(spec, name, text) if text is not None else None)
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(names):
         bare = names[weights.index(None)]
         raise ValueError(f"spec={spec!r} gives no weight to {bare!r}; give every source a weight, or none")
     shares = given or [1.0] * len(names)
     return tuple(WeightedSource(name, share / sum(shares)) for name, share in zip(names, shares, strict=True))
+
+
+def _entries(spec: str) -> Iterator[tuple[str, str | None]]:
+    """Name and weight as they are written; the longest run of fields that is an existing path is one name."""
+    fields, start = spec.split(","), 0
+    while start < len(fields):
+        for end in range(len(fields), start, -1):
+            entry = ",".join(fields[start:end]).strip()
+            name, colon, weight = entry.rpartition(":")
+            if _exists(entry):
+                name, colon = entry, ""
+            if end == start + 1 or ("," not in weight and _exists(name)) or name == entry:
+                yield (name, weight) if colon else (entry, None)
+                start = end
+                break
+
+
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # no possible path: too long, a zero in it, a home that is not known
+        return False
 
 
 def _parse_weight(spec: str, name: str, text: str) -> float:
@@ -117,12 +142,12 @@ class GeneratedSource:
 
     seed: int
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Document]:
         from sparse_model.data.generated_python import generate_document
 
         index = 0
         while True:
-            yield generate_document(random.Random(f"{self.seed}:{split}:{index}"))
+            yield pieces_of(generate_document(random.Random(f"{self.seed}:{split}:{index}")))
             index += 1
 
     def report(self) -> SourceReport:
@@ -143,7 +168,7 @@ class HubSource:
     val_fraction: float
     text_field: str | None
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Document]:
         try:
             stream = load_dataset(self.name, split="train", streaming=True)
         except Exception as error:  # a dozen types: no network, no such name, gated, needs a configuration
@@ -154,7 +179,7 @@ class HubSource:
             ) from error
         for index, row in enumerate(stream):
             if (stable_fraction(str(index)) < self.val_fraction) == (split == "val"):
-                yield text_of_row(row, self.text_field, f"{self.name}, row {index}")
+                yield pieces_of(text_of_row(row, self.text_field, f"{self.name}, row {index}"))
 
     def report(self) -> SourceReport:
         return SourceReport(self.name, None, None, {}, "streamed from the hub; divided by a hash of the row number")
