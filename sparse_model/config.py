@@ -170,7 +170,7 @@ class TrainConfig:
     """Local folder or hub name; unset: the dense model's own where there is one, or a BPE trained on the corpus."""
     corpus: str = "generated"
     """Sources and token shares: generated, stdlib, packages (all that is installed) or packages=numpy+scipy, a path, a
-    hub dataset; e.g. stdlib:0.5,packages:0.5."""
+    hub dataset, or self (sampled from the model of --dense); e.g. stdlib:0.5,packages:0.5."""
     corpus_tokens: int = 1_000_000
     """Training tokens taken from the corpus."""
     text_field: str | None = None

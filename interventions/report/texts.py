@@ -49,7 +49,7 @@ class HeldOut(NamedTuple):
 def held_out(run: Run, most_tokens: int) -> HeldOut:
     """The first held-out documents, as many as give so many tokens; generated ones where the corpus is gone."""
     try:
-        documents = list(_until(run, iter_documents(corpus_config(run.config), "val"), most_tokens))
+        documents = list(_until(run, iter_documents(corpus_config(run.config, run.samples), "val"), most_tokens))
         if documents:
             return HeldOut("held-out", documents)
     except (OSError, ValueError):

@@ -60,6 +60,9 @@ class CorpusConfig:
     special_tokens: SpecialTokens = "text"
     """What a special token of the tokenizer is where a text spells it out: text, or the id that it names."""
 
+    samples: str | None = None
+    """File of documents that `self`, the dense model's own text, stands for (`bridges.self_text`)."""
+
     def __post_init__(self) -> None:
         parse_spec(self.spec)
         if self.max_tokens < 1:
@@ -177,6 +180,7 @@ def open_sources(config: CorpusConfig, cache_dir: str | Path | None = None) -> l
             val_fraction=config.val_fraction,
             seed=config.seed,
             text_field=config.text_field,
+            samples=config.samples,
             cache_dir=cache_dir,
         )
         for source in parse_spec(config.spec)
@@ -188,7 +192,7 @@ def _fingerprint(
 ) -> str:
     parts = [
         FORMAT_VERSION,
-        asdict(config),
+        {name: value for name, value in asdict(config).items() if name != "samples"},  # a run's copy is the same
         [source.identity() for source in sources],
         tokenizer_fingerprint(tokenizer),
         n_ctx,

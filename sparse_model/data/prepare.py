@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -20,23 +21,24 @@ from sparse_model.data.corpus import (
 logger = logging.getLogger(__name__)
 
 
-def corpus_config(config: TrainConfig) -> CorpusConfig:
-    """The corpus of a training configuration."""
+def corpus_config(config: TrainConfig, samples: Path | None = None) -> CorpusConfig:
+    """The corpus of a training configuration. samples: the file that `self` stands for."""
     return CorpusConfig(
         spec=config.corpus,
         max_tokens=config.corpus_tokens,
         seed=config.seed,
         text_field=config.text_field,
         special_tokens=config.special_tokens,
+        samples=None if samples is None else str(samples),
     )
 
 
-def check_corpus(config: TrainConfig) -> None:
+def check_corpus(config: TrainConfig, samples: Path | None = None) -> None:
     """Refuse a corpus whose spec, paths or distributions are wrong; reads no text and writes nothing.
 
     Raises: as `load_blocks` for names and paths.
     """
-    open_sources(corpus_config(config))
+    open_sources(corpus_config(config, samples))
 
 
 def tokenizer_documents(config: TrainConfig, characters: int = 4_000_000) -> Iterator[str]:
@@ -54,9 +56,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, shape: SparseConfig) ->
         )
 
 
-def prepare_corpus(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True) -> CorpusBlocks:
-    """The token blocks of a training configuration."""
-    return load_blocks(corpus_config(config), tokenizer, config.sparse.n_ctx, progress=progress)
+def prepare_corpus(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, *, samples: Path | None = None, progress: bool = True
+) -> CorpusBlocks:
+    """The token blocks of a training configuration. samples: what `self` stands for, such as `run.samples`."""
+    return load_blocks(corpus_config(config, samples), tokenizer, config.sparse.n_ctx, progress=progress)
 
 
 def say_what_is_left_out(blocks: CorpusBlocks) -> None:

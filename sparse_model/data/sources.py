@@ -5,6 +5,7 @@ path, its file and line, its number), so it stays on its side whatever the order
 """
 
 import hashlib
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -29,12 +30,15 @@ from sparse_model.data.text_files import (
 )
 from sparse_model.io.local import local_path
 
+SELF = "self"
+"""Name of the source of documents that the dense model samples."""
+
 
 class WeightedSource(NamedTuple):
     """One entry of a corpus spec."""
 
     name: str
-    """`generated`, `stdlib`, `packages`, a local path, or a data set's name on the hub."""
+    """`generated`, `stdlib`, `packages`, `self`, a local path, or a data set's name on the hub."""
     share: float
     """Its share of the corpus's tokens; the shares of a spec sum to 1."""
 
@@ -110,12 +114,20 @@ def _parse_weight(spec: str, name: str, text: str) -> float:
 
 
 def open_source(
-    name: str, *, val_fraction: float, seed: int, text_field: str | None, cache_dir: str | Path | None = None
+    name: str,
+    *,
+    val_fraction: float,
+    seed: int,
+    text_field: str | None,
+    samples: str | Path | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Source:
     """The source that a spec's name stands for. The network is first asked when its documents are.
 
+    samples: the file that `self` stands for.
+
     Raises:
-        ValueError: a distribution that is not installed.
+        ValueError: a distribution that is not installed, or `self` without samples.
         FileNotFoundError: a name that looks like a path (starts with `.`, `/` or `~`, has more than
             one slash or a file suffix) and does not exist.
     """
@@ -125,6 +137,13 @@ def open_source(
         return stdlib_source(val_fraction, seed)
     if name.partition("=")[0] == "packages":
         return open_packages(name, val_fraction, seed, cache_folder(cache_dir))
+    if name == SELF:
+        if samples is None:
+            raise ValueError(
+                "corpus 'self' is text sampled from a dense model, and there is none to sample from: name one with"
+                " --dense (train-bridge), or take another source"
+            )
+        return SampledSource(name, Path(samples), val_fraction, seed, "text")
     path = local_path(name)
     if path is not None and path.exists():
         return FileSource(name, path, val_fraction, seed, text_field)
@@ -158,6 +177,20 @@ class GeneratedSource:
         assert spec is not None
         assert spec.origin is not None
         return f"{self.seed} {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()}"
+
+
+class SampledSource(FileSource):
+    """Documents that the dense model sampled: rows of a file that say how each was drawn."""
+
+    def report(self) -> SourceReport:
+        report, ended, same, count = super().report(), 0, 0, 0
+        with self.root.open(encoding="utf-8") as rows:
+            for row in map(json.loads, rows):
+                ended, same, count = ended + row["ended"], same + row["same"], count + 1
+        return report._replace(
+            note=f"sampled from the dense model: of {count} documents {ended} ended by themselves, the others were cut,"
+            f" and the text of {count - same} is tokenized otherwise than it was sampled; {report.note}"
+        )
 
 
 @dataclass(frozen=True)
