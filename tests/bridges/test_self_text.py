@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,20 @@ def test_every_family_samples(kind: str) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_have_the_models_distribution(temperature: float) -> None:
     model, tokenizer = tiny_lm("gpt2"), tiny_tokenizer()
-    model.generation_config.update(top_k=3, repetition_penalty=5.0)  # what its owner set for chats
+    model.generation_config.update(do_sample=True, top_k=3, repetition_penalty=5.0)  # what its owner set for chats
     n = 4000
     begun = [[0]] * n
     options = SampleConfig(temperature=temperature)
     drawn = self_text._draw(options, model, tokenizer, begun, 2, 0)
     ended = sum(document.ended for document in drawn) / n
-    wanted = torch.softmax(model(torch.tensor([[0]])).logits[0, -1] / temperature, -1)
+    wanted = torch.softmax(model(torch.tensor([[0]])).logits[0, -1].detach() / temperature, -1)
     assert ended == pytest.approx(float(wanted[0]), abs=4 * (0.25 / n) ** 0.5)
     texts = [document.text for document in self_text._draw(options, model, tokenizer, begun, 2, 1)]
-    for token in wanted.topk(5).indices.tolist():
-        if token:
-            share = texts.count(tokenizer.decode([token])) / n
-            assert share == pytest.approx(float(wanted[token]), abs=5 * (float(wanted[token]) / n) ** 0.5 + 0.01)
+    of_text: Counter[str] = Counter()  # bytes that are no text by themselves are all written in one way
+    for token, share in enumerate(wanted.tolist()):
+        of_text[tokenizer.decode([token], skip_special_tokens=True)] += share
+    for text, share in of_text.most_common(8):
+        assert texts.count(text) / n == pytest.approx(share, abs=4 * (0.25 / n) ** 0.5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "gpt_neo"])
@@ -189,8 +191,8 @@ def test_a_run_keeps_the_text_that_it_sampled(tmp_path: Path, caplog: pytest.Log
 
 
 def test_self_needs_a_dense_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="corpus 'self' is text sampled from a dense model.* with --dense"):
+    with pytest.raises(ValueError, match=r"corpus 'self' is text sampled from a dense model.* with --dense"):
         train_bridge(RunConfig(**SMALL, corpus="self"), tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="corpus 'self' is text sampled from a dense model.* with --dense"):
+    with pytest.raises(ValueError, match=r"corpus 'self' is text sampled from a dense model.* with --dense"):
         pretrain(PretrainConfig(**SMALL, corpus="self"), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
