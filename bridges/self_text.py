@@ -55,7 +55,7 @@ class Document(NamedTuple):
 
 def share_of_self(spec: str) -> float:
     """The share of a corpus that is to be sampled."""
-    return sum(entry.share for entry in parse_spec(spec) if entry.name == SELF)
+    return sum((entry.share for entry in parse_spec(spec) if entry.name == SELF), 0.0)
 
 
 def sample_documents(
