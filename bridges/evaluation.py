@@ -266,12 +266,13 @@ def evaluation_table(metrics: dict) -> str:
             f"{format(means[k], f) if k in means else ('mean' if k == 'label' else ''):>8}" for _, k, f in columns
         )
     )
-    sparse = metrics["sparse"]
+    sparse, text = metrics["sparse"], metrics.get("held_out_text")
+    of = f" of {text}" if text else ""
     lines.append(
         f"dense CE {metrics['dense']['ce']:.4f}   sparse CE {sparse['ce']:.4f}   "
         f"nonzero {sparse['nonzeros']} = {sparse['nonzero_fraction']:.5f} (1/{1 / sparse['nonzero_fraction']:.1f})   "
         f"dead neurons {sum(v for k, v in sparse['dead_channels'].items() if k.endswith('hook_post'))}   "
-        f"on {metrics['held_out_tokens']} held-out tokens   "
+        f"on {metrics['held_out_tokens']} held-out tokens{of}   "
         f"KL of {metrics['paths']['n']} random mixed paths {metrics['paths']['kl']:.3f}"
     )
     return "\n".join(lines)

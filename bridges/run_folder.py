@@ -1,7 +1,8 @@
 """A run folder: what a run is made of, how it is prepared, saved and opened.
 
 config.json  identity.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json
-report.html; while it trains: dense-checkpoint/  checkpoint/; while a command writes into it: .lock
+report.html; self.jsonl (what `self` in its corpus stands for); while it trains: dense-checkpoint/  checkpoint/; while
+a command writes into it: .lock
 """
 
 import json
@@ -18,6 +19,7 @@ from bridges.dense import DenseModel, check_fit
 from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
 from bridges.lens_view import boot
 from bridges.loading import load_lm, read_config
+from bridges.self_text import SAMPLES, sample_documents, share_of_self
 from sparse_model.config import from_json
 from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
@@ -41,6 +43,16 @@ class Run(NamedTuple):
     sparse: SparseTransformer
     bridges: BridgeSet
 
+    @property
+    def samples(self) -> Path | None:
+        """The documents that the corpus source `self` stands for; None where the run has none."""
+        return samples_in(self.folder)
+
+
+def samples_in(folder: Path) -> Path | None:
+    """The documents that a run's dense model sampled for its corpus, where there are any."""
+    return folder / SAMPLES if (folder / SAMPLES).is_file() else None
+
 
 class Parts(NamedTuple):
     """What a run starts from, in memory."""
@@ -49,6 +61,8 @@ class Parts(NamedTuple):
     dense: PreTrainedModel | None
     """None where a small one is to be trained."""
     blocks: CorpusBlocks
+    samples: Path | None = None
+    """What `self` in the corpus stands for."""
 
 
 def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Parts:
@@ -57,7 +71,7 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     Raises ValueError for a budget that cannot hold the minimum per neuron, for tokenizers that differ and for a dense
     model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
     """
-    check_corpus(config)
+    check_corpus(config, folder / SAMPLES if config.dense else None)
     check_budgets_of(config)
     for part in ("tokenizer", "dense"):
         recover_folder(folder / part)
@@ -68,7 +82,11 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     if dense is not None:
         check_fit(DenseModel(dense), config.sparse)
         boot(dense, tokenizer)  # what cannot be steered afterwards is refused before it is trained
-    return Parts(tokenizer, dense, prepare_corpus(config, tokenizer, progress=progress))
+    samples = samples_in(folder)
+    if samples is None and dense is not None and share_of_self(config.corpus):
+        samples = sample_documents(config, dense, tokenizer, progress=progress)
+    blocks = prepare_corpus(config, tokenizer, samples=samples, progress=progress)
+    return Parts(tokenizer, dense, blocks, samples)
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:

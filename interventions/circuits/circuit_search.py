@@ -148,7 +148,7 @@ def _model(run: Run, kind: ModelKind) -> NodeModel:
 
 
 def _held_out(run: Run, progress: bool) -> Int[Tensor, "block pos"]:
-    return prepare_corpus(run.config, run.tokenizer, progress=progress).val
+    return prepare_corpus(run.config, run.tokenizer, samples=run.samples, progress=progress).val
 
 
 def _searched(

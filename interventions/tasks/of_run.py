@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from bridges.run_folder import Run
+from bridges.run_folder import Run, samples_in
 from interventions.tasks.base import Task
 from interventions.tasks.catalogue import TaskName, get_task
 from interventions.tasks.files import is_task_file
 from interventions.tasks.names import NATURAL, PromptKind
 from sparse_model.data.corpus import CorpusConfig, open_sources
+from sparse_model.data.pieces import head_of
 from sparse_model.data.prepare import corpus_config
 from sparse_model.data.sources import GeneratedSource, Source, parse_spec
 
@@ -42,9 +43,9 @@ def held_out_texts(corpus: CorpusConfig) -> HeldOutTexts:
     texts: list[str] = []
     for source in real.values():
         room = _MOST_CHARACTERS // len(real)
-        for text in source.documents("val"):
-            texts.append(text)
-            room -= len(text)
+        for document in source.documents("val"):
+            texts.append(head_of(document, _MOST_CHARACTERS))
+            room -= len(texts[-1])
             if room <= 0:
                 break
     return HeldOutTexts(f"held-out files of {', '.join(real)}", tuple(texts))
@@ -71,8 +72,13 @@ def training_text(folder: Path) -> TrainingText | None:
     if not path.is_file():
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
+    samples = samples_in(folder)
     names = {"spec": "corpus", "max_tokens": "corpus_tokens", "seed": "seed", "text_field": "text_field"}
-    corpus = CorpusConfig(**{field: config[name] for field, name in names.items()})
+    corpus = CorpusConfig(
+        **{field: config[name] for field, name in names.items()},
+        special_tokens=config.get("special_tokens", "text"),
+        samples=None if samples is None else str(samples),
+    )
     return TrainingText(corpus, config["sparse"]["n_ctx"])
 
 
@@ -101,7 +107,9 @@ def _natural_task(name: str, tokenizer: PreTrainedTokenizerFast, corpus: CorpusC
 
 def run_task(run: Run, name: TaskName, prompts: PromptKind = "generated") -> Task:
     """A task for a run's tokenizer, context and corpus. Raises what `task_for` raises."""
-    return task_for(name, run.tokenizer, corpus_config(run.config), max_tokens=run.config.sparse.n_ctx, prompts=prompts)
+    return task_for(
+        name, run.tokenizer, corpus_config(run.config, run.samples), max_tokens=run.config.sparse.n_ctx, prompts=prompts
+    )
 
 
 def recorded_task(run: Run, name: str, record: Mapping[str, Any]) -> Task:

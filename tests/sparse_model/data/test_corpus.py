@@ -1,6 +1,7 @@
 """Corpora: specs, the division into train and val, mixing, packing, and the cache."""
 
 import json
+import os
 import warnings
 from itertools import islice, pairwise
 from pathlib import Path
@@ -14,8 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from sparse_model.data import encoding, pieces
 from sparse_model.data import sources as corpus_sources
-from sparse_model.data.corpus import CorpusBlocks, CorpusConfig, describe_sources, iter_documents, load_blocks
+from sparse_model.data.corpus import (
+    CorpusBlocks,
+    CorpusConfig,
+    describe_sources,
+    iter_documents,
+    left_out_line,
+    load_blocks,
+)
 from sparse_model.data.packing import Feed, mix, pack
 from sparse_model.data.sources import parse_spec
 from sparse_model.data.tokenizer import EOT, train_tokenizer
@@ -120,7 +129,8 @@ def test_a_folder_takes_text_and_reports_the_rest(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "b.py").write_text("y = 1\n")
     (report,) = describe_sources(CorpusConfig(spec=str(tmp_path)))
-    assert report.left_out == {"empty": 1, "not UTF-8": 1}
+    assert report.left_out == {"empty": 1, "not UTF-8": 1, "suffix .png": 1, "hidden folder": 1, "empty row": 1}
+    assert report.files == 3 + 1 + 1
     assert report.train_documents is not None
     assert report.val_documents is not None
     assert report.train_documents + report.val_documents == 3 + 1 + 2
@@ -196,6 +206,105 @@ def test_unusable_local_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"holds no document that is not empty"):
         describe_sources(CorpusConfig(spec=str(tmp_path / "a.jsonl")))
+    os.mkfifo(tmp_path / "pipe.txt")
+    for endless in (tmp_path / "pipe.txt", "/dev/zero"):
+        with pytest.raises(ValueError, match=r"is a named pipe, socket or device, which may never end"):
+            describe_sources(CorpusConfig(spec=str(endless)))
+
+
+def test_every_file_is_read_or_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
+    write_documents(folder, 40)
+    write_documents(elsewhere, 2, tag="far")
+    (folder / "LOUD.TXT").write_text("loud and clear\n")
+    (folder / "linked.txt").symlink_to(elsewhere / "far0.txt")
+    before = load(CorpusConfig(spec=str(folder)), tokenizer).report["sources"][0]
+    assert (before["left_out"], before["files"]) == ({}, 42)
+    documents = [
+        *iter_documents(CorpusConfig(spec=str(folder)), "train"),
+        *iter_documents(CorpusConfig(spec=str(folder)), "val"),
+    ]
+    assert "loud and clear\n" in documents
+    assert (elsewhere / "far0.txt").read_text() in documents
+    for number in range(3):
+        (folder / f"latin{number}.txt").write_text("déjà vu", encoding="latin-1")
+    (folder / "marked.txt").write_text("plain", encoding="utf-16")
+    (folder / "unmarked.txt").write_text("plain words\n" * 9, encoding="utf-16-le")  # also valid UTF-8
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "gone.txt").symlink_to(tmp_path / "gone")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "table.csv").write_text("1,2")
+    # The blocks are those of before, from the same files; the record must not be.
+    after = load(CorpusConfig(spec=str(folder)), tokenizer).report["sources"][0]
+    assert after["left_out"] == {
+        "not UTF-8": 5,
+        "named pipe, socket or device": 2,
+        "link to a folder": 1,
+        "link to nothing": 1,
+        "suffix .csv": 1,
+    }
+    assert after["files"] == 42
+
+
+def test_what_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path, 3)
+    (tmp_path / "locked.txt").write_text("secret")
+    (tmp_path / "rows.jsonl").write_text('{"text": "secret"}')
+    (tmp_path / "shut").mkdir()
+    opened, walked, access = Path.open, os.scandir, os.access
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:  # as for users who are not root
+        if path.name == "locked.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    def shut(path: Any) -> Any:
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return walked(path)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "scandir", shut)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).suffix != ".jsonl" and access(path, mode))
+    (report,) = describe_sources(CorpusConfig(spec=str(tmp_path)))
+    assert report.left_out == {"not readable": 2, "folder that is not readable": 1}
+
+
+def test_one_line_says_what_is_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_documents(tmp_path, 9)
+    config = CorpusConfig(spec=f"generated,{tmp_path}", max_tokens=2_000)
+    assert left_out_line(load(config, tokenizer).report) == ""
+    for number, suffix in enumerate(["a", "a", "b", "c", "d", "e", "f", "g", "h"]):
+        (tmp_path / f"{number}.{suffix}").write_text("x")
+    line = left_out_line(load(config, tokenizer).report)
+    assert line.startswith(f"left out of the corpus: {tmp_path} (2 suffix .a, 1 suffix .b, ")
+    assert line.endswith(", 2 for other reasons; 9 files read)")
+
+
+def test_an_existing_path_is_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "a,b", "c:0.5", "d,e:3"):
+        Path(name).mkdir()
+    assert [tuple(s) for s in parse_spec("a,b")] == [("a,b", 1.0)]
+    assert [tuple(s) for s in parse_spec("c:0.5")] == [("c:0.5", 1.0)]
+    assert [tuple(s) for s in parse_spec("a:1,c:0.5:2,a,b:1")] == [("a", 0.25), ("c:0.5", 0.5), ("a,b", 0.25)]
+    assert [tuple(s) for s in parse_spec("b,d,e:3,./a")] == [(name, 1 / 3) for name in ("b", "d,e:3", "./a")]
+    Path("a,b").rmdir()
+    assert [s.name for s in parse_spec("a,b")] == ["a", "b"]
+
+
+def test_special_tokens_are_text_and_said_or_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_documents(tmp_path, 9)
+    (tmp_path / "chat.txt").write_text(f"one{EOT}two{EOT}")
+    base = {"spec": f"{tmp_path}", "val_fraction": 0.1}
+    text = load(CorpusConfig(**base), tokenizer)
+    ids = load(CorpusConfig(**base, special_tokens="ids"), tokenizer)
+    said = f"spells special tokens of the tokenizer ({EOT} 2 times), which stays text: with --special-tokens ids"
+    assert any(said in note for note in text.report["notes"])
+    assert any("each of which is read as the one id" in note for note in ids.report["notes"])
+    found = [int((blocks.train == tokenizer.eos_token_id).sum() + (blocks.val == 0).sum()) for blocks in (text, ids)]
+    assert found == [10, 12]
 
 
 def test_stdlib_is_python_that_people_wrote() -> None:
@@ -336,6 +445,34 @@ def test_a_mix_keeps_its_shares_and_repeats_the_smaller_source(
     for region in regions:
         share = sum(len(t) for t in region if "zq" in t) / sum(map(len, region))
         assert 0.4 < share < 0.75  # in characters, of which a nonsense token holds fewer
+
+
+def test_a_long_file_is_one_document_cut_at_the_budget(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(f"value_{number} = load('cat {number}')\n" for number in range(3000))
+    (tmp_path / "long.txt").write_text(lines)
+    config = CorpusConfig(spec=str(tmp_path / "long.txt"), max_tokens=2_000)
+    whole = load(config, tokenizer)
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    read = []
+    monkeypatch.setattr(encoding, "parts_of", lambda text, names: read.append(text) or [text])
+    cut = load(config, tokenizer, cache_dir=tmp_path / "other")
+    assert torch.equal(cut.train, whole.train)
+    assert torch.equal(cut.val, whole.val)
+    assert cut.train.flatten().tolist().count(tokenizer.eos_token_id) == 1
+    assert max(map(len, read)) <= 500
+    assert sum(map(len, read)) < len(lines) / 5  # the rest was not tokenized
+    assert "".join(iter_documents(config, "train")) == lines[: 4 * 2_000]
+
+
+def test_no_part_of_a_file_is_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 300)
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text("".join(f"f{number} line {line}\n" for line in range(200)))
+    config = CorpusConfig(spec=str(tmp_path), val_fraction=0.3, max_tokens=100_000)
+    sides = [list(iter_documents(config, split)) for split in ("train", "val")]  # type: ignore[arg-type]
+    assert sorted(sides[0] + sides[1]) == sorted(path.read_text() for path in tmp_path.iterdir())
 
 
 def test_the_cache_gives_equal_blocks(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
