@@ -167,7 +167,8 @@ def test_several_seeds_are_the_default_and_an_empty_circuit_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPARSE_BRIDGES_CACHE", str(tmp_path))
-    (folder / "metrics.json").write_text('{"floors": {"single_double_quote": 0.31}}')
+    floors = {"evaluation": {"trigram": 0.31}}
+    (folder / "metrics.json").write_text(json.dumps({"tasks": {"single_double_quote": {"floors": floors}}}))
     config = PruneConfig(steps=1, pairs=4, pool=8, selection_pairs=4, target_loss=0.75, reference_tokens=128)
     main(Options(run=str(folder), consensus=True, evaluation_pairs=4, config=config))
     printed = capsys.readouterr().out

@@ -29,6 +29,7 @@ SOME = {
     "train-sparse": ("--sparsity.nonzero-fraction", "--text-field", "--trackers", "gpt2"),
     "train-dense": ("--dense-train.steps", "--run"),
     "evaluate": ("--run", "--tokens"),
+    "push": ("--to", "--private", "--revision"),
     "find-channel": ("--from", "--name", "--prompts", "--site", *TASK_NAMES),
     "find-circuit": ("--controls", "--prompts", "--target-loss", "--start-from", *TASK_NAMES),
     "steer": ("--anyway", "--channel", "--prompts", "--sets", "--where", *TASK_NAMES),
@@ -169,6 +170,7 @@ def test_what_cannot_be_steered_is_said_first(bundle: Path, capsys: pytest.Captu
     with pytest.raises(AssertionError, match="was begun"):
         main(["steer", *run, "--anyway"])
     assert "part of the package" in said(capsys, "steer", "--run", "demo")[2]
+    (bundle / "bundle.json").unlink()  # the list of a bundle's files; a run of one's own has none
     shutil.rmtree(bundle / "bridges")
     for command in ("steer", "find-channel", "find-circuit", "evaluate", "report"):
         assert f"error: {bundle} has no bridges" in said(capsys, command, *run)[2], command
