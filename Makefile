@@ -6,7 +6,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --config_file scripts/accelerate.yaml
 # At the demo's sizes a second thread brings nothing: 40.3 ms per step instead of 40.8.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo bundle test check format docs clean
+.PHONY: setup demo bundle test check format lock audit docs clean
 
 setup: .venv/.installed
 
@@ -51,6 +51,17 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every package that any target installs, pinned in constraints.txt: pins that are there stay, those that are missing are
+# resolved. `make lock UPGRADE=1` resolves all anew, torch aside.
+lock: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --dry-run --ignore-installed --report .venv/lock.json \
+		-e '.[dev,docs,triton]' $(if $(UPGRADE),$(shell grep '^torch==' constraints.txt),-c constraints.txt)
+	$(BIN)/python scripts/lock.py .venv/lock.json constraints.txt
+
+# Known advisories on what constraints.txt pins. Needs pip-audit and the network.
+audit:
+	@$(PYTHON) scripts/audit.py constraints.txt
 
 .venv/.docs-installed: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,docs]' -c constraints.txt

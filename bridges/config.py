@@ -1,6 +1,7 @@
 """Configuration of a run, and its presets."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,6 +101,29 @@ class DenseTrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How the corpus source `self` draws documents from the dense model."""
+
+    __pydantic_config__ = NOTHING_ELSE
+
+    temperature: float = 1.0
+    """What the dense model's logits are divided by; 1 samples from what it learned."""
+    prompts: str | None = None
+    """Text file whose lines the documents begin with, in turn; unset: they begin with the beginning-of-text token."""
+    longest: int | None = None
+    """Tokens after which a document is cut; unset: the dense model's context, at most 1,024."""
+    batch_size: int = 32
+    """Documents sampled at a time."""
+    seed: int = 0
+    """Seeds the samples."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.temperature < math.inf, "samples.temperature", self.temperature, "must be positive")
+        require(self.longest is None or self.longest >= 2, "samples.longest", self.longest, "must be at least 2")
+        require(self.batch_size >= 1, "samples.batch_size", self.batch_size, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
     """Everything that shapes a run; saved as config.json in its folder."""
 
@@ -108,6 +132,8 @@ class RunConfig(TrainConfig):
     model's shape follows; unset: a small GPT-2 is trained on the corpus."""
     dense_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the frozen dense model's sublayers run during training."""
+    samples: SampleConfig = field(default_factory=SampleConfig)
+    """Text from the dense model, where `self` is in the corpus."""
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     """Bridges and hybrid losses."""
     dense_train: DenseTrainConfig = field(default_factory=DenseTrainConfig)
@@ -122,7 +148,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         RunConfig(dense_train=DenseTrainConfig(seed=4)),
     ),
     "tiny": (
-        "the whole path in under a minute, for tests; too short to steer",
+        "trains in ten seconds, for tests; too short to steer",
         RunConfig(
             corpus_tokens=60_000,
             steps=60,

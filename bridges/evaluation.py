@@ -26,6 +26,7 @@ from bridges.losses import kl
 from bridges.sites import all_sites
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import count_nonzeros
+from sparse_model.sparsity.sparse_linear import sparse_products
 from sparse_model.training.losses import next_token_loss
 
 
@@ -106,6 +107,18 @@ def evaluate(
     progress: bool = True,
 ) -> dict:
     """The `dense`, `sparse` and `sites` parts of metrics.json, from held-out blocks of tokens. Changes no model."""
+    with sparse_products(sparse):
+        return _evaluate(dense, sparse, bridges, blocks, batch_size, progress)
+
+
+def _evaluate(
+    dense: Sublayered,
+    sparse: SparseTransformer,
+    bridges: BridgeSet,
+    blocks: Int[Tensor, "block pos"],
+    batch_size: int,
+    progress: bool,
+) -> dict:
     models = Bridged(dense, sparse, bridges)
     batches = [b.long().to(next(sparse.parameters()).device) for b in blocks.split(batch_size)]
     encode, decode = _measure_bridges(models, tqdm(batches, "evaluate: bridges", leave=False, disable=not progress))
@@ -190,11 +203,12 @@ def _measure_hybrids(
 def random_paths_kl(models: Bridged, batches: list[Tensor], n: int = RANDOM_PATHS) -> float:
     """Mean KL of the dense model's output to that of n random mixed paths, each on one of the batches in turn, nats."""
     rng = np.random.default_rng(0)
-    kls = []
-    for i in range(n):
-        tokens, path = batches[i % len(batches)], random_path(models.bridges.n_sites, rng)
-        target = suffix(models.dense, 0, models.dense.embed(tokens), tokens)
-        kls.append(float(kl(target, mixed_path(*models, tokens, path))))
+    paths = [random_path(models.bridges.n_sites, rng) for _ in range(n)]
+    kls = [0.0] * n
+    for first, tokens in enumerate(batches[:n]):
+        target = suffix(models.dense, 0, models.dense.embed(tokens), tokens)  # once for all paths on the batch
+        for i in range(first, n, len(batches)):
+            kls[i] = float(kl(target, mixed_path(*models, tokens, paths[i])))
     return sum(kls) / n
 
 
@@ -252,12 +266,13 @@ def evaluation_table(metrics: dict) -> str:
             f"{format(means[k], f) if k in means else ('mean' if k == 'label' else ''):>8}" for _, k, f in columns
         )
     )
-    sparse = metrics["sparse"]
+    sparse, text = metrics["sparse"], metrics.get("held_out_text")
+    of = f" of {text}" if text else ""
     lines.append(
         f"dense CE {metrics['dense']['ce']:.4f}   sparse CE {sparse['ce']:.4f}   "
         f"nonzero {sparse['nonzeros']} = {sparse['nonzero_fraction']:.5f} (1/{1 / sparse['nonzero_fraction']:.1f})   "
         f"dead neurons {sum(v for k, v in sparse['dead_channels'].items() if k.endswith('hook_post'))}   "
-        f"on {metrics['held_out_tokens']} held-out tokens   "
+        f"on {metrics['held_out_tokens']} held-out tokens{of}   "
         f"KL of {metrics['paths']['n']} random mixed paths {metrics['paths']['kl']:.3f}"
     )
     return "\n".join(lines)

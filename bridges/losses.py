@@ -122,16 +122,21 @@ class _KL(torch.autograd.Function):
     def forward(ctx, target: Tensor, logits: Tensor) -> Tensor:
         n, vocab = logits.shape
         wide = torch.promote_types(logits.dtype, torch.float32)
-        total, grad = torch.zeros((), dtype=wide, device=logits.device), torch.empty_like(logits)
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
         rows = max(1, _BLOCK // vocab) if logits.device.type == "cpu" else n
-        for t, x, out in zip(target.split(rows), logits.split(rows), grad.split(rows), strict=True):
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            t, x = target[part], logits[part]
             t, x = t.to(wide), x.to(wide)
             norm_t, norm_x = t.logsumexp(-1, keepdim=True), x.logsumexp(-1, keepdim=True)
             p = (t - norm_t).exp_()
             # sum_v p_v = 1, so the two norms may stand outside the sum.
             total += torch.linalg.vecdot(p, t - x).sum() + (norm_x - norm_t).sum()
-            out.copy_((x - norm_x).exp_().sub_(p))
-        ctx.save_for_backward(grad)
+            if grad is not None:
+                grad[part] = (x - norm_x).exp_().sub_(p)
+        if grad is not None:
+            ctx.save_for_backward(grad)
         return total / n
 
     @staticmethod

@@ -20,8 +20,9 @@ from bridges.dense import DenseModel, cast_parameters
 from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from bridges.scales import measure_scales
+from bridges.self_text import keep_samples, share_of_self
 from sparse_model.config import check_folder, claim_folder
-from sparse_model.data.prepare import prepare_corpus
+from sparse_model.data.prepare import prepare_corpus, say_what_is_left_out
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.lock import one_writer
 from sparse_model.io.manifest import FILE as MANIFEST
@@ -68,7 +69,10 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
         with interruptible(NOTHING_WRITTEN):
             parts = run_folder.check_parts(config, folder, progress=progress)
         if main:
+            say_what_is_left_out(parts.blocks)
             claim_folder(config, folder, resume)
+            if parts.samples is not None:
+                keep_samples(parts.samples, folder)
             keep_identity(folder, run_identity(parts.blocks, parts.tokenizer, accelerator.num_processes))
             if not (folder / "tokenizer").exists():
                 save_tokenizer(parts.tokenizer, folder / "tokenizer")
@@ -122,6 +126,7 @@ def make_dense(config: RunConfig, folder: Path, *, resume: bool = False, progres
     with training_in(folder, None, lambda: run_folder.check_unfinished(folder, resume)):
         with interruptible(NOTHING_WRITTEN):
             parts = run_folder.check_parts(config, folder, progress=progress)
+            say_what_is_left_out(parts.blocks)
             if not (folder / "tokenizer").exists():
                 save_tokenizer(parts.tokenizer, folder / "tokenizer")
         if parts.dense is not None and config.dense is None:
@@ -150,7 +155,7 @@ def _finish(trainer: JointTrainer, run: run_folder.Run, val: Int[Tensor, "block 
     if not (run.folder / MANIFEST).exists():
         run_folder.write_digests(run.folder)
     with interruptible(f"{run.folder} is trained, and not evaluated: --resume does that"):
-        metrics = evaluate_run(run, blocks=val, progress=progress)
+        metrics = evaluate_run(run, blocks=val, text=run.config.corpus, progress=progress)
         run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}
         write_measured(run.sparse.measured, run.folder / "sparse")
     logger.info("%s", evaluation_table(metrics))
@@ -158,21 +163,37 @@ def _finish(trainer: JointTrainer, run: run_folder.Run, val: Int[Tensor, "block 
 
 
 def evaluate_run(
-    run: run_folder.Run, *, tokens: int | None = None, blocks: Tensor | None = None, progress: bool = True
+    run: run_folder.Run,
+    *,
+    tokens: int | None = None,
+    blocks: Tensor | None = None,
+    text: str = "blocks of the caller's",
+    progress: bool = True,
 ) -> dict:
     """Evaluate a run on held-out text and set metrics.json, nothing else; returns the metrics.
 
     tokens: how many; None: as many as the run's config says. blocks: of them [block, pos]; None: the run's own corpus.
+    text: what the blocks are of, for the record.
 
     Raises InUse where another process writes into the run.
     """
     with one_writer(run.folder):
         if blocks is None:
-            blocks = prepare_corpus(run.config, run.tokenizer, progress=progress).val
+            blocks = prepare_corpus(run.config, run.tokenizer, samples=run.samples, progress=progress).val
+            text = run.config.corpus
         n_blocks = max(1, (tokens or run.config.eval_tokens) // blocks.shape[1])
         metrics = evaluate(run.dense, run.sparse, run.bridges, blocks[:n_blocks], progress=progress)
+        metrics["held_out_text"] = text_in_words(text, run.config)
         run_folder.update_metrics(run.folder, **metrics)
     return metrics
+
+
+def text_in_words(text: str, config: RunConfig) -> str:
+    """What figures stand on: the corpus, and where the dense model's own text is in it, how that was drawn."""
+    if text != config.corpus or not share_of_self(text):
+        return text
+    begin = f"from prompts in {config.samples.prompts}" if config.samples.prompts else "from the beginning of a text"
+    return f"{text}, where self was sampled from {config.dense} {begin} at temperature {config.samples.temperature:g}"
 
 
 def card_figures(metrics: dict) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """A run folder: what a run is made of, how it is prepared, saved and opened.
 
 config.json  identity.json  digests.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json
-channels.json  report.html; while it trains: dense-checkpoint/  checkpoint/; while a command writes into it: .lock
+channels.json  report.html; self.jsonl (what `self` in its corpus stands for); while it trains: dense-checkpoint/
+checkpoint/; while a command writes into it: .lock
 """
 
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.bridge import SCALES, BridgeSet, load_bridges, save_bridges
+from bridges.bundle_format import check_format, dense_files, load_dense_part
 from bridges.config import RunConfig
 from bridges.dense import DenseModel, check_fit
 from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
 from bridges.lens_view import boot
 from bridges.loading import load_lm, read_config
+from bridges.self_text import SAMPLES, sample_documents, share_of_self
 from sparse_model.config import SparseConfig, differing, from_json
 from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
@@ -41,6 +44,16 @@ class Run(NamedTuple):
     sparse: SparseTransformer
     bridges: BridgeSet
 
+    @property
+    def samples(self) -> Path | None:
+        """The documents that the corpus source `self` stands for; None where the run has none."""
+        return samples_in(self.folder)
+
+
+def samples_in(folder: Path) -> Path | None:
+    """The documents that a run's dense model sampled for its corpus, where there are any."""
+    return folder / SAMPLES if (folder / SAMPLES).is_file() else None
+
 
 class Parts(NamedTuple):
     """What a run starts from, in memory."""
@@ -49,6 +62,8 @@ class Parts(NamedTuple):
     dense: PreTrainedModel | None
     """None where a small one is to be trained."""
     blocks: CorpusBlocks
+    samples: Path | None = None
+    """What `self` in the corpus stands for."""
 
 
 def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Parts:
@@ -57,7 +72,7 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     Raises ValueError for a budget that cannot hold the minimum per neuron, for tokenizers that differ and for a dense
     model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
     """
-    check_corpus(config)
+    check_corpus(config, folder / SAMPLES if config.dense else None)
     check_budgets_of(config)
     for part in ("tokenizer", "dense"):
         recover_folder(folder / part)
@@ -68,7 +83,11 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     if dense is not None:
         check_fit(DenseModel(dense), config.sparse)
         boot(dense, tokenizer)  # what cannot be steered afterwards is refused before it is trained
-    return Parts(tokenizer, dense, prepare_corpus(config, tokenizer, progress=progress))
+    samples = samples_in(folder)
+    if samples is None and dense is not None and share_of_self(config.corpus):
+        samples = sample_documents(config, dense, tokenizer, progress=progress)
+    blocks = prepare_corpus(config, tokenizer, samples=samples, progress=progress)
+    return Parts(tokenizer, dense, blocks, samples)
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
@@ -177,6 +196,7 @@ def open_run(folder: str | Path) -> Run:
         raise FileNotFoundError(f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}")
     for part in ("tokenizer", "dense", "sparse", "bridges"):
         recover_folder(folder / part)
+    check_format(folder)
     config = from_json(RunConfig, folder / "config.json")
     if (folder / "bridges").exists():  # otherwise it is not finished, which load_bridges says
         check_manifest(folder)
@@ -184,9 +204,9 @@ def open_run(folder: str | Path) -> Run:
     sparse = load_sparse(folder / "sparse").eval()
     check_finite(sparse.state_dict(), folder / "sparse")
     check_sparse_config(folder, config.sparse, sparse.cfg)
-    dense = DenseModel(load_lm(folder / "dense"))
+    dense, source = DenseModel(load_dense_part(folder)), dense_files(folder)
     tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")
-    check_same_tokenizer(tokenizer, load_tokenizer(folder / "dense"), str(folder / "tokenizer"), str(folder / "dense"))
+    check_same_tokenizer(tokenizer, load_tokenizer(source), str(folder / "tokenizer"), str(source))
     for name, found, wanted in (
         ("sites", bridges.n_sites, 2 * dense.n_layers + 1),
         ("dense width", bridges.d_dense, dense.d_model),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from interventions.looking.activations import activations, sparse_cache, top_channels
     from interventions.looking.examples import logit_lens, top_examples
     from interventions.report.page import write_report
+    from interventions.sharing.packaging import save_pretrained
+    from interventions.sharing.push import push_to_hub
     from interventions.steering.baseline import dense_accuracy
     from interventions.steering.experiment_config import Experiment
     from interventions.steering.result import Steering, plot_strengths
@@ -64,9 +66,11 @@ __all__ = [
     "plot_effects",
     "plot_strengths",
     "prune",
+    "push_to_hub",
     "reference_ablation",
     "save_channel",
     "save_circuit",
+    "save_pretrained",
     "score_tasks",
     "solved_tasks",
     "sparse_cache",
@@ -101,6 +105,8 @@ __getattr__ = lazy_names(
         "interventions.looking.activations": "activations sparse_cache top_channels",
         "interventions.looking.examples": "logit_lens top_examples",
         "interventions.report.page": "write_report",
+        "interventions.sharing.packaging": "save_pretrained",
+        "interventions.sharing.push": "push_to_hub",
         "interventions.steering.baseline": "dense_accuracy",
         "interventions.steering.experiment_config": "Experiment",
         "interventions.steering.result": "Steering plot_strengths",

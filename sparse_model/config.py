@@ -184,11 +184,14 @@ class TrainConfig:
     """Local folder or hub name; unset: the dense model's own where there is one, or a BPE trained on the corpus."""
     corpus: str = "generated"
     """Sources and token shares: generated, stdlib, packages (all that is installed) or packages=numpy+scipy, a path, a
-    hub dataset; e.g. stdlib:0.5,packages:0.5."""
+    hub dataset, or self (sampled from the model of --dense); e.g. stdlib:0.5,packages:0.5."""
     corpus_tokens: int = 1_000_000
     """Training tokens taken from the corpus."""
     text_field: str | None = None
     """Field that holds the text in .jsonl files and hub datasets; unset: text, content or code."""
+    special_tokens: Literal["text", "ids"] = "text"
+    """What a special token of the tokenizer, such as <|endoftext|>, is where a text spells it out: text like any
+    other, or the one id that it names."""
     seed: int = 0
     """Seeds initial weights, batch order and everything else that is drawn."""
     steps: int = 6000
@@ -225,6 +228,7 @@ class TrainConfig:
             "eval_tokens",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        check_choices(self)
 
 
 def differing(a: Any, b: Any) -> list[str]:

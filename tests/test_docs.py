@@ -22,6 +22,7 @@ import nbformat
 import pytest
 import tyro
 from support.helpers import HANG_SECONDS
+from support.hub import Hub, local_hub
 from transformers import GPT2Config
 
 import bridges
@@ -93,6 +94,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with local_hub(tmp_path, monkeypatch) as hub:
+        yield hub
+
+
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
 def test_the_python_of_a_page_runs_in_order(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

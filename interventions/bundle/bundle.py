@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bridges.bridge import BridgeSet, load_bridges
+from bridges.bundle_format import check_format, load_dense_part, read_reference
 from bridges.families import Anatomy
-from bridges.loading import load_lm
 from interventions.bundle.channels import FILE as CHANNELS
 from interventions.bundle.channels import Channel, load_channels
 from interventions.bundle.generating import AnnouncedGenerate
@@ -102,12 +102,19 @@ class Bundle:
         return digest(state)
 
 
-def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_dense(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    revision: str | None = None,
+) -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
-    A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
-    and logits are those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises
-    what `bridges.run_folder.open_run` raises, and ValueError for a device that torch does not have here and for a model
+    A run folder, the name of a packaged bundle ("demo" comes with the package), or a bundle's name on the hub
+    (owner/name; revision: its branch, tag or commit), of which no code is run. Raw mode: activations and logits are
+    those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises what `find_run`
+    and `bridges.run_folder.open_run` raise, and ValueError for a device that torch does not have here and for a model
     that TransformerLens sees otherwise than Hugging Face does.
     """
     from bridges.lens_view import boot
@@ -115,10 +122,11 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     from interventions.bundle.lens import threaded
 
     _check_device(device)
-    run = open_run(find_run(folder))
+    run = open_run(find_run(folder, revision))
     for part in (run.dense, run.sparse, run.bridges):
         part.to(device)
     run.dense.to(dtype)
+    run.bridges.requires_grad_(False)
     dense = threaded(boot(run.dense.hf, run.tokenizer, device))
     check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
     tokenizer = run.tokenizer
@@ -133,24 +141,30 @@ def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: to
 
 
 def load_hf(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """The dense model of a run as a plain Hugging Face model that `intervene` takes; no TransformerLens is needed.
 
-    Frozen, in eval mode. The bridges stay in float32 whatever the dtype. `toward` also loads the sparse model, which
-    does need TransformerLens. Raises FileNotFoundError for a folder that is not a finished run, ValueError for bridges
-    that are damaged or do not fit.
+    `folder` and `revision` as in `load_dense`. Frozen, in eval mode. The bridges stay in float32 whatever the dtype.
+    `toward` also loads the sparse model, which does need TransformerLens. Raises FileNotFoundError for a folder that is
+    not a finished run, ValueError for bridges that are damaged or do not fit, and what `find_run` raises.
     """
     _check_device(device)
-    folder = find_run(folder)
-    for part in ("dense/config.json", "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
+    folder = find_run(folder, revision)
+    check_format(folder)
+    held = () if read_reference(folder) else ("dense/config.json",)
+    for part in (*held, "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
         if not (folder / part).is_file():
             raise FileNotFoundError(f"{folder / part} does not exist: is {folder} a run whose training has finished?")
     check_manifest(folder, ("dense/", "bridges/", "sparse/"))
-    hf: Any = load_lm(folder / "dense", dtype).eval()
+    hf: Any = load_dense_part(folder, dtype).eval()
     hf.requires_grad_(False)
     hf.to(device)
-    bridges = load_bridges(folder / "bridges").eval().to(device)
+    bridges = load_bridges(folder / "bridges").eval().requires_grad_(False).to(device)
     anatomy = Anatomy(hf)
     if (bridges.n_sites, bridges.d_dense) != (2 * anatomy.n_layers + 1, anatomy.d_model):
         raise ValueError(

@@ -1,6 +1,12 @@
-"""Trained bundles that come with the package: dense model, tokenizer, sparse model, bridges, channels and circuits."""
+"""Where a bundle lies: in a run folder, in the package, or on the hub."""
 
+import logging
 from pathlib import Path
+
+from sparse_model.io.hub import download
+from sparse_model.io.local import local_path
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "bundles"
 
@@ -10,10 +16,11 @@ def packaged_bundles() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
-def find_run(folder: str | Path) -> Path:
-    """The folder of a run, or of a packaged bundle where the name is one and no folder of that name is a run.
+def find_run(folder: str | Path, revision: str | None = None) -> Path:
+    """The folder of a run; of a packaged bundle of that name; or of the download of a bundle on the hub, owner/name.
 
-    Raises FileNotFoundError naming the folder and the packaged bundles.
+    The first of them that there is; revision: a branch, tag or commit on the hub. Raises FileNotFoundError naming the
+    folder and the packaged bundles, OSError for a bundle that the hub does not give.
     """
     path = Path(folder).expanduser()
     if (path / "config.json").is_file():
@@ -22,7 +29,12 @@ def find_run(folder: str | Path) -> Path:
         return FOLDER / str(folder)
     if path.is_dir():
         return path  # whoever opens it says what is missing
-    raise FileNotFoundError(
+    none = (
         f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}, or use a packaged bundle "
         f"({', '.join(packaged_bundles())})"
     )
+    if local_path(folder) is None and "/" in str(folder):
+        found = download(str(folder), tried=f"{none}; it is no local folder", revision=revision)
+        logger.info("%s is no folder here: taken from the hub", folder)
+        return found
+    raise FileNotFoundError(none)

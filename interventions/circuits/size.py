@@ -84,7 +84,7 @@ def contest_of_run(folder: str | Path) -> Contest:
         ),
         run.tokenizer,
         run.config.sparse.n_ctx,
-        prepare_corpus(run.config, run.tokenizer).val,
+        prepare_corpus(run.config, run.tokenizer, samples=run.samples).val,
     )
 
 

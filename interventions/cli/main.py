@@ -25,6 +25,7 @@ COMMANDS = (
     "solved-tasks",
     "report",
     "serve",
+    "push",
     "package-bundle",
 )
 

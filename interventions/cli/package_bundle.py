@@ -27,7 +27,7 @@ def command(arguments: list[str]) -> None:
 def main(options: Options) -> None:
     require(options.name.isidentifier(), "name", options.name, "use letters, digits and _")
     from interventions.bundle.packaged import FOLDER
-    from interventions.packaging import package_run
+    from interventions.sharing.packaging import package_run
 
     out = package_run(options.run, FOLDER / options.name)
     size = sum(path.stat().st_size for path in out.rglob("*"))

@@ -83,7 +83,8 @@ def logit_lens(dense: nn.Module, channel: str | Channel, *, count: int = 8) -> t
     run.bridges.check_scales()
     if isinstance(channel, str):
         channel = resolve(channel, bundle.channels, bundle.shape)
-    logits = _direct_logits(run, channel_direction(run.bridges, channel))
+    unit = run.bridges.rms_sparse[channel.site]  # of the channel, at the mean scale of the sparse stream
+    logits = _direct_logits(run, unit * channel_direction(run.bridges, channel))
     order = logits.argsort(descending=True)
 
     def tokens(ids: Int[Tensor, " token"]) -> list[LensToken]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from bridges.run_folder import Run
 from interventions.tasks.base import TaskBatch
 from sparse_model.data.corpus import iter_documents
+from sparse_model.data.encoding import encode_text
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.prepare import corpus_config
 
@@ -48,7 +49,7 @@ class HeldOut(NamedTuple):
 def held_out(run: Run, most_tokens: int) -> HeldOut:
     """The first held-out documents, as many as give so many tokens; generated ones where the corpus is gone."""
     try:
-        documents = list(_until(run, iter_documents(corpus_config(run.config), "val"), most_tokens))
+        documents = list(_until(run, iter_documents(corpus_config(run.config, run.samples), "val"), most_tokens))
         if documents:
             return HeldOut("held-out", documents)
     except (OSError, ValueError):
@@ -60,7 +61,9 @@ def held_out(run: Run, most_tokens: int) -> HeldOut:
 def _until(run: Run, documents: Iterator[str], most_tokens: int) -> Iterator[list[int]]:
     seen = 0
     for document in documents:
-        ids = run.tokenizer.encode(document, add_special_tokens=False, split_special_tokens=True)
+        # No token is longer than this many characters on average.
+        head = document[: 64 * most_tokens]
+        ids = encode_text(run.tokenizer, head, special_tokens=run.config.special_tokens)
         yield [run.tokenizer.eos_token_id, *ids]
         seen += 1 + len(ids)
         if seen >= most_tokens:

@@ -127,7 +127,7 @@ def _text(
     run: Run, plan: Experiment, device: torch.device, progress: bool
 ) -> tuple[Int[Tensor, "train_block pos"], Int[Tensor, "block pos"]]:
     """Training text for the ridge regression, and held-out text."""
-    blocks = prepare_corpus(run.config, run.tokenizer, progress=progress)
+    blocks = prepare_corpus(run.config, run.tokenizer, samples=run.samples, progress=progress)
     train, held_out = (
         part[: max(1, count // part.shape[1])].long().to(device)
         for part, count in ((blocks.train, plan.ridge_tokens), (blocks.val, plan.text_tokens))

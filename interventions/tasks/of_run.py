@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from bridges.run_folder import Run
+from bridges.run_folder import Run, samples_in
 from interventions.tasks.base import Task
 from interventions.tasks.catalogue import TaskName, get_task
 from interventions.tasks.files import is_task_file
 from interventions.tasks.names import NATURAL, PromptKind
 from sparse_model.config import TrainConfig
 from sparse_model.data.corpus import CorpusConfig, open_sources
+from sparse_model.data.pieces import head_of
 from sparse_model.data.prepare import corpus_config
 from sparse_model.data.sources import GeneratedSource, Source, parse_spec
 from sparse_model.io.reading import read_typed
@@ -44,9 +45,9 @@ def held_out_texts(corpus: CorpusConfig) -> HeldOutTexts:
     texts: list[str] = []
     for source in real.values():
         room = _MOST_CHARACTERS // len(real)
-        for text in source.documents("val"):
-            texts.append(text)
-            room -= len(text)
+        for document in source.documents("val"):
+            texts.append(head_of(document, _MOST_CHARACTERS))
+            room -= len(texts[-1])
             if room <= 0:
                 break
     return HeldOutTexts(f"held-out files of {', '.join(real)}", tuple(texts))
@@ -80,9 +81,7 @@ def training_text(folder: Path) -> TrainingText | None:
     if not path.is_file():
         return None
     config = read_typed(_Trained, path, "correct it, or copy it again from where the folder came")
-    names = {"spec": "corpus", "max_tokens": "corpus_tokens", "seed": "seed", "text_field": "text_field"}
-    corpus = CorpusConfig(**{field: getattr(config, name) for field, name in names.items()})
-    return TrainingText(corpus, config.sparse.n_ctx)
+    return TrainingText(corpus_config(config, samples_in(folder)), config.sparse.n_ctx)
 
 
 def task_for(
@@ -110,7 +109,9 @@ def _natural_task(name: str, tokenizer: PreTrainedTokenizerFast, corpus: CorpusC
 
 def run_task(run: Run, name: TaskName, prompts: PromptKind = "generated") -> Task:
     """A task for a run's tokenizer, context and corpus. Raises what `task_for` raises."""
-    return task_for(name, run.tokenizer, corpus_config(run.config), max_tokens=run.config.sparse.n_ctx, prompts=prompts)
+    return task_for(
+        name, run.tokenizer, corpus_config(run.config, run.samples), max_tokens=run.config.sparse.n_ctx, prompts=prompts
+    )
 
 
 def recorded_task(run: Run, name: str, record: Mapping[str, Any]) -> Task:

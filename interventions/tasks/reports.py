@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
+from bridges.bundle_format import load_dense_part
 from bridges.dense import DenseModel
-from bridges.loading import load_lm
 from interventions.tasks.base import PROMPT_SPLITS, CannotPresent, PromptSplit, Task, TaskBatch
 from interventions.tasks.catalogue import TaskName, list_tasks
 from interventions.tasks.floors import ORDERS, ngrams_right
@@ -91,7 +91,7 @@ def models_in(folder: Path) -> dict[str, DenseModel | Any]:
     """
     models: dict[str, Any] = {}
     if (folder / "dense").is_dir():
-        models["dense"] = DenseModel(load_lm(folder / "dense"))
+        models["dense"] = DenseModel(load_dense_part(folder))
     if (folder / "sparse").is_dir():
         models["sparse"] = load_sparse(folder / "sparse").eval()
     if not models:

@@ -82,7 +82,7 @@ def main(options: Options) -> None:
                 path = out / f"{task}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
                 if not path.exists():
                     if blocks is None:
-                        blocks = prepare_corpus(run.config, run.tokenizer).val
+                        blocks = prepare_corpus(run.config, run.tokenizer, samples=run.samples).val
                     began, ablation = time.process_time(), reference_ablation(model, blocks, config)
                     (pruning,) = prune_seeds(model, bound, ablation, config, 1)
                     figures = {"edges": pruning.edges, "nodes": pruning.pruned.k, "loss": pruning.fresh_loss}

@@ -52,7 +52,7 @@ def main(options: Options) -> None:
         path = out / FOLDER / "worst_case" / name
         if not path.exists():
             if blocks is None:
-                blocks = prepare_corpus(run.config, run.tokenizer).val
+                blocks = prepare_corpus(run.config, run.tokenizer, samples=run.samples).val
             model = as_nodes(getattr(run, label))
             ablation = reference_ablation(model, blocks, options.config)
             points = worst_case_curve(model, task, ablation, options.config, progress=True)

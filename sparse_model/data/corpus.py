@@ -11,7 +11,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,23 +21,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import IterableDataset
 from jaxtyping import Int, Int32
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from sparse_model.data.cache import Blocks, cache_folder, lock_file, one_builder, read_cache, write_cache
+from sparse_model.data.encoding import SpecialTokens, Spelled, encode_documents
 from sparse_model.data.packing import Feed, Packed, mix, pack
+from sparse_model.data.pieces import head_of
 from sparse_model.data.sources import Source, open_source, parse_spec
 from sparse_model.data.text_files import SPLITS, SourceReport, Split
 from sparse_model.data.tokenizer import tokenizer_fingerprint
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache's name: raise it when the same configuration should give other blocks or another report."""
 
-_CHARACTERS_PER_TOKEN = 4
-_TOKENIZER_BATCH = 64
+CHARACTERS_PER_TOKEN = 4
+"""As budgets are counted where there is no tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,11 @@ class CorpusConfig:
     """Seeds the generator and the order of files; what is train and what is val does not depend on it."""
     text_field: str | None = None
     """Field that holds the text in .jsonl and hub rows; by default the first of text, content, code."""
+    special_tokens: SpecialTokens = "text"
+    """What a special token of the tokenizer is where a text spells it out: text, or the id that it names."""
+
+    samples: str | None = None
+    """File of documents that `self`, the dense model's own text, stands for (`bridges.self_text`)."""
 
     def __post_init__(self) -> None:
         parse_spec(self.spec)
@@ -79,8 +87,9 @@ class CorpusBlocks(NamedTuple):
     fingerprint: str
     """Hex digest of everything that shaped the blocks."""
     report: dict[str, Any]
-    """JSON-able: `splits` (tokens, blocks, and per source its tokens, share, documents begun and epochs), `notes`
-    (sentences on repeated or exhausted sources) and `sources` (what `describe_sources` says)."""
+    """JSON-able: `splits` (tokens, blocks, per source its tokens, share, documents begun and epochs, and how often the
+    text read spells each special token), `notes` (sentences on sources that ended and on special tokens) and `sources`
+    (what `describe_sources` says)."""
 
 
 def describe_sources(config: CorpusConfig) -> tuple[SourceReport, ...]:
@@ -94,15 +103,20 @@ def describe_sources(config: CorpusConfig) -> tuple[SourceReport, ...]:
 def iter_documents(config: CorpusConfig, split: Split) -> Iterator[str]:
     """The mixed documents of one side as text, always in the same order; e.g. to train a tokenizer.
 
-    No tokenizer is needed, so shares and the budget are counted in characters, four to a token.
+    No tokenizer is needed, so shares and the budget are counted in characters, four to a token; of a document that is
+    longer than the budget only the head is given.
 
     Raises: as `load_blocks` for paths and files.
     """
+    budget = config.budget(split) * CHARACTERS_PER_TOKEN
+
+    def heads(source: Source) -> Iterator[str]:
+        return (head_of(document, budget) for document in source.documents(split))
+
     feeds = [
-        Feed(entry.name, entry.share, partial(source.documents, split))
+        Feed(entry.name, entry.share, partial(heads, source))
         for entry, source in zip(parse_spec(config.spec), open_sources(config), strict=True)
     ]
-    budget = config.budget(split) * _CHARACTERS_PER_TOKEN
     yield from (document for _, document in mix(feeds, budget, repeat=split == "train"))
 
 
@@ -153,6 +167,7 @@ def _build_all(
         for split in SPLITS:
             blocks[split], splits[split] = _build(config, split, sources, tokenizer, n_ctx, bar)
             notes += _notes(config, split, splits[split])
+    notes += _note_on_special_tokens(config, splits)
     report = {"splits": splits, "notes": notes, "sources": [source.report().as_json() for source in sources]}
     return blocks, report
 
@@ -165,6 +180,7 @@ def open_sources(config: CorpusConfig, cache_dir: str | Path | None = None) -> l
             val_fraction=config.val_fraction,
             seed=config.seed,
             text_field=config.text_field,
+            samples=config.samples,
             cache_dir=cache_dir,
         )
         for source in parse_spec(config.spec)
@@ -176,37 +192,12 @@ def _fingerprint(
 ) -> str:
     parts = [
         FORMAT_VERSION,
-        asdict(config),
+        {name: value for name, value in asdict(config).items() if name != "samples"},  # a run's copy is the same
         [source.identity() for source in sources],
         tokenizer_fingerprint(tokenizer),
         n_ctx,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _rows(source: Source, split: Split) -> Iterator[dict[str, str]]:
-    return ({"text": document} for document in source.documents(split))
-
-
-def _token_lists(source: Source, split: Split, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    """The ids of each document, the end-of-text id first."""
-    eos = tokenizer.eos_token_id
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        # A document that spells out the end-of-text token must not end there, hence split_special_tokens.
-        encoded = tokenizer(
-            batch["text"],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return {"ids": [[eos, *ids] for ids in encoded["input_ids"]]}
-
-    stream = IterableDataset.from_generator(_rows, gen_kwargs={"source": source, "split": split})
-    stream = stream.map(encode, batched=True, batch_size=_TOKENIZER_BATCH, remove_columns=["text"])
-    return (row["ids"] for row in stream)
 
 
 def _build(
@@ -218,15 +209,25 @@ def _build(
     bar: tqdm,
 ) -> tuple[Int32[np.ndarray, "block n_ctx"], dict[str, Any]]:
     """The blocks of one side, and their entry in the report."""
-    entries = parse_spec(config.spec)
-    feeds = [
-        Feed(entry.name, entry.share, partial(_token_lists, source, split, tokenizer))
-        for entry, source in zip(entries, sources, strict=True)
-    ]
-    budget = config.budget(split)
+    budget, spelled = config.budget(split), [Spelled(tokenizer) for _ in sources]
     bar.total += budget
 
-    def counted() -> Iterator[tuple[int, list[int]]]:
+    def ids(source: Source, spelled: Spelled) -> Iterator["array[int]"]:
+        again = bool(spelled.times)  # a source is read again to keep its share: what it spells is counted once
+        return encode_documents(
+            source.documents(split),
+            tokenizer,
+            budget,
+            special_tokens=config.special_tokens,
+            spelled=None if again else spelled,
+        )
+
+    feeds = [
+        Feed(entry.name, entry.share, partial(ids, source, of_source))
+        for entry, source, of_source in zip(parse_spec(config.spec), sources, spelled, strict=True)
+    ]
+
+    def counted() -> Iterator[tuple[int, "array[int]"]]:
         for number, ids in mix(feeds, budget, repeat=split == "train"):
             bar.update(len(ids))
             yield number, ids
@@ -238,10 +239,11 @@ def _build(
             f"n_ctx={n_ctx} is larger than the {available} {split} tokens of corpus {config.spec!r};"
             " lower n_ctx, raise max_tokens or val_fraction, or give more text"
         )
-    return packed.blocks, _split_report(feeds, packed)
+    times = sum((of_source.times for of_source in spelled), Counter[str]())
+    return packed.blocks, _split_report(feeds, packed) | {"special_tokens": dict(times.most_common())}
 
 
-def _split_report(feeds: Sequence[Feed[list[int]]], packed: Packed) -> dict[str, Any]:
+def _split_report(feeds: Sequence[Feed["array[int]"]], packed: Packed) -> dict[str, Any]:
     total = packed.blocks.size
     per_source = {
         feed.name: {
@@ -269,6 +271,31 @@ def _notes(config: CorpusConfig, split: Split, report: dict[str, Any]) -> list[s
             for name, of in ended.items()
         ]
     return notes
+
+
+def _note_on_special_tokens(config: CorpusConfig, splits: Mapping[Split, dict[str, Any]]) -> list[str]:
+    times = sum((Counter(split["special_tokens"]) for split in splits.values()), Counter[str]())
+    if not times:
+        return []
+    spelled = ", ".join(f"{name} {count} times" for name, count in times.most_common(3))
+    more = f" and {len(times) - 3} others" if len(times) > 3 else ""
+    read = {
+        "text": "which stays text: with --special-tokens ids each is read as the one id that it names",
+        "ids": "each of which is read as the one id that it names (--special-tokens ids)",
+    }[config.special_tokens]
+    return [f"the text spells special tokens of the tokenizer ({spelled}{more}), {read}"]
+
+
+def left_out_line(report: Mapping[str, Any]) -> str:
+    """One line on what the sources of a corpus leave out, from its report; empty where that is nothing."""
+    parts = []
+    for source in report["sources"]:
+        reasons = list(source["left_out"].items())
+        said = ", ".join(f"{count} {reason}" for reason, count in reasons[:6])
+        said += f", {sum(count for _, count in reasons[6:])} for other reasons" if len(reasons) > 6 else ""
+        if reasons:
+            parts.append(f"{source['name']} ({said}; {source['files']} files read)")
+    return f"left out of the corpus: {'; '.join(parts)}" if parts else ""
 
 
 def _tensor(blocks: Int32[np.ndarray, "block n_ctx"]) -> Int[Tensor, "block n_ctx"]:

@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -24,11 +24,13 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from sparse_model.data.duplicates import SeenTexts, signature
+from sparse_model.data.pieces import pieces_of
 from sparse_model.data.text_files import (
     GENERATED_HEAD,
     MOST_CHARACTERS,
     DistributionReport,
     Division,
+    Document,
     SourceReport,
     Split,
     divide,
@@ -119,12 +121,15 @@ class PackagesSource:
     def _division(self) -> Division:
         return divide([file for _, file in self._scan.files], self.val_fraction)
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Document]:
         threshold = self._division.threshold
         for number, file in sorted(self._scan.files, key=lambda entry: stable_fraction(f"{self.seed} {entry[1]}")):
             if threshold is None or (stable_fraction(file) < threshold) == (split == "val"):
                 text = Path(str(self.installed[number].locate_file(file))).read_text(encoding="utf-8-sig")
-                yield text if threshold is not None else part_of_single(self.name, text, self.val_fraction, split)
+                if threshold is None:
+                    yield part_of_single(self.name, partial(pieces_of, text), self.val_fraction, split)
+                else:
+                    yield pieces_of(text)
 
     def report(self) -> SourceReport:
         division, counts = self._division, Counter(number for number, _ in self._scan.files)
@@ -133,7 +138,13 @@ class PackagesSource:
             for number, found in enumerate(self.installed)
         )
         return SourceReport(
-            self.name, division.train, division.val, dict(self._scan.left_out), division.note, distributions
+            self.name,
+            division.train,
+            division.val,
+            dict(self._scan.left_out),
+            division.note,
+            distributions,
+            len(self._scan.files),
         )
 
     def identity(self) -> str:
@@ -159,8 +170,8 @@ def licence(fields: Any) -> str:
 def scan_files(name: str, installed: Sequence[metadata.Distribution]) -> Scan:
     """Read every .py file of `installed` and choose."""
     seen = SeenTexts()
-    for _, text in stdlib_source(0.05, 0).identified():
-        seen.add(signature(text))
+    for _, document in stdlib_source(0.05, 0).identified():
+        seen.add(signature("".join(document)))
     left_out: Counter[str] = Counter()
     candidates: dict[str, int] = {}  # path -> distribution; where two list a file it is the first one's
     for number, distribution in enumerate(installed):

@@ -1,14 +1,14 @@
 """Mixing documents by weight and packing them into blocks: pure functions on anything that has a length."""
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int32
 
-Item = TypeVar("Item", str, list[int])
+Item = TypeVar("Item", bound=Sized)
 
 
 @dataclass
@@ -58,12 +58,14 @@ def mix(feeds: Sequence[Feed[Item]], budget: int, *, repeat: bool) -> Iterator[t
         feed.start()
     live = list(range(len(feeds)))
     total = 0
-    while live and total < budget:
+    while live:
         number = min(live, key=lambda i: (feeds[i].taken + len(feeds[i].head) / 2) / feeds[i].share)
         feed = feeds[number]
         total += len(feed.head)
         feed.taken += len(feed.head)
         yield number, feed.head
+        if total >= budget:
+            return
         if not feed.advance():
             feed.passes += 1
             if not repeat:
@@ -87,7 +89,7 @@ class Packed(NamedTuple):
     """Per source, how many documents begin in the blocks."""
 
 
-def pack(stream: Iterable[tuple[int, list[int]]], n_ctx: int, budget: int, n_sources: int) -> Packed:
+def pack(stream: Iterable[tuple[int, Sequence[int]]], n_ctx: int, budget: int, n_sources: int) -> Packed:
     """Join the documents of `stream` and cut the first `budget` ids into blocks of `n_ctx`.
 
     `stream` yields (source number, ids) and must stop by itself.

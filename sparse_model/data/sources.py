@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from datasets import load_dataset
+from typing_extensions import TypedDict
 
 from sparse_model.data.cache import cache_folder
 from sparse_model.data.packages import open_packages
+from sparse_model.data.pieces import pieces_of
 from sparse_model.data.text_files import (
+    Document,
     FileSource,
     SourceReport,
     Split,
@@ -26,13 +29,17 @@ from sparse_model.data.text_files import (
     text_of_row,
 )
 from sparse_model.io.local import local_path
+from sparse_model.io.reading import typed_line
+
+SELF = "self"
+"""Name of the source of documents that the dense model samples."""
 
 
 class WeightedSource(NamedTuple):
     """One entry of a corpus spec."""
 
     name: str
-    """`generated`, `stdlib`, `packages`, a local path, or a data set's name on the hub."""
+    """`generated`, `stdlib`, `packages`, `self`, a local path, or a data set's name on the hub."""
     share: float
     """Its share of the corpus's tokens; the shares of a spec sum to 1."""
 
@@ -41,7 +48,7 @@ class WeightedSource(NamedTuple):
 class Source(Protocol):
     """A supply of documents."""
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Document]:
         """The documents of one side, in the same order every time."""
 
     def report(self) -> SourceReport:
@@ -54,24 +61,47 @@ class Source(Protocol):
 def parse_spec(spec: str) -> tuple[WeightedSource, ...]:
     """Read `"name"` or `"name:weight,name:weight"`; weights are scaled to shares that sum to 1.
 
+    A file or folder whose name has commas or colons is known by its existence, before anything is split there.
+
     Raises:
         ValueError: an empty or repeated name, a weight that is no positive number, or weights for only some.
     """
     names: list[str] = []
     weights: list[float | None] = []
-    for entry in spec.split(","):
-        name, colon, text = entry.strip().partition(":")
+    for name, text in _entries(spec):
         if not name or name in names:
             problem = f"names {name!r} twice" if name else "has an empty entry"
             raise ValueError(f"spec={spec!r} {problem}; write it as e.g. 'generated:0.4,stdlib:0.6'")
         names.append(name)
-        weights.append(_parse_weight(spec, name, text) if colon else None)
+        weights.append(_parse_weight(spec, name, text) if text is not None else None)
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(names):
         bare = names[weights.index(None)]
         raise ValueError(f"spec={spec!r} gives no weight to {bare!r}; give every source a weight, or none")
     shares = given or [1.0] * len(names)
     return tuple(WeightedSource(name, share / sum(shares)) for name, share in zip(names, shares, strict=True))
+
+
+def _entries(spec: str) -> Iterator[tuple[str, str | None]]:
+    """Name and weight as they are written; the longest run of fields that is an existing path is one name."""
+    fields, start = spec.split(","), 0
+    while start < len(fields):
+        for end in range(len(fields), start, -1):
+            entry = ",".join(fields[start:end]).strip()
+            name, colon, weight = entry.rpartition(":")
+            if _exists(entry):
+                name, colon = entry, ""
+            if end == start + 1 or ("," not in weight and _exists(name)) or name == entry:
+                yield (name, weight) if colon else (entry, None)
+                start = end
+                break
+
+
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # no possible path: too long, a zero in it, a home that is not known
+        return False
 
 
 def _parse_weight(spec: str, name: str, text: str) -> float:
@@ -85,12 +115,20 @@ def _parse_weight(spec: str, name: str, text: str) -> float:
 
 
 def open_source(
-    name: str, *, val_fraction: float, seed: int, text_field: str | None, cache_dir: str | Path | None = None
+    name: str,
+    *,
+    val_fraction: float,
+    seed: int,
+    text_field: str | None,
+    samples: str | Path | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Source:
     """The source that a spec's name stands for. The network is first asked when its documents are.
 
+    samples: the file that `self` stands for.
+
     Raises:
-        ValueError: a distribution that is not installed.
+        ValueError: a distribution that is not installed, or `self` without samples.
         FileNotFoundError: a name that looks like a path (starts with `.`, `/` or `~`, has more than
             one slash or a file suffix) and does not exist.
     """
@@ -100,6 +138,13 @@ def open_source(
         return stdlib_source(val_fraction, seed)
     if name.partition("=")[0] == "packages":
         return open_packages(name, val_fraction, seed, cache_folder(cache_dir))
+    if name == SELF:
+        if samples is None:
+            raise ValueError(
+                "corpus 'self' is text sampled from a dense model, and there is none to sample from: name one with"
+                " --dense (train-bridge), or take another source"
+            )
+        return SampledSource(name, Path(samples), val_fraction, seed, "text")
     path = local_path(name)
     if path is not None and path.exists():
         return FileSource(name, path, val_fraction, seed, text_field)
@@ -117,12 +162,12 @@ class GeneratedSource:
 
     seed: int
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Document]:
         from sparse_model.data.generated_python import generate_document
 
         index = 0
         while True:
-            yield generate_document(random.Random(f"{self.seed}:{split}:{index}"))
+            yield pieces_of(generate_document(random.Random(f"{self.seed}:{split}:{index}")))
             index += 1
 
     def report(self) -> SourceReport:
@@ -135,6 +180,30 @@ class GeneratedSource:
         return f"{self.seed} {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()}"
 
 
+class _Sampled(TypedDict):
+    """What a row of samples says beside its text."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    ended: bool
+    same: bool
+
+
+class SampledSource(FileSource):
+    """Documents that the dense model sampled: rows of a file that say how each was drawn."""
+
+    def report(self) -> SourceReport:
+        report, ended, same, count = super().report(), 0, 0, 0
+        with self.root.open(encoding="utf-8") as rows:
+            for count, line in enumerate(rows, start=1):
+                row = typed_line(_Sampled, line, f"{self.root}, line {count}", "copy the file again")
+                ended, same = ended + row["ended"], same + row["same"]
+        return report._replace(
+            note=f"sampled from the dense model: of {count} documents {ended} ended by themselves, the others were cut,"
+            f" and the text of {count - same} is tokenized otherwise than it was sampled; {report.note}"
+        )
+
+
 @dataclass(frozen=True)
 class HubSource:
     """The `train` split of a data set on the hub, streamed; a document's identity is its row number."""
@@ -143,7 +212,7 @@ class HubSource:
     val_fraction: float
     text_field: str | None
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Document]:
         try:
             stream = load_dataset(self.name, split="train", streaming=True)
         except Exception as error:  # a dozen types: no network, no such name, gated, needs a configuration
@@ -154,7 +223,7 @@ class HubSource:
             ) from error
         for index, row in enumerate(stream):
             if (stable_fraction(str(index)) < self.val_fraction) == (split == "val"):
-                yield text_of_row(row, self.text_field, f"{self.name}, row {index}")
+                yield pieces_of(text_of_row(row, self.text_field, f"{self.name}, row {index}"))
 
     def report(self) -> SourceReport:
         return SourceReport(self.name, None, None, {}, "streamed from the hub; divided by a hash of the row number")

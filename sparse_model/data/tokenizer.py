@@ -20,6 +20,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
+from sparse_model.data.pieces import parts_of
 from sparse_model.io.atomic import temporary_folder
 from sparse_model.io.copied import check_copied
 from sparse_model.io.local import local_path
@@ -68,7 +69,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(QUOTE_TOKENS) - 1, initial_alphabet=_BYTES, show_progress=False
     )
-    learner.train_from_iterator(documents, trainer)
+    learner.train_from_iterator((part for document in documents for part in parts_of(document)), trainer)
     learned = json.loads(learner.to_str())["model"]["merges"]
     merges = _with_word([(left, right) for left, right in learned], _WORD)
     names = [EOT, *_BYTES, *QUOTE_TOKENS, *_names(merges)]

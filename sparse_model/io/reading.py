@@ -73,6 +73,15 @@ def typed(kind: Callable[..., T], data: Any, source: Path | str, remedy: str) ->
         raise ValueError(f"{source} is not a valid {name}: {_words(error.errors())}; {remedy}") from error
 
 
+def typed_line(kind: Callable[..., T], line: str, place: str, remedy: str) -> T:
+    """One line of JSON as a type; raises as `read_typed`, naming the place, such as file and line."""
+    try:
+        data = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is damaged ({error}): {remedy}") from error
+    return typed(kind, data, place, remedy)
+
+
 def sealed(data: dict[str, Any]) -> str:
     """JSON text of an object and, in it, its digest; `read_sealed` finds what changed afterwards."""
     plain = json.loads(json.dumps(data))

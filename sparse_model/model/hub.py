@@ -6,9 +6,10 @@ A folder holds what `sparse_model.model.weight_files` writes and a README.md mad
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from sparse_model.config import SparseConfig
+from sparse_model.io.hub import download
 from sparse_model.io.local import local_path
 from sparse_model.model.weight_files import read_model, write_files
 
@@ -57,14 +58,7 @@ class HubModel(
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{name} is not a folder: give one of save_pretrained() or a name on the hub")
         if folder is None:
-            options = {k: kwargs.pop(k) for k in _DOWNLOAD if k in kwargs}
-            try:
-                folder = Path(snapshot_download(name, **options))
-            except Exception as error:  # the hub client raises a dozen types, none of which names the remedy
-                raise OSError(
-                    f"cannot load model {name!r}: it is no local folder, and the hub gave {type(error).__name__};"
-                    " check the spelling and the network, or give a folder of save_pretrained()"
-                ) from error
+            folder = download(name, **{k: kwargs.pop(k) for k in _DOWNLOAD if k in kwargs})
         return super().from_pretrained(str(folder), **kwargs)
 
     @classmethod

@@ -15,7 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparse_model.config import TrainConfig, check_folder, claim_folder
-from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
+from sparse_model.data.prepare import (
+    check_corpus,
+    check_vocabulary,
+    prepare_corpus,
+    say_what_is_left_out,
+    tokenizer_documents,
+)
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
 from sparse_model.io.reading import read_json
@@ -89,6 +95,7 @@ def _pretrain(config: PretrainConfig, folder: Path, accelerator: Accelerator, re
             check_vocabulary(tokenizer, config.sparse)
             blocks = prepare_corpus(config, tokenizer, progress=progress and main)
         if main:
+            say_what_is_left_out(blocks)
             claim_folder(config, folder, resume)
             keep_identity(folder, run_identity(blocks, tokenizer, accelerator.num_processes))
             if not (folder / "tokenizer").exists():

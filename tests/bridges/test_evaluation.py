@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.helpers import digests, make_tiny_run
 from support.report_runs import TASK, circuit
 from torch.distributions import Categorical, kl_divergence
 
+from bridges.dense import DenseModel
 from bridges.evaluation import RANDOM_PATHS, Bridged, Moments, evaluate, evaluation_table, random_paths_kl
 from bridges.hybrid import mixed_path, random_path, residuals, suffix
 from bridges.pipeline import evaluate_run
@@ -20,6 +22,7 @@ from bridges.sites import all_sites
 from interventions.circuits.circuit import load_circuit
 from sparse_model.config import SparsityConfig
 from sparse_model.sparsity.projection import project_
+from sparse_model.sparsity.sparse_linear import SparseLinear, sparse_products
 
 N_SITES = 5
 
@@ -241,3 +244,39 @@ def test_the_table_prints_every_column_and_their_means(metrics: dict) -> None:
         "on 55 held-out tokens",
         f"KL of 64 random mixed paths {metrics['paths']['kl']:.3f}",
     ]
+
+
+def test_the_target_of_a_batch_is_made_once_for_all_paths(
+    run: Run, blocks: torch.Tensor, metrics: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a large vocabulary the logits are what takes the time."""
+    made, unembed = [], DenseModel.unembed
+
+    def count(self: DenseModel, *args: torch.Tensor) -> torch.Tensor:
+        made.append(self)
+        return unembed(self, *args)
+
+    monkeypatch.setattr(DenseModel, "unembed", count)
+    batches = list(blocks.long().split(2))
+    found = random_paths_kl(Bridged(run.dense, run.sparse, run.bridges), batches)
+    assert found == pytest.approx(metrics["paths"]["kl"], rel=1e-12)
+    rng = np.random.default_rng(0)
+    ends = [random_path(N_SITES, rng)[-1] for _ in range(RANDOM_PATHS)]
+    assert len(made) == len(batches) + ends.count("dense")
+
+
+def test_zeros_are_skipped_while_a_run_is_evaluated(
+    run: Run, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridges.evaluation.sparse_products", partial(sparse_products, most=1.0, least=1))
+    products, multiply = [], SparseLinear.forward
+
+    def look(self: SparseLinear, given: torch.Tensor) -> torch.Tensor:
+        products.append(self.packed is not None)
+        return multiply(self, given)
+
+    monkeypatch.setattr(SparseLinear, "forward", look)
+    evaluate(run.dense, run.sparse, run.bridges, blocks[:2], progress=False)
+    assert len(products) > 100
+    assert all(products)
+    assert run.sparse.unembedding.packed is None

@@ -15,7 +15,7 @@ from interventions import intervene, load_dense, load_hf
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.packaged import FOLDER, find_run, packaged_bundles
 from interventions.circuits.circuit import load_circuit
-from interventions.packaging import LARGEST_BUNDLE, package_run
+from interventions.sharing.packaging import LARGEST_BUNDLE, package_run
 from interventions.tasks.base import pair_accuracy
 from interventions.tasks.catalogue import get_task
 
@@ -109,7 +109,7 @@ def test_packaging_refuses_what_would_not_work(folder: Path, tmp_path: Path, mon
     (nameless / "channels.json").unlink()
     with pytest.raises(ValueError, match="names no channel: run sparse-bridges find-channel"):
         package_run(nameless, tmp_path / "out")
-    monkeypatch.setattr("interventions.packaging.LARGEST_BUNDLE", 1000)
+    monkeypatch.setattr("interventions.sharing.packaging.LARGEST_BUNDLE", 1000)
     with pytest.raises(ValueError, match="a bundle at most"):
         package_run(folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

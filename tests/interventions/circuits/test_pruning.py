@@ -253,7 +253,7 @@ def test_tied_queries_and_keys_share_their_gate(run: Run) -> None:
 
 def test_dense_model_is_pruned_by_the_same_code(run: Run, blocks: Tensor) -> None:
     """A random GPT-2 solves no task; asked for a little less than its own loss, pruning still meets the target."""
-    model = DenseNodes(run.dense.hf)
+    model = DenseNodes(run.dense)
     task = get_task("single_double_quote", run.tokenizer)
     train, selection = task.sample(32, split="train", seed=0), task.sample(16, split="selection", seed=0)
     ablation = measure_ablation(model, blocks)

@@ -1,6 +1,5 @@
 """Corpora: specs, the division into train and val, mixing, packing, and the cache."""
 
-import json
 import warnings
 from itertools import islice, pairwise
 from pathlib import Path
@@ -12,36 +11,20 @@ import torch
 from datasets import IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.corpora import load, write_documents
 from transformers import PreTrainedTokenizerFast
 
 from sparse_model.data import sources as corpus_sources
-from sparse_model.data.corpus import CorpusBlocks, CorpusConfig, describe_sources, iter_documents, load_blocks
+from sparse_model.data.corpus import (
+    CorpusConfig,
+    describe_sources,
+    iter_documents,
+)
 from sparse_model.data.packing import Feed, mix, pack
 from sparse_model.data.sources import parse_spec
 from sparse_model.data.tokenizer import EOT, train_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def _caches_in_tmp(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSE_BRIDGES_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(iter_documents(CorpusConfig(max_tokens=10_000), "train"), 300)
-
-
-def write_documents(folder: Path, count: int, words: int = 30, tag: str = "d") -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = [" ".join(f"{tag}{i}w{j}" for j in range(words)) + "\n" for i in range(count)]
-    for i, text in enumerate(texts):
-        (folder / f"{tag}{i}.txt").write_text(text)
-    return texts
-
-
-def load(config: CorpusConfig, tokenizer: PreTrainedTokenizerFast, n_ctx: int = 16, **kwargs: Any) -> CorpusBlocks:
-    return load_blocks(config, tokenizer, n_ctx, progress=False, **kwargs)
+pytestmark = pytest.mark.usefixtures("caches_in_tmp")
 
 
 # Specs
@@ -77,12 +60,6 @@ def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
         CorpusConfig(**options)
 
 
-@pytest.mark.parametrize("name", ["./gone", "/gone/too", "~/gone-too", "gone.jsonl", "some/gone.py", "a/b/c"])
-def test_a_missing_path_is_named(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"corpus path '{name}' does not exist"):
-        next(iter_documents(CorpusConfig(spec=name), "train"))
-
-
 # Sources
 
 
@@ -96,106 +73,17 @@ def test_generated_documents_are_seeded_and_disjoint() -> None:
     assert sum(map(len, val)) == pytest.approx(80_000, abs=2_000)
 
 
-def test_a_folder_is_divided_completely_and_independently_of_order_and_company(tmp_path: Path) -> None:
-    texts = write_documents(tmp_path / "a", 60)
-    config = CorpusConfig(spec=str(tmp_path / "a"), val_fraction=0.2)
-    train, val = set(iter_documents(config, "train")), set(iter_documents(config, "val"))
-    assert train | val == set(texts)
-    assert not train & val
-    assert 3 <= len(val) <= 24
-    reseeded = CorpusConfig(spec=str(tmp_path / "a"), val_fraction=0.2, seed=5)
-    assert set(iter_documents(reseeded, "val")) == val
-    assert list(iter_documents(reseeded, "train")) != list(iter_documents(config, "train"))
-    write_documents(tmp_path / "a", 20, tag="new")
-    assert set(iter_documents(config, "val")) & set(texts) == val
-
-
-def test_a_folder_takes_text_and_reports_the_rest(tmp_path: Path) -> None:
-    write_documents(tmp_path / "sub", 3)
-    (tmp_path / "a.py").write_text("x = 1\n")
-    (tmp_path / "lines.jsonl").write_text('{"content": "one"}\n\n{"content": "two"}\n{"content": " "}\n')
-    (tmp_path / "empty.md").write_text("\n")
-    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "b.py").write_text("y = 1\n")
-    (report,) = describe_sources(CorpusConfig(spec=str(tmp_path)))
-    assert report.left_out == {"empty": 1, "not UTF-8": 1}
-    assert report.train_documents is not None
-    assert report.val_documents is not None
-    assert report.train_documents + report.val_documents == 3 + 1 + 2
-    config = CorpusConfig(spec=str(tmp_path))
-    documents = [*iter_documents(config, "train"), *iter_documents(config, "val")]
-    assert {"x = 1\n", "one", "two"} <= set(documents)
-    assert len(documents) == 6
-
-
-def test_jsonl_lines_are_documents_of_the_chosen_field(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": f"t{i}", "other": f"o{i}"}) + "\n" for i in range(50)))
-    for field, letter in ((None, "t"), ("other", "o")):
-        config = CorpusConfig(spec=str(path), text_field=field, val_fraction=0.2)
-        train, val = list(iter_documents(config, "train")), list(iter_documents(config, "val"))
-        assert sorted(train + val) == sorted(f"{letter}{i}" for i in range(50))
-        assert 0 < len(val) < 25
-        assert train == sorted(train, key=lambda text: int(text[1:]))  # lines keep their order
-
-
-@pytest.mark.parametrize(
-    ("line", "field", "message"),
-    [
-        ("{oops", None, r"a\.jsonl, line 2: not valid JSON"),
-        (
-            '{"body": "b"}',
-            None,
-            r"line 2: no text in field among text, content, code; set text_field to one of body",
-        ),
-        ('{"text": "b"}', "body", r"line 1: no text in 'body'; set text_field to one of text"),
-        ('{"text": 3}', None, r"line 2: no text in 'text'"),
-        ("[1]", None, r"line 2: a row must be an object"),
-    ],
-)
-def test_a_wrong_jsonl_line_is_named(tmp_path: Path, line: str, field: str | None, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        list(iter_documents(CorpusConfig(spec=str(path), text_field=field), "train"))
-
-
-def test_a_single_document_is_divided_at_a_line_boundary(tmp_path: Path) -> None:
-    text = "".join(f"line {i}\n" for i in range(100))
-    path = tmp_path / "only.txt"
-    path.write_text(text)
-    config = CorpusConfig(spec=str(path), val_fraction=0.1)
-    (train,), (val,) = iter_documents(config, "train"), iter_documents(config, "val")
-    assert train + val == text
-    assert train.endswith("\n")
-    assert len(val) / len(text) == pytest.approx(0.1, abs=0.02)
-    assert "line boundary" in describe_sources(config)[0].note
-    path.write_text("only one line\n")
-    with pytest.raises(ValueError, match=r"one document of one line"):
-        list(iter_documents(config, "train"))
-
-
-def test_few_documents_still_give_both_sides(tmp_path: Path) -> None:
-    texts = write_documents(tmp_path, 2)
-    config = CorpusConfig(spec=str(tmp_path), val_fraction=0.001)
-    assert sorted([*iter_documents(config, "train"), *iter_documents(config, "val")]) == sorted(texts)
-    assert len(list(iter_documents(config, "val"))) == 1
-
-
-def test_unusable_local_sources_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no usable \.py, \.txt, \.md, \.jsonl file"):
-        describe_sources(CorpusConfig(spec=str(tmp_path)))
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"a\.csv' is none of \.py"):
-        describe_sources(CorpusConfig(spec=str(tmp_path / "a.csv")))
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match=r"a\.txt' is not UTF-8"):
-        describe_sources(CorpusConfig(spec=str(tmp_path / "a.txt")))
-    (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"holds no document that is not empty"):
-        describe_sources(CorpusConfig(spec=str(tmp_path / "a.jsonl")))
+def test_special_tokens_are_text_and_said_or_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write_documents(tmp_path, 9)
+    (tmp_path / "chat.txt").write_text(f"one{EOT}two{EOT}")
+    base = {"spec": f"{tmp_path}", "val_fraction": 0.1}
+    text = load(CorpusConfig(**base), tokenizer)
+    ids = load(CorpusConfig(**base, special_tokens="ids"), tokenizer)
+    said = f"spells special tokens of the tokenizer ({EOT} 2 times), which stays text: with --special-tokens ids"
+    assert any(said in note for note in text.report["notes"])
+    assert any("each of which is read as the one id" in note for note in ids.report["notes"])
+    found = [int((blocks.train == tokenizer.eos_token_id).sum() + (blocks.val == 0).sum()) for blocks in (text, ids)]
+    assert found == [10, 12]
 
 
 def test_stdlib_is_python_that_people_wrote() -> None:

@@ -1,0 +1,1 @@
+"""A bundle for others: its files, its card, and the way to the hub."""
