@@ -26,8 +26,8 @@ FORMAT = 1
 _REFERENCE = Path("dense", "reference.json")
 _AGAIN = "download or copy the bundle again"
 
-_Stated = TypedDict("_Stated", {"format": int, "sparse-bridges": NotRequired[str], "files": list[str]})
-_Stated.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]  # another format may have more
+_Bundle = TypedDict("_Bundle", {"format": int | str, "sparse-bridges": NotRequired[str], "files": list[str]})
+_Bundle.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]  # another format may have more
 
 
 class DenseReference(NamedTuple):
@@ -56,11 +56,11 @@ def check_format(folder: Path) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    stated = read_typed(_Stated, path, _AGAIN)
+    stated = read_typed(_Bundle, path, _AGAIN)
     if stated["format"] != FORMAT:
         by = f"sparse-bridges {stated.get('sparse-bridges', 'of an unknown version')}"
         raise ValueError(
-            f"{folder} is a bundle of format {stated['format']}, written by {by}, and sparse-bridges {__version__} "
+            f"{folder} is a bundle of format {stated['format']!r}, written by {by}, and sparse-bridges {__version__} "
             f"reads format {FORMAT}: install the version that wrote it, or ask its owner to push it again with this one"
         )
     missing = [name for name in stated["files"] if not (folder / name).is_file()]

@@ -93,8 +93,8 @@ def _written(run: Run, out: Path, reference: DenseReference | None) -> Iterator[
                 copy = temporary / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copy(path, copy)
-        write_digests(temporary)
         write_format(temporary)
+        write_digests(temporary)  # not among the bundle's files, so that it may be removed
         yield temporary
 
 

@@ -69,7 +69,7 @@ def typed(kind: Callable[..., T], data: Any, source: Path | str, remedy: str) ->
     try:
         return _adapter(kind).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        name = getattr(kind, "__name__", str(kind))
+        name = getattr(kind, "__name__", str(kind)).removeprefix("_")
         raise ValueError(f"{source} is not a valid {name}: {_words(error.errors())}; {remedy}") from error
 
 
