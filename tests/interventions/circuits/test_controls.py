@@ -294,7 +294,7 @@ def test_validation_of_a_known_circuit(validated: tuple[Circuit, Validation]) ->
 def test_controls_come_back_from_json(validated: tuple[Circuit, Validation]) -> None:
     _, result = validated
     assert typed(Validation, result.to_dict(), "controls", "") == result
-    with pytest.raises((KeyError, TypeError)):
+    with pytest.raises(ValueError, match="controls is not a valid Validation: key n_nodes is missing"):
         typed(Validation, {"target_loss": 0.15}, "controls", "")
 
 
