@@ -81,8 +81,12 @@ class DenseTrainConfig:
     """Optimizer steps."""
     batch_size: int = 32
     """Blocks of n_ctx tokens per step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all, or Muon for the blocks' matrices and AdamW at 3e-3 for the rest; Muon's lr lies near 8e-3."""
     lr: float = 3e-3
-    """Peak learning rate (AdamW, 2 % warm-up, cosine decay)."""
+    """Peak learning rate of AdamW, or of Muon (2 % warm-up, cosine decay to a tenth)."""
+    bf16_on_cpu: bool = False
+    """Products in bfloat16 on CPUs too, as on GPUs; faster on those with AVX512-BF16 or AMX alone."""
     positions: bool = False
     """Learned position embeddings; without, they are zero, as in the paper's models and in the sparse one."""
     seed: int = 0
@@ -91,6 +95,7 @@ class DenseTrainConfig:
     def __post_init__(self) -> None:
         require(self.d_model % self.n_heads == 0, "dense_train.n_heads", self.n_heads, "must divide d_model")
         require(self.steps >= 1, "dense_train.steps", self.steps, "must be at least 1")
+        require(self.lr > 0, "dense_train.lr", self.lr, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
