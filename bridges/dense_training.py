@@ -84,7 +84,7 @@ class _DenseTraining:
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = _optimizers(self.model, self.options)
-        self.bf16 = device.type == "cuda" or (device.type == "cpu" and self.options.bf16_on_cpu)
+        self.bf16 = device.type == "cuda" or (device.type == "cpu" and self.options.bf16_on_cpu and _has_bf16())
         self.order = BatchOrder(len(blocks), self.options.batch_size, self.options.seed)
         self.modules, self.step = {"dense": self.model}, 0
         self.checkpoints = None
@@ -134,6 +134,15 @@ class _DenseTraining:
                 f"{rate:.3g}; the last checkpoint is as it was: train again with a lower "
                 f"dense_train.lr={self.options.lr:g}"
             )
+
+
+def _has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers; elsewhere torch emulates that."""
+    found = torch.cpu.get_capabilities()
+    if found.get("avx512_bf16") or found.get("amx_bf16"):
+        return True
+    logger.info("this CPU has no instructions for bfloat16: dense_train.bf16_on_cpu is left aside, float32 it is")
+    return False
 
 
 def _optimizers(model: GPT2LMHeadModel, options: DenseTrainConfig) -> dict[str, torch.optim.Optimizer]:

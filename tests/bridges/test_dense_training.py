@@ -69,7 +69,10 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert rates == pytest.approx({"matrices": 0.02 * dense_rate(0, 4), "others": 3e-3 * dense_rate(0, 4)})
 
 
-def test_muon_in_bf16_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
+def test_muon_in_bf16_goes_on_from_its_checkpoint_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bf16 = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
     config, blocks = dataclasses.replace(CONFIG, dense_train=MUON), torch.randint(384, (8, 16))
     made = config, blocks, tiny_tokenizer(), torch.device("cpu")
     whole = train_dense(*made, progress=False)
@@ -80,6 +83,13 @@ def test_muon_in_bf16_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: 
     for (name, ours), theirs in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     in_fp32 = dataclasses.replace(config, dense_train=dataclasses.replace(MUON, bf16_on_cpu=False))
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    without = _DenseTraining(*made, None).train_step().item()
+    assert "has no instructions for bfloat16" in caplog.text
+    monkeypatch.undo()
     exact = _DenseTraining(in_fp32, *made[1:], None).train_step().item()
-    assert exact != losses[0].item()
+    assert exact == without
+    if bf16:
+        assert exact != losses[0].item()
     assert exact == pytest.approx(losses[0].item(), rel=1e-3)
