@@ -1,13 +1,18 @@
 """The one reader: limits, types, digests."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bridges.config import RunConfig
+from interventions.steering.experiment_config import Experiment
 from sparse_model.io.manifest import check_manifest, write_manifest
-from sparse_model.io.reading import NOTHING_ELSE, read_json, read_sealed, read_typed, sealed
+from sparse_model.io.reading import NOTHING_ELSE, read_json, read_sealed, read_typed, sealed, typed
+from sparse_model.training.pretrain import PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,24 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path, text: str, said: str)
     with pytest.raises(ValueError, match=rf"thing\.json is .*{said}.*make it again") as error:
         read_typed(Thing, path, "make it again")
     assert "\n" not in str(error.value)
+
+
+def objects(data: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(data, dict):
+        yield data
+        for value in data.values():
+            yield from objects(value)
+
+
+@pytest.mark.parametrize("kind", [RunConfig, PretrainConfig, Experiment])
+def test_no_configuration_takes_a_key_that_it_does_not_know(kind: type) -> None:
+    whole = asdict(kind())
+    assert typed(kind, whole, "config.json", "") == kind()
+    for number in range(len(list(objects(whole)))):
+        changed = asdict(kind())
+        list(objects(changed))[number]["no_such_key"] = 1
+        with pytest.raises(ValueError, match="unknown key .*no_such_key"):
+            typed(kind, changed, "config.json", "")
 
 
 def test_a_whole_number_does_for_a_real_one_and_a_list_for_a_tuple(tmp_path: Path) -> None:
