@@ -68,7 +68,7 @@ def test_no_configuration_takes_a_key_that_it_does_not_know(kind: type) -> None:
     for number in range(len(list(objects(whole)))):
         changed = asdict(kind())
         list(objects(changed))[number]["no_such_key"] = 1
-        with pytest.raises(ValueError, match="unknown key .*no_such_key"):
+        with pytest.raises(ValueError, match=r"unknown key .*no_such_key"):
             typed(kind, changed, "config.json", "")
 
 
