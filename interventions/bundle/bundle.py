@@ -42,8 +42,9 @@ class Bundle:
         for channel in self.channels.values():
             if channel.site >= bridges.n_sites or max(channel.indices) >= bridges.d_sparse:
                 raise ValueError(
-                    f"{folder / CHANNELS}: {channel} is not of this run, which has {bridges.n_sites} sites of "
-                    f"{bridges.d_sparse} channels: run sparse-bridges find-channel --run {folder} again"
+                    f"{folder / CHANNELS}: channel {channel.name!r} ({channel}) is not of this run, which has "
+                    f"{bridges.n_sites} sites of {bridges.d_sparse} channels: run sparse-bridges find-channel --run "
+                    f"{folder} again"
                 )
 
     def __repr__(self) -> str:

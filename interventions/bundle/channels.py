@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NotRequired, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -79,8 +79,8 @@ class _Record(TypedDict, total=False):
 
 class _Dose(TypedDict):
     strength: float
-    p: float
-    random_p95: float
+    p: NotRequired[float]
+    random_p95: NotRequired[float]
 
 
 class _SiteEffect(TypedDict):

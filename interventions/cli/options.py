@@ -145,7 +145,7 @@ def as_typed(message: str) -> str:
 
     What a file holds keeps its own names.
     """
-    if " is not a valid " in message:
+    if " is not a valid " in message or " is damaged (" in message:
         return message
 
     def flag(match: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """metrics.json as the report reads it: checked as a whole, so that no table meets a wrong type."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -67,8 +67,8 @@ class _Baseline(TypedDict):
     __pydantic_config__ = _MORE  # type: ignore[misc]
 
     pair_accuracy: float
-    p_right: float
-    p_wrong: float
+    p_right: NotRequired[float]
+    p_wrong: NotRequired[float]
 
 
 class _Scored(TaskFigures, total=False):

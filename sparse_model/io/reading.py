@@ -69,8 +69,10 @@ def typed(kind: Callable[..., T], data: Any, source: Path | str, remedy: str) ->
     try:
         return _adapter(kind).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        name = getattr(kind, "__name__", str(kind)).removeprefix("_")
-        raise ValueError(f"{source} is not a valid {name}: {_words(error.errors())}; {remedy}") from error
+        words = _words(error.errors())
+        if isinstance(kind, type):
+            raise ValueError(f"{source} is not a valid {kind.__name__.lstrip('_')}: {words}; {remedy}") from error
+        raise ValueError(f"{source} is damaged ({words}): {remedy}") from error
 
 
 def typed_line(kind: Callable[..., T], line: str, place: str, remedy: str) -> T:
