@@ -22,6 +22,7 @@ from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
 from sparse_model.io.tensors import digest
+from sparse_model.model.device import check_device
 
 
 class Bundle:
@@ -98,19 +99,16 @@ class Bundle:
 def load_dense(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
-    A run folder or the name of a packaged bundle: "demo" comes with the package. Raw mode: activations
-    and logits are those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises
-    what `bridges.run_folder.open_run` raises, and ValueError for a device that torch does not have here and for a model
-    that TransformerLens sees otherwise than Hugging Face does.
+    A run folder or the name of a packaged bundle: "demo" comes with the package, "./demo" is a folder. Raw mode:
+    activations and logits are those of the HF model. The sparse model and the bridges stay in float32 whatever the
+    dtype. Raises what `bridges.run_folder.open_run` raises, and ValueError for a model that TransformerLens sees
+    otherwise than Hugging Face does.
     """
     from bridges.lens_view import boot
     from bridges.run_folder import open_run
     from interventions.bundle.lens import threaded
 
-    _check_device(device)
-    run = open_run(find_run(folder))
-    for part in (run.dense, run.sparse, run.bridges):
-        part.to(device)
+    run = open_run(find_run(folder), device)
     run.dense.to(dtype)
     dense = threaded(boot(run.dense.hf, run.tokenizer, device))
     check_generation(dense, "use_past_kv_cache", run.dense.d_vocab, run.dense.n_ctx)
@@ -134,7 +132,7 @@ def load_hf(
     does need TransformerLens. Raises FileNotFoundError for a folder that is not a finished run, ValueError for bridges
     that are damaged or do not fit.
     """
-    _check_device(device)
+    check_device(device)
     folder = find_run(folder)
     for part in ("dense/config.json", "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
         if not (folder / part).is_file():
@@ -166,11 +164,6 @@ def watched(hf: Any, padding: tuple[int | None, int | None] | None = None) -> Ca
     calls = Calls(Anatomy(hf).body, padding)
     hf.generate = AnnouncedGenerate(hf, calls)
     return calls
-
-
-def _check_device(device: str | torch.device) -> None:
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch sees no CUDA device here, use cpu")
 
 
 def uncompiled(dense: nn.Module) -> nn.Module:

@@ -1,6 +1,9 @@
 """Trained bundles that come with the package: dense model, tokenizer, sparse model, bridges, channels and circuits."""
 
+import logging
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "bundles"
 
@@ -11,15 +14,18 @@ def packaged_bundles() -> list[str]:
 
 
 def find_run(folder: str | Path) -> Path:
-    """The folder of a run, or of a packaged bundle where the name is one and no folder of that name is a run.
+    """The folder of a packaged bundle whose name this is, or else of a run.
 
-    Raises FileNotFoundError naming the folder and the packaged bundles.
+    A `Path`, and a string with a slash in it, is never a bundle's name. A folder beside which a bundle was taken is
+    logged. Raises FileNotFoundError naming the folder and the packaged bundles.
     """
     path = Path(folder).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if str(folder) in packaged_bundles():
-        return FOLDER / str(folder)
+    if isinstance(folder, str) and folder in packaged_bundles():
+        if path.is_dir():
+            logger.warning(
+                "%s is the bundle that comes with the package, not the folder here: write ./%s for that", folder, folder
+            )
+        return FOLDER / folder
     if path.is_dir():
         return path  # whoever opens it says what is missing
     raise FileNotFoundError(

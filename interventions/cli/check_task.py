@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse
-from interventions.tasks.names import PromptKind
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.config import require
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Options:
     """Pairs of each split, or as many as there are."""
     seed: int = 0
     """Seeds the pairs."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     floors: bool = True
     """Count the n-grams of the training text, which is prepared where it is not kept from training."""
 
@@ -51,8 +53,9 @@ def main(options: Options) -> None:
     from interventions.tasks.base import CannotPresent
     from interventions.tasks.reports import folder_tasks, models_in, report_tasks, training_tokens
 
+    check_task_name(options.task)
     folder = Path(find_run(options.run))
-    models = models_in(folder)
+    models = models_in(folder, options.device)
     (task,) = folder_tasks(folder, min(model.n_ctx for model in models.values()), [options.task], options.prompts)
     training = training_tokens(folder, progress=True) if options.floors else None
     report = report_tasks([task], models, training, pairs=options.pairs, seed=options.seed)[task.name]

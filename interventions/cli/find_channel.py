@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
-from interventions.tasks.names import PromptKind
+from interventions.tasks.names import PromptKind, check_task_name
 
 if TYPE_CHECKING:
     from interventions.bundle.channels import Channel
@@ -28,6 +28,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     task: Annotated[str, tyro.conf.arg(help=f"Task whose feature is wanted, {TASK_LIST}.")] = "single_double_quote"
     prompts: Annotated[PromptKind, tyro.conf.arg(help=PROMPTS_HELP)] = "generated"
     source: Annotated[Literal["steering", "patching", "circuit"], tyro.conf.arg(name="from")] = "steering"
@@ -51,8 +53,9 @@ def main(options: Options) -> None:
     from interventions.bundle.channels import FILE, save_channel
     from interventions.finding.channel_search import find_channel
 
+    check_task_name(options.task)
     with writing_into(options.run):
-        run = open_run(options.run)
+        run = open_run(options.run, options.device)
         channel = find_channel(
             run,
             options.task,

@@ -12,14 +12,16 @@ Examples:
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from interventions.circuits.prune_config import PruneConfig
 from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
-from interventions.tasks.names import PromptKind
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.config import require
+from sparse_model.io.atomic import check_writable_file
 
 if TYPE_CHECKING:
     from interventions.circuits.circuit import Circuit
@@ -33,6 +35,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     task: Annotated[str, tyro.conf.arg(help=f"Task whose circuit is wanted, {TASK_LIST}.")] = "single_double_quote"
     prompts: Annotated[PromptKind, tyro.conf.arg(help=PROMPTS_HELP)] = "generated"
     model: Literal["sparse", "dense"] = "sparse"
@@ -63,6 +67,9 @@ class Options:
 
 def command(arguments: list[str]) -> None:
     options = parse(Options, "find-circuit", arguments, __doc__)
+    check_task_name(options.task)
+    if options.graphml:
+        check_writable_file(Path(options.graphml))
     with writing_into(options.run):
         main(options)
 
@@ -73,7 +80,7 @@ def main(options: Options) -> None:
     from interventions.circuits.circuit_search import find_circuit, with_controls
     from interventions.circuits.controls import Validation, format_validation
 
-    start, run = time.perf_counter(), open_run(options.run)
+    start, run = time.perf_counter(), open_run(options.run, options.device)
     circuit = find_circuit(
         run,
         options.task,

@@ -25,6 +25,9 @@ TASK_LIST = f"one of {', '.join(TASK_NAMES)}, or a file of pairs of your own, su
 PROMPTS_HELP = "Prompts from templates, or places in held-out files of the run's corpus (of stdlib where it has none)."
 """For the help of --prompts."""
 
+DEVICE_HELP = "Where the models run: cpu, cuda or cuda:N; unset: a CUDA device where there is one."
+"""For the help of a training's --device."""
+
 Config = TypeVar("Config", bound=TrainConfig)
 Options = TypeVar("Options")
 
@@ -41,7 +44,7 @@ class RunOptions(Generic[Config]):
     config: Config
     folder: Path
     how: dict[str, Any]
-    """resume, trackers and processes, as the pipelines take them."""
+    """resume, trackers, processes and device, as the pipelines take them."""
 
 
 def parse(options: type[Options], command: str, arguments: list[str], description: str | None = None) -> Options:
@@ -104,12 +107,13 @@ def parse_run(
         """Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio, ..."""
         processes: int | None = None
         """Refuse to start unless exactly so many processes take part."""
+        device: Annotated[str | None, tyro.conf.arg(help=DEVICE_HELP)] = None
         config: Annotated[type(chosen), tyro.conf.arg(name="")] = chosen  # type: ignore[valid-type]
 
     lines = "\n".join(f"    {name:8} {what}" for name, (what, _) in presets.items())
     title = f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{lines}"
     options = parse(Options, f"{command} {preset}", arguments, title)
-    how = {name: getattr(options, name) for name in ("resume", "trackers", "processes")}
+    how = {name: getattr(options, name) for name in ("resume", "trackers", "processes", "device")}
     return RunOptions(options.config, Path(options.run), how)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
-from interventions.tasks.names import PromptKind
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.config import require
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Options:
     """Evaluation pairs of each task, or as many as it has."""
     seed: int = 0
     """Seeds the pairs."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     floors: bool = True
     """Count the n-grams of the training text, which is prepared where it is not kept from training."""
 
@@ -57,6 +59,8 @@ def main(options: Options) -> None:
 
     from interventions.circuits.circuit import failed_circuits
 
+    for name in options.tasks:
+        check_task_name(name)
     scores, reports = {}, {}
     for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
         with writing_into(folder):
@@ -75,9 +79,9 @@ def measure(folder: Path, options: Options) -> "tuple[TaskScores, dict[str, Task
     from interventions.circuits.task_scores import solved_tasks
     from interventions.tasks.reports import folder_tasks, models_in, report_tasks, training_tokens
 
-    models = models_in(folder)
+    models = models_in(folder, options.device)
     tasks = folder_tasks(folder, min(model.n_ctx for model in models.values()), options.tasks, options.prompts)
-    scores = solved_tasks(folder, pairs=options.pairs, seed=options.seed, tasks=tasks)
+    scores = solved_tasks(folder, pairs=options.pairs, seed=options.seed, tasks=tasks, device=options.device)
     training = training_tokens(folder, progress=True) if options.floors else None
     shown = models if options.prompts == "natural" else {}
     reports = report_tasks(tasks, shown, training, pairs=options.pairs, seed=options.seed)

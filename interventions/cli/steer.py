@@ -15,7 +15,7 @@ import tyro
 
 from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse
 from interventions.steering.experiment_config import Experiment
-from interventions.tasks.names import PromptKind
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.io.lock import one_writer
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Options:
     out: str | None = None
     """Folder for metrics.json and the figure; unset: the run's own, which keeps one result per task."""
     device: str = "cpu"
-    """Where the models run."""
+    """Where the models run: cpu, cuda or cuda:N."""
     anyway: bool = False
     """Steer also where the dense model does not solve the task."""
     experiment: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -63,15 +63,30 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from interventions.bundle.bundle import get_bundle, load_dense
-    from interventions.bundle.packaged import FOLDER
+    from interventions.bundle.bundle import load_dense
+    from interventions.bundle.packaged import FOLDER, find_run
+    from sparse_model.io.atomic import check_writable
 
-    dense = load_dense(options.run, options.device)
-    folder = Path(options.out) if options.out else get_bundle(dense).folder
+    run = find_run(options.run)
+    folder = Path(options.out) if options.out else run
     if folder.is_relative_to(FOLDER):
         raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
+    check_names(run, options.experiment)
+    check_writable(folder)
     with one_writer(folder):
-        _steer(dense, folder, options)
+        _steer(load_dense(run, options.device), folder, options)
+
+
+def check_names(run: Path, experiment: Settings) -> None:
+    """Raise for an unknown channel or task before anything is loaded."""
+    from interventions.bundle.channels import load_channels, resolve
+    from sparse_model.config import SparseConfig, from_json
+
+    shape = run / "sparse" / "config.json"
+    if experiment.task:
+        check_task_name(experiment.task)
+    if experiment.channel and shape.is_file():
+        resolve(experiment.channel, load_channels(run), from_json(SparseConfig, shape))
 
 
 def _steer(dense: "nn.Module", folder: Path, options: Options) -> None:

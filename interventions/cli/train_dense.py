@@ -17,5 +17,5 @@ def command(arguments: list[str]) -> None:
     say_shape(options)
     from bridges.pipeline import make_dense
 
-    loss = make_dense(options.config, options.folder, resume=options.how["resume"])
+    loss = make_dense(options.config, options.folder, resume=options.how["resume"], device=options.how["device"])
     print(f"dense CE on held-out text: {loss:.4f} nats per token; saved in {options.folder / 'dense'}")

@@ -45,14 +45,14 @@ _LIBRARY_LICENCE = "uPlot.LICENSE.txt"
 _SCRIPTS = ("uPlot.iife.min.js", "dom.js", "charts.js", "panel.js", "picture.js", "explorer.js", "main.js")
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, device: str = "cpu") -> Path:
     """Write RUN/report.html from what the run folder holds; returns its path.
 
     Raises what `bridges.run_folder.open_run` raises for a folder that is no finished run, and ValueError, naming the
     file, for a metrics.jsonl, metrics.json or channels.json that is damaged. A circuit that does not read is left out,
     and the report says so.
     """
-    run = open_run(folder)
+    run = open_run(folder, device)
     shown = _contents(run)
     command = f"--run {shlex.quote(str(folder))}"
     try:
@@ -72,7 +72,8 @@ def _contents(run: Run) -> dict[str, Any]:
     training = training_charts(run)
     loaded = load_circuits(run)
     documents = held_out(run, HELD_OUT_TOKENS) if channels or loaded.circuits else HeldOut("", [])
-    pages = channel_pages(run, load_dense(run.folder), channels, documents) if channels else []
+    device = run.bridges.rms_sparse.device
+    pages = channel_pages(run, load_dense(run.folder, device), channels, documents) if channels else []
     rows = blocks(documents, run.config.sparse.n_ctx) if loaded.circuits else None
     circuits = [] if rows is None else list(circuit_pages(run, loaded.circuits, channels, rows))
     hybrids = hybrid_chart(metrics)

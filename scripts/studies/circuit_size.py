@@ -33,6 +33,7 @@ from interventions.circuits.task_scores import SOLVED, score_tasks
 from interventions.cli.options import report_errors
 from interventions.tasks.catalogue import get_task
 from sparse_model.config import require
+from sparse_model.io.atomic import check_writable_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,8 @@ def measure(contest: Contest, options: Options) -> dict:
 
 
 def main(options: Options) -> None:
+    if options.plot:
+        check_writable_file(Path(options.plot))
     require(len(options.seeds) > 0, "seeds", options.seeds, "name at least one")
     require(options.draws > 0, "draws", options.draws, "must be at least 1")
     figures = {}

@@ -29,6 +29,7 @@ from bridges.joint_trainer import JointTrainer
 from bridges.loading import load_lm
 from bridges.run_folder import new_bridges
 from interventions.cli.options import report_errors
+from sparse_model.io.atomic import check_writable
 from sparse_model.model.transformer import SparseTransformer
 
 OBJECTIVES = {
@@ -111,6 +112,7 @@ def report(options: Options, steps: dict[str, int]) -> None:
 
 def main(options: Options) -> None:
     out = Path(options.out)
+    check_writable(out)
     dense = out / "dense" / "dense"
     if not (dense / "config.json").exists():
         call("train-dense", "demo", "--sparse.n-layers", str(options.layers), "--run", str(out / "dense"), "--resume")

@@ -32,7 +32,7 @@ from interventions.cli.options import report_errors
 from interventions.tasks.catalogue import get_task
 from sparse_model.config import require
 from sparse_model.data.prepare import prepare_corpus
-from sparse_model.io.atomic import write_text
+from sparse_model.io.atomic import check_writable, write_text
 
 PAPER = {"k_coef": 1e-4, "lr": 3e-3, "init_noise_scale": 1e-2, "init_noise_bias": 1e-1, "weight_decay": 1e-3}
 """Centres of the paper's search."""
@@ -69,6 +69,8 @@ def settings(base: PruneConfig, draws: int) -> dict[str, PruneConfig]:
 
 
 def main(options: Options) -> None:
+    if options.out:
+        check_writable(Path(options.out))
     compared = settings(options.config, options.draws)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
     for folder in options.runs:

@@ -14,6 +14,7 @@ import tyro
 
 from interventions.cli.options import report_errors
 from interventions.steering.result import DRAWN, Steering, named_curves, place_of, set_name, strength_of, value_at
+from sparse_model.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ def figures(folder: Path, task: str) -> dict[str, float]:
 
 
 def main(options: Options) -> None:
+    require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
     rows = [figures(Path(run), options.task) for run in options.runs]
     several = len(rows) > 2
     heads = [Path(run).name for run in options.runs] + ["median"] * several
