@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
 from bridges.dense import Sublayered
 from bridges.hybrid import mixed_path, random_path, residuals, suffix
 from bridges.losses import kl
 from bridges.sites import all_sites
+from sparse_model.io.progress import progress_bar
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import count_nonzeros
 from sparse_model.training.losses import next_token_loss
@@ -108,8 +108,10 @@ def evaluate(
     """The `dense`, `sparse` and `sites` parts of metrics.json, from held-out blocks of tokens. Changes no model."""
     models = Bridged(dense, sparse, bridges)
     batches = [b.long().to(next(sparse.parameters()).device) for b in blocks.split(batch_size)]
-    encode, decode = _measure_bridges(models, tqdm(batches, "evaluate: bridges", leave=False, disable=not progress))
-    bar = tqdm(batches, "evaluate: hybrids", leave=False, disable=not progress)
+    encode, decode = _measure_bridges(
+        models, progress_bar(batches, "evaluate: bridges", leave=False, disable=not progress)
+    )
+    bar = progress_bar(batches, "evaluate: hybrids", leave=False, disable=not progress)
     means = _measure_hybrids(models, bar, encode, decode)
     report = sparsity_report(sparse, batches)
     sites = []

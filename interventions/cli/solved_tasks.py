@@ -55,14 +55,13 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from tqdm.auto import tqdm
-
     from interventions.circuits.circuit import failed_circuits
+    from sparse_model.io.progress import progress_bar
 
     for name in options.tasks:
         check_task_name(name)
     scores, reports = {}, {}
-    for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
+    for folder in progress_bar(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
         with writing_into(folder):
             scores[folder], reports[folder] = measure(Path(folder), options)
     print(table(scores, reports))

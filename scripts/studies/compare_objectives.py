@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import tyro
 from summary import figures
-from tqdm.auto import tqdm
 
 from bridges.config import PRESETS, RunConfig
 from bridges.dense import DenseModel
@@ -30,6 +29,7 @@ from bridges.loading import load_lm
 from bridges.run_folder import new_bridges
 from interventions.cli.options import report_errors
 from sparse_model.io.atomic import check_writable
+from sparse_model.io.progress import progress_bar
 from sparse_model.model.transformer import SparseTransformer
 
 OBJECTIVES = {
@@ -130,7 +130,7 @@ def main(options: Options) -> None:
     todo = [(objective, seed) for seed in options.seeds for objective in OBJECTIVES]
     with ThreadPoolExecutor(options.jobs) as pool:
         calls = pool.map(lambda job: run_one(options, job[0], steps[job[0]], job[1]), todo)
-        list(tqdm(calls, total=len(todo), unit="run"))
+        list(progress_bar(calls, total=len(todo), unit="run"))
     report(options, steps)
 
 
