@@ -8,6 +8,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bridges.families import ReadNorm
 from sparse_model.io.atomic import recover_folder, replace_folder
 from sparse_model.io.tensors import load_checked, read_tensors
 from sparse_model.sparsity.abs_topk import abs_topk
@@ -40,6 +41,10 @@ class BridgeSet(nn.Module):
             self.register_buffer(name, torch.full((n_sites,), torch.nan))
         for bias in (m.bias for m in (*self.encoders, *self.decoders)):
             nn.init.zeros_(bias)
+
+    def norm_scale(self, site: int, norm: ReadNorm) -> Float[Tensor, ""]:
+        """The mean, over held-out text, of what the dense norm at a site divides by."""
+        return (self.std_dense if norm.centred else self.rms_dense)[site]
 
     def encode(self, site: int, resid: DenseResid) -> SparseResid:
         """f_site: a dense residual stream as a sparse one."""

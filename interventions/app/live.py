@@ -36,7 +36,7 @@ _TOP = 10
 _EXAMPLES = 6
 _UNKNOWN_LARGEST = 10.0
 """Range of delta where nothing was measured: before AbsTopK the sparse reads have an RMS of 1."""
-_WIDEST, _SUGGESTED = 4, 3
+_WIDEST, _SUGGESTED = 6, 5
 """Deltas in differences of the class means. One is what a counterfactual changes where the prompts differ; the same
 amount at every token, and in one sublayer's input only, takes a few to outweigh what the other sublayers see."""
 
@@ -115,7 +115,7 @@ class DeltaRange(NamedTuple):
     largest: float
     """The range is -largest .. largest."""
     suggested: float
-    """From class 0 beyond class 1: three times the difference of their means; 0 where nothing was measured."""
+    """From class 0 beyond class 1: five times the difference of their means; 0 where nothing was measured."""
     means: tuple[float, float] | None
     """The channel's mean in classes 0 and 1 on the selection prompts; None where nothing was measured."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from bridges.bridge import BridgeSet, load_bridges
@@ -62,11 +62,6 @@ class Bundle:
                 "or use delta, set_to or intervene_vector"
             ) from error
         return load_sparse(self.folder / "sparse").eval().to(self.bridges.rms_sparse.device)
-
-    def norm_scale(self, site: int) -> Tensor:
-        """The mean, over held-out text, of what the dense norm at a site divides by."""
-        scales = self.bridges.std_dense if self.anatomy.read_norm(site).centred else self.bridges.rms_dense
-        return scales[site]
 
     def identity(self) -> dict[str, Any]:
         """What an intervention belongs to: the layer count, and a digest of each part's weights as they are now.

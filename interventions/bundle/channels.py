@@ -6,12 +6,14 @@ indices because one feature is often two opposing channels.
 """
 
 import difflib
+import hashlib
 import json
+import logging
 import math
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -25,6 +27,7 @@ from sparse_model.io.lock import one_writer
 
 FILE = "channels.json"
 
+logger = logging.getLogger(__name__)
 _one_reader = threading.RLock()
 
 
@@ -94,12 +97,19 @@ class Channel:
     def from_dict(cls, entry: dict[str, Any]) -> "Channel":
         """From JSON, as `dataclasses.asdict` gives it."""
         lists = {name: tuple(entry[name]) for name in ("indices", "weights")}
+        entry = {name: value for name, value in entry.items() if name != "digest"}
         return cls(**entry | lists | {"rules": tuple(Rule(**rule) for rule in entry.get("rules", ()))})
 
     def value(self, reads: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch"]:
         """The channel's activation, sum_c w_c x_c / sum_c w_c^2, in the unit in which `delta` moves it."""
         weights = torch.tensor(self.weights).to(reads)
         return reads[..., list(self.indices)] @ weights / weights.square().sum()
+
+    @property
+    def digest(self) -> str:
+        """Of everything that was chosen: a result that names it was steered with this very channel."""
+        chosen = json.loads(json.dumps(asdict(self)))
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def strength(self) -> float:
@@ -136,16 +146,36 @@ def load_channels(folder: Path) -> dict[str, Channel]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Channel.from_dict(entry) for name, entry in data.items()}
+        entries = {name: (Channel.from_dict(entry), entry.get("digest")) for name, entry in data.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): run sparse-bridges find-channel again") from error
+    return {name: _checked(path, channel, digest) for name, (channel, digest) in entries.items()}
+
+
+def _checked(path: Path, channel: Channel, digest: str | None) -> Channel:
+    """A channel as it was chosen; without strengths where those are in the units of an earlier version."""
+    if digest is not None and digest != channel.digest:
+        raise ValueError(
+            f"{path}: channel {channel.name!r} was changed after it was chosen: remove it and run sparse-bridges "
+            "find-channel again, or remove its digest to keep it as your own"
+        )
+    if "doses" in channel.selection and "units" not in channel.selection:
+        logger.warning(
+            "%s: the strengths of channel %r are of an earlier version's units and are left out: run sparse-bridges "
+            "find-channel again",
+            path,
+            channel.name,
+        )
+        kept = {key: value for key, value in channel.selection.items() if key != "doses"}
+        return replace(channel, selection=kept, rules=())
+    return channel
 
 
 def save_channel(folder: Path, channel: Channel) -> None:
     """Add or replace one channel in RUN/channels.json."""
     with one_writer(folder):
         channels = load_channels(folder) | {channel.name: channel}
-        entries = {name: asdict(c) for name, c in channels.items()}
+        entries = {name: asdict(c) | {"digest": c.digest} for name, c in channels.items()}
         write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
 
 
@@ -182,16 +212,29 @@ def read_gain(sparse: Any, site: int) -> Float[Tensor, " d_sparse"]:
 
 def residual_reads(sparse: Any, tokens: Int[Tensor, "batch pos"], site: int) -> Float[Tensor, "batch pos d_sparse"]:
     """Residual reads of a `SparseTransformer` at a site: after RMSNorm and AbsTopK, before the norm's gain."""
-    hook_name = Site(site, sparse.n_layers).read_hook
-    reader, reads = threading.get_ident(), []
+    return reads_and_rms(sparse, tokens, site)[0]
+
+
+def reads_and_rms(
+    sparse: Any, tokens: Int[Tensor, "batch pos"], site: int
+) -> tuple[Float[Tensor, "batch pos d_sparse"], Float[Tensor, "batch pos 1"]]:
+    """The reads, and the RMS of the residual stream that they are taken from: a read times its RMS is in the stream."""
+    place = Site(site, sparse.n_layers)
+    reader, seen = threading.get_ident(), {}
 
     def keep(value: Tensor, hook: Any) -> None:
         if threading.get_ident() == reader:  # others may run the model meanwhile, and their passes meet this hook too
-            reads.append(value.detach())
+            seen[hook.name] = value.detach()
 
-    with _one_reader, sparse.hooks([(hook_name, keep)]):  # TransformerLens counts the hooks it takes off by model
+    hooks = [(name, keep) for name in (place.read_hook, place.stream_hook)]
+    with _one_reader, sparse.hooks(hooks):  # TransformerLens counts the hooks it takes off by model
         sparse(tokens)
-    return without_gain(sparse, site, reads[-1])
+    return without_gain(sparse, site, seen[place.read_hook]), stream_rms(seen[place.stream_hook])
+
+
+def stream_rms(stream: Float[Tensor, "*batch_pos d_sparse"]) -> Float[Tensor, "*batch_pos 1"]:
+    """The RMS that divides a sparse stream where it is read."""
+    return stream.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def without_gain(

@@ -87,6 +87,12 @@ def describe(channel: "Channel") -> None:
             f"P(counterfactual answer) in the dense model {dose['p']:.3f} at strength {dose['strength']:g} (random "
             f"directions {dose['random_p95']:.3f})"
         )
+    for n, channels in selection["by_patching"]["sets"].items():
+        dose = selection["by_patching"]["doses"][n]
+        print(
+            f"{n} channels {channels} from the sparse model alone: P(counterfactual answer) in the dense model "
+            f"{dose['p']:.3f} at strength {dose['strength']:g}"
+        )
     print(
         f"the whole read of site {channel.site}: {selection['whole_effect_nats']:+.3f} nats of log P(counterfactual "
         "answer) in the sparse model"

@@ -5,7 +5,6 @@ Examples:
     sparse-bridges steer --run runs/demo --task while_return_true --where stream --out runs/demo/stream
 """
 
-import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +116,8 @@ def _steer(dense: "nn.Module", folder: Path, options: Options) -> None:
         + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
     )
     print_curves(result)
-    print_quiet(result)
+    print_chosen(result)
+    print_searches(result)
     print_side_effects(result.side_effects)
     print(f"\nNMSE at the site: decoder {result.ridge_fit['decoder_nmse']:.3f}, ridge {result.ridge_fit['nmse']:.3f}")
     print(f"plot: {plot}")
@@ -153,19 +153,33 @@ def print_curves(result: "Steering") -> None:
         print(f"{name:42}" + "".join(f"{curve[i]:8.4f}" for i in shown) + interval)
 
 
-def print_quiet(result: "Steering") -> None:
-    """Each set at its quiet strength, and what the search for one channel finds through other decoders."""
-    from interventions.steering.result import DRAWN, quiet_strength, set_name
+def print_chosen(result: "Steering") -> None:
+    """Each edit at the strength that was chosen on selection prompts, or at 1."""
+    from interventions.steering.result import FROM_SPARSE, IN_PAPER_UNITS, chosen_strength, place_of, set_name
 
-    print(f"\n{'at the largest quiet strength':42}strength   P(cf.)  random p95   chosen")
-    for n, curve in {**result.channels, "difference_of_means": result.difference_of_means}.items():
-        strength = quiet_strength(result, n)
-        at = result.strength.index(strength)
-        chosen = f"{result.chosen[n]:9g}" if n in result.chosen else ""
-        print(f"{set_name(n):42}{strength:8g}{curve[at]:9.4f}{result.random_own_p95[n][at]:12.4f}{chosen}")
-    for name, found in result.searched.items():
-        values = f"median {statistics.median(found):.4f}, largest {max(found):.4f} of {len(found)}"
-        print(f"{f'1 channel searched for, {DRAWN[name]}':42}  {values}")
+    edits = [(set_name(n), n, curve) for n, curve in result.channels.items()]
+    edits += [(set_name(n) + FROM_SPARSE, f"by_patching {n}", curve) for n, curve in result.by_patching.items()]
+    edits += [(set_name(n) + IN_PAPER_UNITS, f"paper {n}", curve) for n, curve in result.paper.items()]
+    edits.append(("difference of means", "difference_of_means", result.difference_of_means))
+    print(f"\n{'at the strength chosen on selection prompts':46}strength   P(cf.)  random p95")
+    for title, name, curve in edits:
+        strength = chosen_strength(result, name)
+        place = place_of(result, strength)
+        values = "     not measured" if place is None else f"{curve[place]:9.4f}"
+        if place is not None and name in result.random_own_p95:
+            values += f"{result.random_own_p95[name][place]:12.4f}"
+        print(f"{title:46}{strength:8g}{values}" + ("" if name in result.chosen else "   (none was chosen)"))
+
+
+def print_searches(result: "Steering") -> None:
+    """What one search finds for ours and for the controls."""
+    from interventions.steering.result import searches, set_name
+
+    heads = f"{'ours':>8}{'median':>9}{'largest':>9}{'draws':>7}{'p':>8}"
+    print(f"\n{f'one search for all, at norm {result.search_norm:.2f}':46}{heads}")
+    for row in searches(result):
+        values = f"{row.ours:8.4f}{row.median:9.4f}{row.largest:9.4f}{row.draws:7}{row.p_value:8.3f}"
+        print(f"{f'{row.control}, {set_name(row.size)}':46}{values}")
 
 
 def print_side_effects(effects: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """Edits from what a caller or a saved file gives: both go through the same checks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from bridges.sites import Site
 from interventions.bundle.bundle import Bundle
@@ -9,6 +9,7 @@ from interventions.bundle.channels import Channel
 from interventions.editing import arguments
 from interventions.editing.hooks import Edit
 from interventions.editing.positions import as_positions, check_steps
+from interventions.editing.units import Units
 from interventions.editing.vectors import Delta, Fixed, SetTo, Source, Toward
 
 
@@ -25,21 +26,29 @@ def acting(
 
 
 def make_source(
-    bundle: Bundle, channel: Channel, kind: str, given: Any, strength: Any, weight: int | float = 1
+    bundle: Bundle,
+    channel: Channel,
+    kind: str,
+    given: Any,
+    strength: Any,
+    weight: int | float = 1,
+    units: Any = "exact",
 ) -> Source:
     """A source that moves a channel: kind is "delta", "set_to" or "toward"."""
     strength = arguments.number("strength", strength)
+    if not isinstance(units, str) or units not in get_args(Units):
+        raise ValueError(f"units={units!r}: use 'exact' (each token's own scales) or 'paper' (their averages)")
     if kind == "toward":
         config = bundle.hf.config
         tokens = arguments.tokens(given, config.vocab_size, config.max_position_embeddings)
         arguments.check_product("strength", weight, strength)
-        return Toward(bundle, channel, tokens, weight * strength)
+        return Toward(bundle, channel, tokens, weight * strength, units)  # type: ignore[arg-type]
     amount = arguments.amount(kind, given)
     arguments.check_product(kind, amount, weight, strength)
     if kind == "delta":
-        return Delta(bundle.bridges, channel, amount, weight * strength)
+        return Delta(bundle.bridges, channel, amount, weight * strength, units)  # type: ignore[arg-type]
     if kind == "set_to":
-        return SetTo(bundle.bridges, channel, weight * amount, strength)
+        return SetTo(bundle.bridges, channel, weight * amount, strength, units)  # type: ignore[arg-type]
     raise ValueError(f"{kind!r} is no kind of change: use delta, set_to, toward or vector")
 
 

@@ -5,7 +5,8 @@ The algorithm:
 1. A source (`interventions.editing.vectors`) gives v, the change of the dense residual stream at each token.
 2. where="read" (the paper's, A.4): only what the next sublayer reads changes. The norm's response to a small v is
    added behind it: gain * (v - mean(v)) / std, with std the stream's own standard deviation at that token (the norm's
-   epsilon included); for an RMSNorm gain * v / rms. The residual stream stays as it was.
+   epsilon included; in the paper's units the mean over held-out text); for an RMSNorm gain * v / rms. The residual
+   stream stays as it was.
 3. where="stream": v is added to the residual stream itself, so that everything downstream sees it.
 4. Tokens that are not selected (`interventions.editing.positions`) keep their values bit for bit.
 
@@ -64,10 +65,9 @@ class Edit:
     ) -> Float[Tensor, "*tokens d_dense"]:
         """The reading norm's output for a stream, edited."""
         rows = (-1, seen.call.length, value.shape[-1])  # OPT lays batch and positions side by side before its MLP
-        wide = _wide(stream).reshape(rows)
-        vector = self.source(seen, wide)
-        norm = self.norm
-        return self._add(seen, value.reshape(rows), norm.response(vector, norm.scale(wide))).view_as(value)
+        wide, norm = _wide(stream).reshape(rows), self.norm
+        scale = self._mean_scale if self.source.units == "paper" else norm.scale(wide)
+        return self._add(seen, value.reshape(rows), norm.response(self.source(seen, wide), scale)).view_as(value)
 
     def write(
         self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"], value: Float[Tensor, "batch pos d_dense"]
@@ -93,13 +93,18 @@ class Edit:
         return self.bundle.anatomy.read_norm(self.site.index)
 
     def vector(self) -> Float[Tensor, " d_dense"]:
-        """What is added, at the mean scale of the stream over held-out text."""
+        """What is added where both streams have their mean scales over held-out text."""
         direction = self.source.direction()
         if direction is None:
             raise ValueError("only a fixed delta or vector has one direction; toward and set_to differ at each token")
         if self.where == "stream":
             return direction
-        return self.norm.response(direction, self.bundle.norm_scale(self.site.index))
+        return self.norm.response(direction, self._mean_scale)
+
+    @property
+    def _mean_scale(self) -> Tensor:
+        """What the norm divides by, its mean over held-out text."""
+        return self.bundle.bridges.norm_scale(self.site.index, self.norm)
 
 
 def lens_hooks(edit: Edit, see: See, dense: Any) -> list[tuple[str, Hook]]:

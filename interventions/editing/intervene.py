@@ -5,7 +5,7 @@ model.
 
 Order: edits act where they sit in the model, so a stream edit is seen by whatever reads later, whatever the order of
 `with` blocks or of a sum. At one and the same place edits add up in the order in which they were attached; it matters
-only for `set_to` with where="stream", which reads the stream as the edits before it have left it.
+only for where="stream": `set_to` reads the stream, and `delta` its scale, as the edits before them have left it.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -129,13 +129,15 @@ def intervene(
     steps: Any = "all",
     where: Any = "read",
     prompt_length: Any = None,
+    units: Any = "exact",
 ) -> Intervention:
     """An intervention that moves sparse channels of a dense model from `load_dense` or `load_hf`.
 
     channel: a name from channels.json, an address such as "attn.1.read.146", or a Channel; several as a list, or as a
         mapping to weights, which multiply delta, set_to or (for toward) the strength.
-    delta: change in units of the channel's post-norm activation; a number, or one per batch row.
-    set_to: the value to which the channel moves, as the encoder reads it from the dense stream; likewise.
+    delta: change of the channel's value, in the unit of `Channel.value` of a read; a number, or one per batch row.
+    set_to: the value to which the channel moves, from the one that the encoder reads in the dense stream at each token
+        (`interventions.editing.vectors.encoded_value`); likewise.
     toward: counterfactual tokens [batch, pos], aligned with the prompt token by token, padding included; generated
         tokens have no counterfactual and stay as they are.
     strength: scales the change: 1 is all of it, 0 leaves the model as without the handle.
@@ -148,6 +150,7 @@ def intervene(
     steps: "prompt", "generated" or "all" tokens. The first generated token is chosen at the prompt's last token, which
         "generated" leaves alone: positions=slice(-1, None) edits every token at which a new one is chosen.
     where: "read", only the next sublayer's input, or "stream", everything downstream; `output_hidden_states` shows it.
+    units: "exact", by each token's own scales, or "paper", by their averages over held-out text (A.4).
     prompt_length: columns of the prompt, padding included. `generate` tells it by itself, however it feeds the prompt.
         Passes of your own need it where the edit depends on the prompt's end and a pass goes on with a KV cache, or
         with the tokens of an earlier pass in the same block; otherwise a pass is a prompt.
@@ -172,7 +175,7 @@ def intervene(
     return Intervention(
         dense,
         tuple(
-            acts(Site(c.site, bundle.shape.n_layers), make_source(bundle, c, given[0], value, strength, weight))
+            acts(Site(c.site, bundle.shape.n_layers), make_source(bundle, c, given[0], value, strength, weight, units))
             for c, weight in chosen
         ),
     )

@@ -55,10 +55,16 @@ def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
         tensors = load_file(path / TENSORS)
         models, run = settings["models"], settings["run"]
         differences = _differences(models, here)
-        if not differences:
+        earlier = any(entry["kind"] != "vector" and "units" not in entry for entry in settings["edits"])
+        if not differences and not earlier:
             return tuple(_unpack(entry, f"{i}.", tensors, bundle) for i, entry in enumerate(settings["edits"]))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): save the intervention again") from error
+    if not differences:
+        raise ValueError(
+            f"{path} is of an earlier version, which moved channels by the sparse stream's mean scale and not by "
+            "each token's own: build the intervention again and save that"
+        )
     raise ValueError(
         f"{path} was saved for other models: {'; '.join(differences)}. Load it onto those of {run}, or build the "
         "intervention again on this model"
@@ -110,7 +116,7 @@ def _pack(edit: Edit, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]
         "prompt_length": edit.prompt_length,
         "positions": _pack_positions(edit.positions, number),
         "channel": None if channel is None else asdict(channel),
-        "rms_sparse": float(edit.bundle.bridges.rms_sparse[edit.site.index]),
+        "units": edit.source.units,
         **source,
     }
 
@@ -142,4 +148,4 @@ def _unpack(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor], bund
     check_channel(channel, bundle.shape)
     if channel.site != place.index:
         raise ValueError(f"the edit is at {place.label}, its channel at site {channel.site}")
-    return acts(place, make_source(bundle, channel, kind, given, strength))
+    return acts(place, make_source(bundle, channel, kind, given, strength, units=entry["units"]))

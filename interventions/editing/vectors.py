@@ -1,20 +1,22 @@
 """Where an intervention's dense vectors come from: each source gives the change of the dense residual stream.
 
-In the sparse model's pre-norm stream a post-norm change of delta is worth about delta * rms_s, so the dense stream
-moves by delta * rms_s * W_g[:, c] (paper A.4); rms_s is the sparse stream's RMS at the site over held-out text and W_g
-the decoder, without its bias.
+In the sparse model's pre-norm stream a change delta of what is read of channel c is worth delta * rms_s, so the dense
+stream moves by delta * rms_s * W_g[:, c] (paper A.4), with W_g the decoder, without its bias. rms_s is the sparse
+stream's RMS at that very token: as the encoder reads it from the dense stream there, or, for `toward`, the sparse
+model's own on the tokens presented. With units="paper" it is the mean over held-out text, at every token the same.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from interventions.bundle.channels import Channel, residual_reads
+from interventions.bundle.channels import Channel, reads_and_rms, stream_rms
 from interventions.editing.seen import Seen
+from interventions.editing.units import Units
 
 StreamVector = Float[Tensor, "#batch #pos d_dense"]
 
@@ -24,6 +26,10 @@ REPEATED = "beam search and num_return_sequences repeat every prompt row: .repea
 @runtime_checkable
 class Source(Protocol):
     """Gives the stream change of one pass."""
+
+    @property
+    def units(self) -> Units:
+        """paper: a read edit, too, goes by the dense norm's mean scale."""
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector: ...
 
@@ -35,27 +41,23 @@ class Source(Protocol):
         """The stream change, where it is the same at every token."""
 
 
-def stream_change(
-    rms: Float[Tensor, ""], deltas: Float[Tensor, "*batch_pos channel"], columns: Float[Tensor, "channel d_dense"]
-) -> Float[Tensor, "*batch_pos d_dense"]:
-    """The dense stream's change where sparse channels move by `deltas`: rms_s * sum_c delta_c * W[:, c] (paper A.4).
-
-    `columns` are the decoder's, or those of a map that stands in for it.
-    """
-    return rms * deltas @ columns
-
-
 def channel_direction(bridges: BridgeSet, channel: Channel) -> Float[Tensor, " d_dense"]:
-    """The stream change per unit of a channel: its indices' columns, weighted."""
-    return _channel_change(bridges, channel, torch.tensor(channel.weights).to(bridges.rms_sparse))
+    """The dense stream's change where a channel moves the sparse *stream* by 1: its indices' columns, weighted."""
+    return torch.tensor(channel.weights).to(bridges.rms_sparse) @ _columns(bridges, channel)
 
 
-def _channel_change(
-    bridges: BridgeSet, channel: Channel, deltas: Float[Tensor, "*batch_pos channel"]
-) -> Float[Tensor, "*batch_pos d_dense"]:
-    """The stream change where a channel's indices move by `deltas`."""
-    columns = bridges.directions(channel.site)[list(channel.indices)]
-    return stream_change(bridges.rms_sparse[channel.site], deltas, columns)
+def _columns(bridges: BridgeSet, channel: Channel) -> Float[Tensor, "channel d_dense"]:
+    return bridges.directions(channel.site)[list(channel.indices)]
+
+
+def encoded_value(
+    bridges: BridgeSet, channel: Channel, stream: Float[Tensor, "*batch_pos d_dense"]
+) -> tuple[Float[Tensor, "*batch_pos"], Float[Tensor, "*batch_pos 1"]]:
+    """A channel's value as the encoder reads it from the dense stream, and the sparse RMS that it is in units of."""
+    # The bridges stay in their own precision and on their own device; the dense model may be elsewhere.
+    encoded = bridges.encode(channel.site, stream.to(bridges.rms_sparse))
+    rms = stream_rms(encoded)
+    return channel.value(encoded / rms), rms
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Delta:
     channel: Channel
     delta: int | float | Float[Tensor, " batch"]
     strength: int | float
+    units: Units = "exact"
 
     def __str__(self) -> str:
         amount = f"{self.delta:+g}" if isinstance(self.delta, int | float) else f"{len(self.delta)} amounts"
@@ -78,16 +81,16 @@ class Delta:
     def direction(self) -> Float[Tensor, " d_dense"] | None:
         if isinstance(self.delta, Tensor):
             return None
-        return self.strength * self.delta * channel_direction(self.bridges, self.channel)
+        rms = self.bridges.rms_sparse[self.channel.site]
+        return self.strength * self.delta * rms * channel_direction(self.bridges, self.channel)
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
-        if not isinstance(self.delta, Tensor):
-            direction = self.direction()
-            assert direction is not None
-            return direction.to(stream)[None, None]
-        _check_rows("delta", self.delta, stream)
-        direction = channel_direction(self.bridges, self.channel).to(stream)
-        return self.strength * self.delta.to(stream)[:, None, None] * direction
+        delta: Any = self.delta
+        if isinstance(delta, Tensor):
+            _check_rows("delta", delta, stream)
+            delta = delta.to(self.bridges.rms_sparse)[:, None, None]
+        rms = _rms(self.units, self.bridges, self.channel, stream)
+        return (self.strength * delta * rms * channel_direction(self.bridges, self.channel)).to(stream)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class SetTo:
     channel: Channel
     value: int | float | Float[Tensor, " batch"]
     strength: int | float
+    units: Units = "exact"
 
     def __str__(self) -> str:
         return f"{self.channel.name} to {self.value:g}{_times(self.strength)}"
@@ -110,26 +114,41 @@ class SetTo:
         return None
 
     def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> StreamVector:
-        # The bridges stay in their own precision and on their own device; the dense model may be elsewhere.
-        encoded = self.bridges.encode(self.channel.site, stream.to(self.bridges.rms_sparse))
-        normalized = encoded / encoded.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+        now, rms = encoded_value(self.bridges, self.channel, stream)
+        if self.units == "paper":
+            rms = self.bridges.rms_sparse[self.channel.site]
         value = self.value
         if isinstance(value, Tensor):
             _check_rows("set_to", value, stream)
-            value = value.to(normalized)[:, None]
-        change = self.strength * (value - self.channel.value(normalized))
-        return (change[..., None] * channel_direction(self.bridges, self.channel)).to(stream)
+            value = value.to(now)[:, None]
+        change = self.strength * (value - now)
+        return (change[..., None] * rms * channel_direction(self.bridges, self.channel)).to(stream)
+
+
+def _rms(units: Units, bridges: BridgeSet, channel: Channel, stream: Tensor) -> Tensor:
+    """The sparse stream's RMS: at every token as the encoder reads it, or the mean over held-out text."""
+    if units == "paper":
+        return bridges.rms_sparse[channel.site][None, None, None]
+    return encoded_value(bridges, channel, stream)[1]
 
 
 class Toward:
     """Move a channel's indices towards their values on counterfactual tokens, token by token.
 
-    delta is the sparse model's activation on the counterfactual minus that on the tokens presented, times strength.
+    delta is the sparse model's read on the counterfactual minus that on the tokens presented, times strength, in units
+    of the RMS of its stream on the tokens presented.
     """
 
-    def __init__(self, models: Any, channel: Channel, tokens: Int[Tensor, "batch pos"], strength: int | float) -> None:
+    def __init__(
+        self,
+        models: Any,
+        channel: Channel,
+        tokens: Int[Tensor, "batch pos"],
+        strength: int | float,
+        units: Units = "exact",
+    ) -> None:
         # Anything with `bridges` and `sparse`. Not annotated: the class of a run needs TransformerLens to be imported.
-        self.models, self.channel, self.tokens, self.strength = models, channel, tokens, strength
+        self.models, self.channel, self.tokens, self.strength, self.units = models, channel, tokens, strength, units
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def __str__(self) -> str:
@@ -156,32 +175,39 @@ class Toward:
         change = change[:, call.start : call.start + call.length]
         if change.shape[1] < stream.shape[1]:  # generated tokens have no counterfactual
             change = torch.nn.functional.pad(change, (0, 0, 0, stream.shape[1] - change.shape[1]))
-        return _channel_change(self.models.bridges, self.channel, change).to(stream)
+        return (change @ _columns(self.models.bridges, self.channel)).to(stream)
 
     def _difference(
         self, presented: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "batch pos channel"]:
+        """How far the indices move in the sparse stream."""
         last = self._last  # read once: other threads may set it
         if last is None or not _equal(last[0], presented) or not _equal(last[1], real):
             other = self.tokens[:, : presented.shape[1]]
             with torch.no_grad():
-                change = self._read(other, real) - self._read(presented, real)
+                there, (here, rms) = self._read(other, real)[0], self._read(presented, real)
+                if self.units == "paper":
+                    rms = self.models.bridges.rms_sparse[self.channel.site]
+                change = rms * (there - here)
             # A copy: the caller may write other tokens into the same tensor.
             self._last = last = presented.clone(), real, change
         return last[2]
 
     def _read(
         self, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
-    ) -> Float[Tensor, "batch pos channel"]:
-        sparse, indices = self.models.sparse, list(self.channel.indices)
+    ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch pos 1"]]:
+        """Reads of the indices, and the RMS of the stream; zeros at padding."""
+        sparse, site, indices = self.models.sparse, self.channel.site, list(self.channel.indices)
         tokens = tokens.to(self.models.bridges.rms_sparse.device)
         if real is None or bool(real.all()):
-            return residual_reads(sparse, tokens, self.channel.site)[..., indices]
+            read, rms = reads_and_rms(sparse, tokens, site)
+            return read[..., indices], rms
         # The sparse model has no attention mask: each row goes through it without its padding.
-        read = torch.zeros(*tokens.shape, len(indices), device=tokens.device)
-        for row, kept in zip(read, zip(tokens, real.to(tokens.device), strict=True), strict=True):
-            row[kept[1]] = residual_reads(sparse, kept[0][kept[1]][None], self.channel.site)[0, :, indices]
-        return read
+        reads, scales = (torch.zeros(*tokens.shape, width, device=tokens.device) for width in (len(indices), 1))
+        for row, kept in enumerate(real.to(tokens.device)):
+            read, rms = reads_and_rms(sparse, tokens[row][kept][None], site)
+            reads[row, kept], scales[row, kept] = read[0, :, indices], rms[0]
+        return reads, scales
 
 
 @dataclass(frozen=True)
@@ -190,6 +216,7 @@ class Fixed:
 
     vector: Float[Tensor, "*batch_pos d_dense"]
     strength: int | float
+    units: ClassVar[Units] = "exact"
 
     def __str__(self) -> str:
         return f"a vector of length {float(self.vector.norm(dim=-1).mean()):.3g}{_times(self.strength)}"

@@ -29,8 +29,7 @@ from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.finding.by_patching import ChannelSearch, nameable, named_channel, size_rule
 from interventions.finding.patching import ReadPatch, eligibility_rule, eligible_sites, mean_difference, site_effects
 from interventions.steering.edits import mean_norm
-from interventions.steering.search import SEARCH_DRAWS
-from interventions.steering.strengths import Dose, Dosing, near_largest
+from interventions.steering.strengths import SEARCH_DRAWS, Dose, Dosing, near_largest
 from interventions.tasks.base import TaskBatch
 from sparse_model.io.progress import progress_bar
 

@@ -4,18 +4,25 @@ import logging
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
 from interventions.circuits.circuit import load_circuit
 from interventions.finding.by_circuit import channel_by_circuit
-from interventions.finding.by_patching import channel_by_patching
+from interventions.finding.by_patching import channel_by_patching, search_channels
 from interventions.finding.by_steering import channel_by_steering, read_matters
-from interventions.steering.strengths import with_doses
+from interventions.steering.rivals import difference_of_means
+from interventions.steering.steered_prompts import prompts_of
+from interventions.steering.strengths import Dosing
+from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import TaskName
 from interventions.tasks.names import PromptKind
 from interventions.tasks.of_run import run_task
 
 logger = logging.getLogger(__name__)
+
+_PATCHED_SIZES = (1, 2, 4, 8)
 
 FindBy = Literal["steering", "patching", "circuit"]
 
@@ -51,12 +58,40 @@ def find_channel(
     name = name or bound.spec.channel
     batch = bound.sample_up_to(pairs, split="selection", seed=run.config.seed).to(run.bridges.rms_sparse.device)
     if circuit:
-        channel = with_doses(run, channel_by_circuit(run, name, circuit, batch, site=site), batch)
+        channel = channel_by_circuit(run, name, circuit, batch, site=site)
     elif by == "patching":
         channel = channel_by_patching(run, name, bound.name, batch, site=site, progress=progress)
-        channel = with_doses(run, channel, batch)
     else:
         channel = channel_by_steering(run, name, bound.name, batch, site=site, progress=progress)
+    channel = freeze(run, channel, batch)
     if not read_matters(channel.selection["whole_effect_nats"]):
         logger.warning("the sparse model's answer does not hang on this read; the channel means little")
     return replace(channel, selection=channel.selection | {"prompts": bound.record})
+
+
+@torch.no_grad()
+def freeze(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
+    """A channel with everything that an experiment needs chosen: on selection prompts, at its site, in exact units.
+
+    A strength for each of its sets and for the difference of means; and the sets that the sparse model alone names (the
+    paper's way), with theirs.
+    """
+    dosing = Dosing(run, batch, channel.site)
+    sets = channel.selection["sets"]
+    patched = search_channels(run, batch, channel.site, beam=1, largest=max(_PATCHED_SIZES)).sets
+    patched = {n: channels for n, channels in patched.items() if n in _PATCHED_SIZES}
+    means = difference_of_means(run.dense, batch, channel.site, prompts_of(batch))
+    known: dict[str, dict[str, float]] = channel.selection.get("doses", {})
+    new = {n: dosing.edit(channels) for n, channels in sets.items() if n not in known}
+    edits = [*new.values(), *map(dosing.edit, patched.values()), means]
+    doses = [dose._asdict() for dose in dosing.edit_doses(edits)]
+    chosen = {
+        "units": "exact",
+        "doses": known | dict(zip(new, doses, strict=False)),
+        "by_patching": {
+            "sets": {str(n): channels for n, channels in patched.items()},
+            "doses": dict(zip(map(str, patched), doses[len(new) :], strict=False)),
+        },
+        "difference_of_means": doses[-1],
+    }
+    return replace(channel, selection=channel.selection | chosen)

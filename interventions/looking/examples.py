@@ -95,5 +95,4 @@ def logit_lens(dense: nn.Module, channel: str | Channel, *, count: int = 8) -> t
 def _direct_logits(run: Run, vector: Float[Tensor, " d_dense"]) -> Float[Tensor, " vocab"]:
     anatomy, last = run.dense.anatomy, 2 * run.dense.n_layers
     norm = anatomy.read_norm(last)
-    scales = run.bridges.std_dense if norm.centred else run.bridges.rms_dense
-    return anatomy.head.weight.float() @ norm.response(vector, scales[last]).float()
+    return anatomy.head.weight.float() @ norm.response(vector, run.bridges.norm_scale(last, norm)).float()

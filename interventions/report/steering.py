@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 from interventions.charts import Chart
 from interventions.steering.result import (
     DRAWN,
+    FROM_SPARSE,
     FULL_STRENGTH,
     Curve,
+    Searched,
     Steering,
     named_curves,
     place_of,
+    searches,
     set_name,
     strength_chart,
 )
@@ -62,6 +65,7 @@ class SteeringPage(NamedTuple):
     two_way: list[tuple[str, list[float]]]
     """The channels' curves normalised over the two answers."""
     side_effects: list[SideRow]
+    searches: list[Searched]
 
 
 def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
@@ -83,7 +87,9 @@ def _page(result: Steering, number: int) -> SteeringPage:
     return SteeringPage(
         result=result,
         chart=strength_chart(result, f"steering-{number}"),
-        claims=[_claim(result, name) for name in result.channels],
+        claims=[_claim(result, name) for name in result.channels]
+        + [_claim_by_patching(result, n) for n in result.by_patching],
+        searches=searches(result),
         rows=[*named_curves(result).items(), ("random directions, 5th percentile", result.random_p05)],
         two_way=[(set_name(name), curve) for name, curve in result.two_way.items()],
         side_effects=[_side_row(name, SideEffects(**one)) for name, one in result.side_effects.items()],
@@ -113,6 +119,19 @@ def _claim(result: Steering, name: str) -> Claim:
         steered=steered,
         interval=(low, high),
         controls=[at_full_strength(result, curve) for curve in controls],
+    )
+
+
+def _claim_by_patching(result: Steering, name: str) -> Claim:
+    """Of a set that the sparse model alone names; the drawn controls are the reference's."""
+    drawn = [at_full_strength(result, getattr(result, f"{field}_p95")) for field in DRAWN]
+    others = [at_full_strength(result, curve) for curve in (result.difference_of_means, result.exact_patch)]
+    return Claim(
+        edit=f"{set_name(name)}{FROM_SPARSE}",
+        unsteered=_value(result, result.by_patching[name], 0.0),
+        steered=at_full_strength(result, result.by_patching[name]),
+        interval=(None, None),
+        controls=[*drawn, None, *others],
     )
 
 

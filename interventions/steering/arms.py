@@ -6,13 +6,12 @@ Drawn at random, as long as the reference set's edit: directions, channels, shuf
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.steering.edits import Columns, activation_changes, channel_edit, mean_norm, scaled
+from interventions.steering.edits import Columns, channel_edit, mean_norm, scaled, sparse_changes
 from interventions.steering.ridge import Ridge, fit_ridge, ridge_report, stream_at
 from interventions.steering.rivals import (
     along,
@@ -35,6 +34,10 @@ class Edits:
     """By number of channels."""
     ridge: dict[str, Vectors]
     """The same channels through a ridge regression."""
+    paper: dict[str, Vectors]
+    """The same channels in the paper's units."""
+    by_patching: dict[str, Vectors]
+    """The sets that the sparse model alone names, by their number."""
     difference_of_means: Vectors
     exact_patch: Vectors
     ridge_fit: dict[str, float]
@@ -45,6 +48,8 @@ class Edits:
         return {
             **self.sets,
             **{f"ridge {name}": edit for name, edit in self.ridge.items()},
+            **{f"paper {name}": edit for name, edit in self.paper.items()},
+            **{f"by_patching {name}": edit for name, edit in self.by_patching.items()},
             "difference_of_means": self.difference_of_means,
             "exact_patch": self.exact_patch,
         }
@@ -55,14 +60,13 @@ def make_edits(setting: Setting) -> Edits:
     """The edits of an experiment's channels, and their rivals of which there is one each."""
     run, site, prompts = setting.run, setting.site, setting.prompts
     ridge = _ridge(setting)
-    decoder, changes = run.bridges.directions(site), activation_changes(run, site, prompts)
-    through = {
-        name: {n: channel_edit(changes, columns, run.bridges.rms_sparse[site], c) for n, c in setting.sets.items()}
-        for name, columns in (("decoder", decoder), ("ridge", ridge.columns))
-    }
+    decoder, changes = run.bridges.directions(site), sparse_changes(run, site, prompts)
+    in_paper_units = sparse_changes(run, site, prompts, "paper", setting.plan.where)
     return Edits(
-        sets=through["decoder"],
-        ridge=through["ridge"],
+        sets={n: channel_edit(changes, decoder, c) for n, c in setting.sets.items()},
+        ridge={n: channel_edit(changes, ridge.columns, c) for n, c in setting.sets.items()},
+        paper={n: channel_edit(in_paper_units, decoder, c) for n, c in setting.sets.items()},
+        by_patching={n: channel_edit(changes, decoder, c) for n, c in setting.patching_sets.items()},
         difference_of_means=difference_of_means(run.dense, setting.selection, site, prompts),
         exact_patch=exact_patch(run.dense, site, prompts, setting.plan.where),
         ridge_fit=ridge_report(run, site, ridge, setting.held_out),
@@ -112,12 +116,9 @@ def draw_controls(setting: Setting, edit: Vectors) -> Drawn:
     channels = setting.sets[setting.reference]
     directions = random_directions(draws, edit.shape[-1], generator)
     others = random_channels(run.bridges.directions(site), moved, len(channels), draws, generator)
-    changes = activation_changes(run, site, setting.prompts)
+    changes = sparse_changes(run, site, setting.prompts)
     decoders = random_decoders(setting, generator)
-    shuffled, untrained = (
-        [channel_edit(changes, columns, run.bridges.rms_sparse[site], channels) for columns in maps]
-        for maps in decoders
-    )
+    shuffled, untrained = ([channel_edit(changes, columns, channels) for columns in maps] for maps in decoders)
     return Drawn(
         norm=edit.norm(dim=-1, keepdim=True),
         directions=directions,
@@ -132,8 +133,3 @@ def random_decoders(setting: Setting, generator: torch.Generator) -> tuple[Itera
     bridges, maps = setting.run.bridges, setting.plan.maps
     shuffled = shuffled_columns(bridges.directions(setting.site), maps, generator)
     return shuffled, untrained_columns(bridges, maps, setting.seed)
-
-
-def decoders_searched_again(setting: Setting) -> Iterator[Columns]:
-    """The decoders through which a search is repeated: the shuffled ones, then the untrained ones."""
-    return chain(*random_decoders(setting, torch.Generator().manual_seed(setting.seed)))

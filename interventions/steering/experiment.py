@@ -90,3 +90,10 @@ def chosen_strengths(channel: Channel, sets: Sequence[Sequence[int]]) -> dict[st
     searched, doses = (channel.selection.get(part, {}) for part in ("sets", "doses"))
     by_size = {str(len(channels)): list(channels) for channels in sets}
     return {n: doses[n]["strength"] for n, channels in by_size.items() if searched.get(n) == channels and n in doses}
+
+
+def patching_choices(channel: Channel, sizes: Sequence[int]) -> tuple[dict[str, list[int]], dict[str, float]]:
+    """The sets of these sizes that the sparse model alone names, and their strengths, by size."""
+    by_patching = channel.selection.get("by_patching", {"sets": {}, "doses": {}})
+    sets = {n: list(channels) for n, channels in by_patching["sets"].items() if int(n) in sizes}
+    return sets, {n: by_patching["doses"][n]["strength"] for n in sets}

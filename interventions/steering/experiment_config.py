@@ -7,7 +7,7 @@ from interventions.editing.where import Where
 from interventions.tasks.names import PromptKind
 from sparse_model.config import check_choices, require
 
-_COUNTS = ("pairs", "draws", "maps", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
+_COUNTS = ("pairs", "draws", "maps", "searches", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ class Experiment:
     """Random directions, and random sets of channels."""
     maps: int = 20
     """Shuffled decoders, and untrained bridges."""
+    searches: int = 20
+    """Equal searches of each control: through shuffled decoders, untrained bridges, rotated bases, of other tasks."""
     resamples: int = 1000
     """Bootstrap resamples of the prompts."""
     ridge_tokens: int = 32768

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.steering.arms import Drawn, Edits, decoders_searched_again
+from interventions.steering.arms import Drawn, Edits
 from interventions.steering.result import Curve
 from interventions.steering.rivals import along
-from interventions.steering.search import searched_again
+from interventions.steering.search import EqualSearch, search_equally
 from interventions.steering.setting import Setting
 from interventions.steering.side_effects import Bystanders, fixed_vector, mean_effects
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors
@@ -85,16 +85,16 @@ def percentile(values: Float[Tensor, "strength draw"], percent: int) -> Curve:
     return values.quantile(percent / 100, dim=1).tolist()
 
 
-def search_again(setting: Setting, *, progress: bool = False) -> dict[str, list[float]]:
-    """What the search for one channel finds through other decoders; nothing where there was no such search."""
-    found_by, plan = setting.channel.selection, setting.plan
-    candidates = found_by.get("candidates", [])
-    if not candidates or plan.where != "read" or plan.task != found_by["task"]:
-        return {}
-    decoders = decoders_searched_again(setting)
-    bar = progress_bar(decoders, "searched again", 2 * plan.maps, leave=False, disable=not progress)
-    p = searched_again(setting.run, candidates, setting.site, setting.selection, setting.evaluation, iter(bar))
-    return {"shuffled": p[: plan.maps], "untrained": p[plan.maps :]}
+def search_all(setting: Setting, *, progress: bool = False) -> tuple[float, dict[str, dict[str, list[float]]]]:
+    """The norm of the equal search, and what it finds for ours and for every control."""
+    plan = setting.plan
+    search = EqualSearch(
+        setting.run, setting.selection, setting.evaluation, setting.site, plan.where, sorted(map(int, setting.sets))
+    )
+    found = search_equally(
+        search, setting.task, draws=plan.searches, pairs=plan.pairs, seed=setting.seed, progress=progress
+    )
+    return search.norm, found
 
 
 @torch.no_grad()

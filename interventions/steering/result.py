@@ -1,6 +1,8 @@
 """What a steering experiment found: curves by name, the strengths at which tables read them, and a figure."""
 
 import shlex
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from interventions.charts import GREY, INK, Band, Chart, Series, Style, depth_colour, draw_chart, numbers
-from interventions.steering.strengths import quiet_count
 
 Curve = list[float]
 _COLOURS = {"random_channels": GREY, "shuffled": "#9a7f4f", "untrained": "#7d6f9a"}
@@ -66,10 +67,21 @@ class Steering(NamedTuple):
     random_own_p95: dict[str, Curve]
     """95th percentile of random directions as long as each set's own edit, and as the difference of means."""
     chosen: dict[str, float]
-    """The strength that was chosen on selection prompts: for each set, and for `difference_of_means`."""
-    searched: dict[str, list[float]]
-    """P(counterfactual answer) of the one channel that the same search finds through each shuffled decoder, and each
-    untrained bridge, at its quiet strength; of channels that were found by steering."""
+    """The strength that was chosen on selection prompts: for each set, `by_patching` and its number for those of the
+    sparse model alone, and `difference_of_means`."""
+    paper: dict[str, Curve]
+    """The sets in the paper's units, by number of channels."""
+    by_patching: dict[str, Curve]
+    """The sets that the sparse model alone names, by number of channels."""
+    patching_sets: dict[str, list[int]]
+    """Their channels."""
+    search_norm: float
+    """The norm of the equal search, chosen on selection prompts."""
+    searched: dict[str, dict[str, list[float]]]
+    """P(counterfactual answer) of the sets that one search finds at that norm: by control and size, a value per draw.
+    `trained bridge` is ours."""
+    digest: str
+    """Of the channel as it was chosen."""
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
@@ -96,20 +108,20 @@ DRAWN = {
 """What is drawn at random, by the names of the fields."""
 
 
-def quiet_strength(result: Steering, name: str) -> float:
-    """The largest strength of a set, or of the difference of means, that is quiet on the evaluation prompts.
+FROM_SPARSE = " from the sparse model alone"
+IN_PAPER_UNITS = " in the paper's units"
 
-    What an edit does to the answer has no say in it. It is not above 1, the counterfactual value, unless a larger one
-    was chosen on selection prompts.
-    """
-    most = max(FULL_STRENGTH, result.chosen.get(name, 0.0))
-    quiet = result.strength[: quiet_count(result.random_own_p95[name])]
-    return max([s for s in quiet if s <= most], default=result.strength[0])
+
+def chosen_strength(result: Steering, name: str) -> float:
+    """The strength that was chosen for an edit on selection prompts; 1, the counterfactual value, where none was."""
+    return result.chosen.get(name, FULL_STRENGTH)
 
 
 def named_curves(result: Steering) -> dict[str, Curve]:
     """All curves of mean P(counterfactual answer) under the names that tables give them."""
     curves = {set_name(n): curve for n, curve in result.channels.items()}
+    curves |= {f"{set_name(n)}{FROM_SPARSE}": curve for n, curve in result.by_patching.items()}
+    curves |= {f"{set_name(n)}{IN_PAPER_UNITS}": curve for n, curve in result.paper.items()}
     curves |= {f"ridge regression, {set_name(n)}": curve for n, curve in result.ridge.items()}
     curves |= {"exact patch": result.exact_patch, "difference of means": result.difference_of_means}
     for field, name in DRAWN.items():
@@ -141,19 +153,55 @@ def at_strength(result: Steering, strength: int | float, folder: str = "this run
 
 
 def strength_of(result: Steering, name: str, strength: int | float | None = None) -> int | float:
-    """Where a curve is read: at the strength given; unset: at the quiet one of the set that it goes with, or at 1."""
+    """Where a curve is read: at the strength given; unset: at the chosen one of the edit that it goes with, or at 1."""
     if strength is not None:
         return strength
     for n in (*result.sets, "difference_of_means"):
         edit = set_name(n)
         if name in (edit, f"ridge regression, {edit}") or name.startswith(f"random directions as long as {edit},"):
-            return quiet_strength(result, n)
-    return quiet_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else FULL_STRENGTH
+            return chosen_strength(result, n)
+    for n in result.by_patching:
+        if name == f"{set_name(n)}{FROM_SPARSE}":
+            return chosen_strength(result, f"by_patching {n}")
+    return chosen_strength(result, result.reference) if name.startswith(tuple(DRAWN.values())) else FULL_STRENGTH
 
 
 def value_at(result: Steering, name: str, strength: int | float | None = None) -> float:
     """P(counterfactual answer) on one of the `named_curves`. Raises ValueError where it was not measured there."""
     return named_curves(result)[name][at_strength(result, strength_of(result, name, strength))]
+
+
+OURS = "trained bridge"
+"""The search that the controls are compared with."""
+
+
+def p_value(ours: float, controls: Sequence[float]) -> float:
+    """The share of controls, ours among them, that do at least as well."""
+    return (1 + sum(p >= ours for p in controls)) / (1 + len(controls))
+
+
+class Searched(NamedTuple):
+    """What one search finds through a control, beside what it finds through the trained bridge."""
+
+    control: str
+    size: str
+    ours: float
+    median: float
+    largest: float
+    draws: int
+    p_value: float
+    """Share of the draws, ours among them, that do at least as well as ours."""
+
+
+def searches(result: Steering) -> list[Searched]:
+    """The equal searches, by control and size."""
+    ours = result.searched.get(OURS, {})
+    return [
+        Searched(control, n, ours[n][0], statistics.median(found), max(found), len(found), p_value(ours[n][0], found))
+        for control, by_size in result.searched.items()
+        for n, found in by_size.items()
+        if control != OURS
+    ]
 
 
 def strength_chart(result: Steering, chart_id: str = "steering") -> Chart:
@@ -162,8 +210,11 @@ def strength_chart(result: Steering, chart_id: str = "steering") -> Chart:
     colours = {n: depth_colour(number, len(sets)) for number, n in enumerate(sets)}
     series = [_set_series(result, n, colours[n]) for n in sets]
 
+    reference = set_name(result.reference)
     rivals: list[tuple[str, str, Style]] = [
-        (f"ridge regression, {set_name(result.reference)}", colours[result.reference], "dash"),
+        (f"ridge regression, {reference}", colours[result.reference], "dash"),
+        (f"{reference}{IN_PAPER_UNITS}", colours[result.reference], "line"),
+        *((f"{set_name(n)}{FROM_SPARSE}", GREY, "line") for n in result.by_patching if n == result.reference),
         ("exact patch", INK, "line"),
         ("difference of means", INK, "dash"),
         ("random directions, mean", GREY, "line"),

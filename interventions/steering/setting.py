@@ -14,7 +14,13 @@ from bridges.run_folder import Run
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import Channel, resolve
 from interventions.editing.hooks import Where
-from interventions.steering.experiment import Experiment, chosen_strengths, default_strengths, resolved
+from interventions.steering.experiment import (
+    Experiment,
+    chosen_strengths,
+    default_strengths,
+    patching_choices,
+    resolved,
+)
 from interventions.steering.rivals import difference_of_means
 from interventions.steering.steered_prompts import Prompts, plain_model, prompts_of
 from interventions.steering.strengths import Dosing
@@ -39,8 +45,10 @@ class Setting:
     """The channels that are moved, by their number."""
     reference: str
     """The set whose norm and number of channels the drawn controls have."""
+    patching_sets: dict[str, list[int]]
+    """The sets that the sparse model alone names, by their number of channels."""
     chosen: dict[str, float]
-    """Of the strengths that were chosen on selection prompts, by set, those that are measured."""
+    """The strengths that were chosen on selection prompts, by edit."""
     evaluation: TaskBatch
     selection: TaskBatch
     train: Int[Tensor, "train_block pos"]
@@ -74,8 +82,9 @@ def prepare_setting(dense: nn.Module, experiment: Experiment, *, progress: bool 
     evaluation, selection = (
         task.sample(plan.pairs, split=split, seed=plan.seed).to(hf.device) for split in ("evaluation", "selection")
     )
-    chosen = chosen_strengths(channel, plan.sets)
-    chosen |= {"difference_of_means": _means_strength(run, selection, channel.site, plan.where)}
+    patching_sets, chosen = _frozen(channel, plan)
+    if "difference_of_means" not in chosen:
+        chosen["difference_of_means"] = _means_strength(run, selection, channel.site, plan.where)
     seed, plan = plan.seed, replace(plan, strengths=plan.strengths or default_strengths(chosen))
     sets = {str(len(channels)): list(channels) for channels in plan.sets}
     train, held_out = _text(run, plan, hf.device, progress)
@@ -88,12 +97,24 @@ def prepare_setting(dense: nn.Module, experiment: Experiment, *, progress: bool 
         channel=channel,
         sets=sets,
         reference="4" if "4" in sets else max(sets, key=int),
-        chosen={name: strength for name, strength in chosen.items() if strength in plan.strengths},
+        patching_sets=patching_sets,
+        chosen=chosen,
         evaluation=evaluation,
         selection=selection,
         train=train,
         held_out=held_out,
     )
+
+
+def _frozen(channel: Channel, plan: Experiment) -> tuple[dict[str, list[int]], dict[str, float]]:
+    """What find-channel chose for this task and a read edit: sets by patching, and strengths by edit."""
+    if plan.task != channel.selection.get("task") or plan.where != "read":
+        return {}, {}
+    sets, strengths = patching_choices(channel, plan.sizes)
+    chosen = chosen_strengths(channel, plan.sets) | {f"by_patching {n}": s for n, s in strengths.items()}
+    if "difference_of_means" in channel.selection:
+        chosen["difference_of_means"] = channel.selection["difference_of_means"]["strength"]
+    return sets, chosen
 
 
 def _means_strength(run: Run, selection: TaskBatch, site: int, where: Where) -> float:

@@ -8,9 +8,9 @@ Each stage is a value that the next one takes:
    (`rivals`) do without the channels' meaning, the bridge or the sparse model. One set is the reference: the drawn
    controls have its number of channels and, token by token, its edit's norm.
 3. The answers under every edit at every strength (`measure`); random directions are repeated with the norm of every
-   other set and of the difference of means. A channel that was searched for among several is compared with what the
-   same search finds through other decoders.
-4. The result (`result`), and at its quiet strengths what each set does to everything else (`side_effects`).
+   other set and of the difference of means. One search finds sets at one norm, for the trained bridge and for every
+   control (`search`).
+4. The result (`result`), and at its chosen strength what each set does to everything else (`side_effects`).
 """
 
 import json
@@ -28,10 +28,10 @@ from interventions.steering.measure import (
     RandomCurves,
     edit_curves,
     random_curves,
-    search_again,
+    search_all,
     side_effects,
 )
-from interventions.steering.result import Steering, quiet_strength
+from interventions.steering.result import Steering, chosen_strength
 from interventions.steering.setting import Setting, prepare_setting
 from interventions.steering.steered_prompts import SteeredPrompts
 
@@ -48,11 +48,11 @@ def steer(dense: nn.Module, experiment: Experiment, *, progress: bool = True) ->
     steered = SteeredPrompts(setting.hf, setting.prompts, setting.site, setting.plan.where)
     curves = edit_curves(setting, steered, edits)
     random = random_curves(setting, steered, edits, drawn, progress=progress)
-    searched = search_again(setting, progress=progress)
-    result = _result(setting, edits, drawn, curves, random, searched)
+    norm, searched = search_all(setting, progress=progress)
+    result = _result(setting, edits, drawn, curves, random)._replace(search_norm=norm, searched=searched)
     movable = edits.sets | {"difference_of_means": edits.difference_of_means}
-    quiet = {name: quiet_strength(result, name) * edit for name, edit in movable.items()}
-    return result._replace(side_effects=side_effects(setting, quiet, drawn, progress=progress))
+    chosen = {name: chosen_strength(result, name) * edit for name, edit in movable.items()}
+    return result._replace(side_effects=side_effects(setting, chosen, drawn, progress=progress))
 
 
 def _result(
@@ -61,9 +61,8 @@ def _result(
     drawn: Drawn,
     curves: EditCurves,
     random: RandomCurves,
-    searched: dict[str, list[float]],
 ) -> Steering:
-    """Everything but the side effects, which are measured at strengths that the result tells."""
+    """Everything but the searches, and the side effects, which are measured at strengths that the result tells."""
     sets, plan = setting.sets, setting.plan
     return Steering(
         task=setting.task,
@@ -80,6 +79,9 @@ def _result(
         channels_low={name: curves.low[name] for name in sets},
         channels_high={name: curves.high[name] for name in sets},
         ridge={name: curves.p[f"ridge {name}"] for name in sets},
+        paper={name: curves.p[f"paper {name}"] for name in sets},
+        by_patching={name: curves.p[f"by_patching {name}"] for name in setting.patching_sets},
+        patching_sets=setting.patching_sets,
         exact_patch=curves.p["exact_patch"],
         reference=setting.reference,
         norms={name: mean_norm(edit) for name, edit in edits.named().items()} | drawn.norms(),
@@ -89,7 +91,9 @@ def _result(
         model=_model(setting.run),
         random_own_p95=random.own_length_p95,
         chosen=setting.chosen,
-        searched=searched,
+        search_norm=0.0,
+        searched={},
+        digest=setting.channel.digest,
     )
 
 

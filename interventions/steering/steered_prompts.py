@@ -1,8 +1,8 @@
 """P(counterfactual answer) of a task's prompts under many edits, in few passes of the dense model.
 
 1. Prompts are grouped by their length and by their first token that differs from the counterfactual. What comes before
-   that token is the same under every edit, so each group's keys and values there are computed once.
-2. Edits are stacked as further batch rows. Every pass goes through `intervene_vector`, as a single edit would.
+   that token or before the site is the same under every edit and computed once (`interventions.steering.suffix`).
+2. Edits and strengths are further dimensions of a pass, as many as make it large enough.
 3. Only the logits behind the last token are made.
 """
 
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bridges.run_folder import Run
 from interventions.bundle.bundle import Bundle, check_raw, get_bundle, watched
 from interventions.editing.hooks import Where
-from interventions.editing.intervene import intervene_vector
+from interventions.steering.suffix import Suffix, suffix_of
 from interventions.tasks.base import TaskBatch, since_difference
 
 Vectors = Float[Tensor, "prompt pos d_dense"]
@@ -95,8 +95,7 @@ class _Group(NamedTuple):
     rows: Int[Tensor, " row"]
     start: int
     stop: int
-    prefix: list[tuple[Tensor, Tensor]]
-    """Keys and values of each layer at the tokens before `start`."""
+    suffix: Suffix
 
 
 class SteeredPrompts:
@@ -109,8 +108,9 @@ class SteeredPrompts:
         self.base = Answers(torch.zeros(len(prompts.last)), torch.zeros(len(prompts.last)))
         """Without an edit."""
         for group in self._groups:
-            for all_rows, some in zip(self.base, self._pass(group, None, 0), strict=True):
-                all_rows[group.rows.cpu()] = some
+            logits = group.suffix.logits(None, torch.ones(1))[0, 0]
+            for all_rows, of_group in zip(self.base, self._answers(group, logits), strict=True):
+                all_rows[group.rows.cpu()] = of_group
 
     @torch.no_grad()
     def answers(self, edits: Iterable[Vectors], strengths: Sequence[int | float]) -> Answers:
@@ -118,43 +118,33 @@ class SteeredPrompts:
 
         An edit must be zero before the first token that differs from the counterfactual.
         """
-        parts = [self._chunk(torch.stack(chunk), strengths) for chunk in self._chunks(edits)]
+        parts = [self._chunk(chunk, strengths) for chunk in self._chunks(edits)]
         return Answers(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
-    def _chunk(self, edits: Float[Tensor, "edit prompt pos d_dense"], strengths: Sequence[int | float]) -> Answers:
+    def _chunk(self, edits: Sequence[Vectors], strengths: Sequence[int | float]) -> Answers:
         shape = (len(strengths), len(edits), len(self.prompts.last))
         answers = Answers(*(unsteered.expand(shape).clone() for unsteered in self.base))
+        steered = [number for number, strength in enumerate(strengths) if strength]
         for group in self._groups:
-            at_once = max(1, _TOKENS // (len(group.rows) * (group.stop - group.start)))
-            group_edits = edits[:, group.rows, : group.stop]
-            for number, strength in enumerate(strengths):
-                if strength == 0:
-                    continue
-                passes = [self._pass(group, part, strength) for part in group_edits.split(at_once)]
-                for all_rows, some in zip(answers, zip(*passes, strict=True), strict=True):
-                    all_rows[number][:, group.rows.cpu()] = torch.cat(some).unflatten(0, (len(edits), -1))
+            width = len(group.rows) * group.suffix.tokens_at_once
+            first = group.stop - group.suffix.tokens_at_once
+            group_edits = torch.stack([edit[group.rows, first : group.stop] for edit in edits])
+            for numbers in _split(steered, max(1, _TOKENS // width)):
+                scales = torch.tensor([float(strengths[number]) for number in numbers])
+                passes = [
+                    self._answers(group, group.suffix.logits(part, scales))
+                    for part in group_edits.split(max(1, _TOKENS // (width * len(numbers))))
+                ]
+                for all_rows, of_group in zip(answers, zip(*passes, strict=True), strict=True):
+                    at = torch.tensor(numbers)[:, None, None], torch.arange(len(edits))[:, None], group.rows.cpu()
+                    all_rows[at] = torch.cat(of_group, 1)
         return answers
 
-    def _pass(
-        self, group: _Group, edits: Float[Tensor, "edit row pos d_dense"] | None, strength: int | float
-    ) -> Answers:
-        """Answers of a group, a row for each edit and prompt."""
-        repeats = 1 if edits is None else len(edits)
-        rows = group.rows.repeat(repeats)
-        arguments: dict[str, Any] = {
-            "input_ids": self.prompts.tokens[rows, group.start : group.stop],
-            "past_key_values": _repeated(group.prefix, repeats),
-            "use_cache": False,
-            "logits_to_keep": 1,
-        }
-        if edits is None:
-            logits = self.hf(**arguments).logits
-        else:
-            with intervene_vector(self.hf, self.site, edits.flatten(0, 1), strength=strength, where=self.where):
-                logits = self.hf(**arguments).logits
-        p = logits[:, -1].float().softmax(-1)
+    def _answers(self, group: _Group, logits: Float[Tensor, "*edits row vocab"]) -> Answers:
+        p = logits.float().softmax(-1)
         target, own = (
-            p.gather(1, ids[rows][:, None])[:, 0].cpu() for ids in (self.prompts.target, self.prompts.own_answer)
+            p.gather(-1, ids[group.rows].expand(p.shape[:-1])[..., None])[..., 0].cpu()
+            for ids in (self.prompts.target, self.prompts.own_answer)
         )
         return Answers(target, target / (target + own))
 
@@ -162,13 +152,8 @@ class SteeredPrompts:
         starts, stops = self.prompts.open.to(torch.uint8).argmax(1), self.prompts.last + 1
         for start, stop in sorted(set(zip(starts.tolist(), stops.tolist(), strict=True))):
             rows = ((starts == start) & (stops == stop)).nonzero().flatten()
-            prefix: list[tuple[Tensor, Tensor]] = []
-            if start:
-                cache: Any = DynamicCache()  # not the model's own: a sliding window's forgets what the repeats need
-                given = self.prompts.tokens[rows, :start]
-                self.hf(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                prefix = [(layer.keys, layer.values) for layer in cache.layers]
-            yield _Group(rows, start, stop, prefix)
+            suffix = suffix_of(self.hf, self.prompts.tokens[rows, :stop], start, self.site, self.where)
+            yield _Group(rows, start, stop, suffix)
 
     def _chunks(self, edits: Iterable[Vectors]) -> Iterator[list[Vectors]]:
         size = max(1, _ENTRIES // (self.prompts.tokens.numel() * self.hf.config.hidden_size))
@@ -177,11 +162,5 @@ class SteeredPrompts:
             yield chunk
 
 
-def _repeated(prefix: list[tuple[Tensor, Tensor]], times: int) -> DynamicCache | None:
-    """A KV cache of the prefix, its rows repeated. A pass appends to its cache, so each gets one of its own."""
-    if not prefix:
-        return None
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(prefix):
-        cache.update(keys.repeat(times, 1, 1, 1), values.repeat(times, 1, 1, 1), layer)
-    return cache
+def _split(numbers: list[int], size: int) -> Iterator[list[int]]:
+    return (numbers[first : first + size] for first in range(0, len(numbers), size))

@@ -4,13 +4,12 @@
    pair, as in a steering experiment (paper A.4). Strengths beyond 1 are tried, too: of all that the sparse model moves
    between the two prompts, a few channels are a short edit.
 2. A strength is quiet if there and at all smaller ones 95 % of random directions of the edit's own norm, token by
-   token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts, so an
-   experiment measures it again (`interventions.steering.result.quiet_strength`).
+   token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts: an experiment
+   keeps the strength, and says what random directions do there.
 3. Of the quiet strengths the smallest is taken that reaches 90 % of the largest P(counterfactual answer) among them.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,9 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridges.run_folder import Run
-from interventions.bundle.channels import Channel
 from interventions.editing.hooks import Where
-from interventions.steering.edits import Columns, activation_changes, channel_edit, mean_norm, scaled
+from interventions.steering.edits import channel_edit, mean_norm, sparse_changes
 from interventions.steering.rivals import along, random_directions
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.tasks.base import TaskBatch
@@ -34,6 +32,8 @@ NEAR_LARGEST = 0.9
 
 DRAWS = 100
 """Random directions that a strength is chosen by."""
+SEARCH_DRAWS = 25
+"""The same while sets are compared."""
 
 
 class Dose(NamedTuple):
@@ -75,25 +75,22 @@ class Dosing:
     @torch.no_grad()
     def __init__(self, run: Run, batch: TaskBatch, site: int, where: Where = "read") -> None:
         prompts = prompts_of(batch)
-        self.changes = activation_changes(run, site, prompts)
+        self.changes = sparse_changes(run, site, prompts)
         self._steered = SteeredPrompts(steerable(run), prompts, site, where)
-        self._columns, self._rms = run.bridges.directions(site), run.bridges.rms_sparse[site]
+        self._columns = run.bridges.directions(site)
         self._random = random_directions(DRAWS, self._columns.shape[1], torch.Generator().manual_seed(0))
         self.base = float(self._steered.base.target.mean())
         """P(counterfactual answer) of the unsteered model."""
 
-    def edit(self, channels: Sequence[int], columns: Columns | None = None) -> Vectors:
-        """The edit of a set at strength 1; through other columns than the decoder's as long as through those."""
-        edit = channel_edit(self.changes, self._columns, self._rms, channels)
-        if columns is None:
-            return edit
-        return scaled(channel_edit(self.changes, columns, self._rms, channels), edit.norm(dim=-1, keepdim=True))
+    def edit(self, channels: Sequence[int]) -> Vectors:
+        """The edit of a set at strength 1."""
+        return channel_edit(self.changes, self._columns, channels)
 
     def effects(
-        self, sets: Sequence[Sequence[int]], columns: Columns | None = None, strengths: Sequence[float] = LADDER
+        self, sets: Sequence[Sequence[int]], strengths: Sequence[float] = LADDER
     ) -> Float[Tensor, "strength set"]:
         """Mean P(counterfactual answer) of every set at every strength."""
-        return self._steered.answers((self.edit(channels, columns) for channels in sets), strengths).target.mean(2)
+        return self._steered.answers((self.edit(channels) for channels in sets), strengths).target.mean(2)
 
     def effects_at(self, sets: Sequence[Sequence[int]], norms: Sequence[float]) -> Float[Tensor, "norm set"]:
         """Mean P(counterfactual answer) of every set at strengths that give its edit these mean norms."""
@@ -128,14 +125,3 @@ class Dosing:
         """The strength of each edit, whatever it was made from."""
         effects = self._steered.answers(edits, LADDER).target.mean(2).T.tolist()
         return [choose_dose(p, q, self.base) for p, q in zip(effects, self._quiet(edits, draws), strict=True)]
-
-
-@torch.no_grad()
-def with_doses(run: Run, channel: Channel, batch: TaskBatch) -> Channel:
-    """A channel that was found on selection prompts, with the dose of each of its sets among its figures."""
-    sets = channel.selection["sets"]
-    doses = Dosing(run, batch, channel.site).doses(list(sets.values()))
-    return replace(
-        channel,
-        selection=channel.selection | {"doses": {n: dose._asdict() for n, dose in zip(sets, doses, strict=True)}},
-    )

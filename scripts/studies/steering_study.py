@@ -2,8 +2,8 @@
 
 Runs that differ in depth, width, kept fraction or place of the edit stand in columns of their own. A cell is the median
 over a column's runs and their range; of n runs the range holds the median of all seeds with probability 1 - 2^(1-n).
-A strength is quiet for an edit where 95 % of random directions of its norm stay below 0.05. Each set is shown at its
-largest quiet strength, not above 1 unless a larger one was chosen on selection prompts; the controls at their set's.
+Each set is shown at the strength that was chosen for it on selection prompts (1 where none was); the controls at their
+set's.
 
 Example:
     python scripts/studies/steering_study.py runs/demo runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4
@@ -34,7 +34,7 @@ class Options:
     task: str = "single_double_quote"
     """Task that was steered."""
     strength: float | None = None
-    """Steering strength of the table and the figure; unset: for each set its quiet one."""
+    """Steering strength of the table and the figure; unset: for each set its chosen one."""
     plot: str | None = None
     """Where the figure goes; unset: steering_study-TASK.png beside the first run."""
 
@@ -60,7 +60,7 @@ def print_table(groups: dict[str, list[Steering]], strength: float | None) -> No
     """Medians with ranges, a column for each group."""
     columns = [[steering_figures(r, strength) for r in runs] for runs in groups.values()]
     heads = [f"{name} ({len(runs)} run{'s' * (len(runs) != 1)})" for name, runs in groups.items()]
-    where = "at quiet strengths" if strength is None else f"strength {strength:g}"
+    where = "at chosen strengths" if strength is None else f"strength {strength:g}"
     print(f"| {where} | {' | '.join(heads)} |")
     print("|---" * (len(heads) + 1) + "|")
     print(f"| sites | {' | '.join(', '.join(str(r.site) for r in runs) for runs in groups.values())} |")

@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from interventions.cli.options import report_errors
-from interventions.steering.result import DRAWN, Steering, named_curves, place_of, set_name, strength_of, value_at
+from interventions.steering.result import Steering, named_curves, place_of, searches, set_name, strength_of, value_at
 from sparse_model.config import require
 
 
@@ -41,7 +41,7 @@ def read_steering(folder: Path, task: str) -> tuple[dict[str, Any], Steering]:
 def steering_figures(result: Steering, strength: float | None = None) -> dict[str, float]:
     """P(counterfactual answer) unsteered and steered, by edit, and the side effects of the edits.
 
-    At one strength; unset: each set, and the difference of means, at its quiet strength, the controls at their set's.
+    At one strength; unset: each set, and the difference of means, at its chosen strength, the controls at their set's.
     What belongs to no set is read at strength 1, and left out where that was not measured.
     """
     rows = {}
@@ -56,9 +56,12 @@ def steering_figures(result: Steering, strength: float | None = None) -> dict[st
         at = place_of(result, strength_of(result, name, strength))
         if at is not None and name not in (*sets, "difference of means"):
             rows[name] = curves[name][at]
-    for name, found in result.searched.items():
-        rows[f"1 channel searched for, {DRAWN[name]}, median"] = statistics.median(found)
-        rows[f"1 channel searched for, {DRAWN[name]}, largest"] = max(found)
+    for row in searches(result):
+        title = f"{set_name(row.size)} searched for at one norm"
+        rows[title] = row.ours
+        rows[f"{title}, {row.control}, median"] = row.median
+        rows[f"{title}, {row.control}, largest"] = row.largest
+        rows[f"{title}, {row.control}, p"] = row.p_value
     for name, effects in result.side_effects.items():
         if name != "unsteered":
             rows[f"KL on other text, {set_name(name)}"] = effects["kl"]

@@ -74,7 +74,12 @@ def steering(task: str = TASK, *, p95: float = 0.05) -> Steering:
         experiment={"channel": "quote_type"},
         model={"layers": 2, "d_dense": 16, "d_sparse": 32, "nonzero_fraction": 1 / 64, "seed": 0},
         chosen={"2": 0.5, "difference_of_means": 1.0},
-        searched={},
+        paper={"1": [0.01, 0.14, 0.27, 0.65], "2": [0.01, 0.36, 0.79, 0.47]},
+        by_patching={"1": [0.01, 0.06, 0.1357, 0.35]},
+        patching_sets={"1": [5]},
+        search_norm=1.0,
+        searched={"trained bridge": {"1": [0.42]}, "shuffled decoder": {"1": [0.1, 0.2, 0.6]}},
+        digest="",
     )
 
 
@@ -99,6 +104,7 @@ def selection(task: str, share: float) -> dict[str, Any]:
     sites = ((0, "attn.0", 0.91, 0.42), (1, "mlp.0", 0.73, 0.64))
     return {
         "task": task,
+        "units": "exact",
         "pairs": 48,
         "criterion": "joint patching",
         "share": {"1": 0.5, "2": share},

@@ -26,6 +26,7 @@ SMALL = Experiment(
     pairs=6,
     draws=3,
     maps=2,
+    searches=2,
     resamples=50,
     ridge_tokens=512,
     text_tokens=128,

@@ -132,7 +132,8 @@ def test_toward_leaves_generated_tokens_alone(dense, run: Run, tokens: torch.Ten
     other = tokens.flip(1)
     change = torch.zeros(2, 17, 16)
     nodes = (residual_reads(run.sparse, other, 2) - residual_reads(run.sparse, tokens, 2))[..., [3, 11]]
-    change[:, :12] = 2 * run.bridges.rms_sparse[2] * nodes @ run.bridges.decoders[2].weight[:, [3, 11]].T
+    rms = residuals(run.sparse, tokens)[2].square().mean(-1, keepdim=True).sqrt()
+    change[:, :12] = 2 * rms * nodes @ run.bridges.decoders[2].weight[:, [3, 11]].T
     for cache in (True, False):
         with intervene(dense, "pair", toward=other, strength=2.0, where="stream"):
             out, logits = generate(dense, tokens, cache=cache)

@@ -101,14 +101,15 @@ def test_set_to_sees_the_stream_edits_before_it(dense, run: Run, tokens: torch.T
     move = intervene(dense, "attn.1.read.5", delta=3, where="stream")
     fix = intervene(dense, "attn.1.read.5", set_to=1.0, where="stream")
     resid = residuals(run.dense, tokens)[2]
-    direction = run.bridges.rms_sparse[2] * run.bridges.decoders[2].weight[:, 5]
 
-    def fixed(stream: torch.Tensor) -> torch.Tensor:
+    def moved(stream: torch.Tensor, *, fixed: bool) -> torch.Tensor:
         encoded = run.bridges.encode(2, stream)
-        read = encoded / encoded.square().mean(-1, keepdim=True).sqrt()
-        return stream + (1.0 - read[..., 5:6]) * direction
+        rms = encoded.square().mean(-1, keepdim=True).sqrt()
+        change = 1.0 - encoded[..., 5:6] / rms if fixed else 3
+        return stream + change * rms * run.bridges.decoders[2].weight[:, 5]
 
-    first, second = fixed(resid + 3 * direction), fixed(resid) + 3 * direction
+    first = moved(moved(resid, fixed=False), fixed=True)
+    second = moved(moved(resid, fixed=True), fixed=False)
     assert not torch.allclose(first, second, atol=1e-2)
     for handle, expected in ((move + fix, first), (fix + move, second)):
         with handle:
@@ -165,7 +166,11 @@ def test_several_channels_with_weights(dense, run: Run, tokens: torch.Tensor) ->
     d7 = run.bridges.rms_sparse[2] * run.bridges.decoders[2].weight[:, 7]
     assert torch.allclose(handle.vector(), 2 * d2 - d7, atol=1e-6)
     with handle:
-        expected = suffix(run.dense, 2, residuals(run.dense, tokens)[2] + 2 * d2 - d7, tokens)
+        resid = residuals(run.dense, tokens)[2]
+        for change in (2 * d2, -d7):  # the second reads its scale in the stream that the first has left
+            scale = run.bridges.encode(2, resid).square().mean(-1, keepdim=True).sqrt() / run.bridges.rms_sparse[2]
+            resid = resid + scale * change
+        expected = suffix(run.dense, 2, resid, tokens)
         assert torch.allclose(dense(tokens), expected, atol=3e-5)
     both = {"pair": 1.0, "mlp.1.read.9": -0.5}
     for options in ({"delta": 2.0}, {"toward": tokens.flip(1), "strength": 0.8}):

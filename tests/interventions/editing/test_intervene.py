@@ -84,17 +84,18 @@ def test_read_edit_is_the_norms_response_to_a_small_stream_change(run: Run, toke
 
 
 def test_delta_moves_along_the_decoder_in_units_of_the_sparse_rms(dense, run: Run, tokens: torch.Tensor) -> None:
-    weight = run.bridges.decoders[2].weight
-    direction = run.bridges.rms_sparse[2] * (weight[:, 3] - 0.5 * weight[:, 11])
+    weight, resid = run.bridges.decoders[2].weight, residuals(run.dense, tokens)[2]
+    column = weight[:, 3] - 0.5 * weight[:, 11]
+    direction = run.bridges.encode(2, resid).square().mean(-1, keepdim=True).sqrt() * column
     with intervene(dense, channel="pair", delta=-3, where="stream") as handle:
         measured = dense(tokens)
-    assert torch.allclose(handle.vector(), -3 * direction)
-    predicted = suffix(run.dense, 2, residuals(run.dense, tokens)[2] - 3 * direction, tokens)
+    assert torch.allclose(handle.vector(), -3 * run.bridges.rms_sparse[2] * column)
+    predicted = suffix(run.dense, 2, resid - 3 * direction, tokens)
     assert torch.allclose(measured, predicted, atol=3e-5)
     rows = torch.tensor([2.0, -1.0])
     with intervene(dense, "pair", delta=rows, where="stream"):
         measured = dense(tokens)
-    predicted = suffix(run.dense, 2, residuals(run.dense, tokens)[2] + rows[:, None, None] * direction, tokens)
+    predicted = suffix(run.dense, 2, resid + rows[:, None, None] * direction, tokens)
     assert torch.allclose(measured, predicted, atol=3e-5)
 
 
@@ -111,10 +112,11 @@ def test_identity_decoder_steers_like_a_direct_edit_of_the_dense_channel(tmp_pat
     bundle_run = get_bundle(dense).run
     with torch.no_grad():
         bundle_run.bridges.decoders[1].weight.copy_(torch.eye(16))
-        bundle_run.bridges.rms_sparse[1] = 1.0
+        bundle_run.bridges.encoders[1].weight.copy_(torch.eye(16))
+    bundle_run.bridges.encoder_k = 16
     tokens = torch.randint(384, (2, 9))
     edited = residuals(run.dense, tokens)[1]
-    edited[..., 7] += 2.5
+    edited[..., 7] += 2.5 * edited.square().mean(-1).sqrt()
     with intervene(dense, "mlp.0.read.7", delta=2.5, where="stream"):
         assert torch.allclose(dense(tokens), suffix(run.dense, 1, edited, tokens), atol=3e-5)
 
@@ -123,7 +125,8 @@ def test_toward_adds_the_scaled_difference_of_the_sparse_reads(dense, run: Run, 
     other = tokens.clone()
     other[:, 4] = (other[:, 4] + 7) % 384
     change = (residual_reads(run.sparse, other, 2) - residual_reads(run.sparse, tokens, 2))[..., [3, 11]]
-    v = run.bridges.rms_sparse[2] * change @ run.bridges.decoders[2].weight[:, [3, 11]].T
+    rms = residuals(run.sparse, tokens)[2].square().mean(-1, keepdim=True).sqrt()
+    v = rms * change @ run.bridges.decoders[2].weight[:, [3, 11]].T
     resid = residuals(run.dense, tokens)[2]
     for strength in (0.5, 1.0):
         with intervene(dense, "pair", toward=other, strength=strength, where="stream"):
@@ -162,10 +165,11 @@ def test_residual_reads_divide_out_the_gain(run: Run, tokens: torch.Tensor) -> N
 def test_set_to_moves_the_channel_as_the_encoder_reads_it(dense, run: Run, tokens: torch.Tensor) -> None:
     resid = residuals(run.dense, tokens)[2]
     encoded = run.bridges.encode(2, resid)
-    read = encoded / encoded.square().mean(-1, keepdim=True).sqrt()
+    rms = encoded.square().mean(-1, keepdim=True).sqrt()
+    read = encoded / rms
     now = (read[..., 3] - 0.5 * read[..., 11]) / 1.25
     weight = run.bridges.decoders[2].weight
-    direction = run.bridges.rms_sparse[2] * (weight[:, 3] - 0.5 * weight[:, 11])
+    direction = rms * (weight[:, 3] - 0.5 * weight[:, 11])
     with intervene(dense, "pair", set_to=1.5, where="stream"):
         measured = dense(tokens)
     predicted = suffix(run.dense, 2, resid + (1.5 - now)[..., None] * direction, tokens)
@@ -284,7 +288,7 @@ def test_a_channels_direction_is_in_the_precision_of_the_bridges(run) -> None:
     direction = channel_direction(bridges, CHANNEL)
     weight = bridges.decoders[2].weight.detach()
     assert direction.dtype == torch.float64
-    torch.testing.assert_close(direction, bridges.rms_sparse[2] * (weight[:, 3] - 0.5 * weight[:, 11]))
+    torch.testing.assert_close(direction, weight[:, 3] - 0.5 * weight[:, 11])
 
 
 @pytest.mark.parametrize("where", ["read", "stream"])

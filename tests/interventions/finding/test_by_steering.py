@@ -9,15 +9,15 @@ from support.helpers import make_tiny_run
 
 from bridges.run_folder import Run
 from interventions.finding import by_steering as find_steering
-from interventions.finding.by_patching import channel_by_patching
+from interventions.finding.by_patching import channel_by_patching, search_channels
 from interventions.finding.by_steering import Dosed, SteeringSite, best_of, channel_by_steering, read_matters
+from interventions.finding.channel_search import freeze
 from interventions.finding.patching import ReadPatch
 from interventions.steering import strengths as doses
-from interventions.steering.edits import activation_changes
-from interventions.steering.rivals import exact_patch, shuffled_columns
-from interventions.steering.search import searched_again
+from interventions.steering.edits import sparse_changes
+from interventions.steering.rivals import difference_of_means, exact_patch
 from interventions.steering.steered_prompts import SteeredPrompts, prompts_of, steerable
-from interventions.steering.strengths import LADDER, Dose, Dosing, choose_dose, quiet_count, with_doses
+from interventions.steering.strengths import LADDER, Dose, Dosing, choose_dose, quiet_count
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import get_task
 
@@ -27,7 +27,8 @@ TASK = "single_double_quote"
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = make_tiny_run(tmp_path / "run")
-    run.bridges.rms_sparse *= 100  # or the random decoders' edits would hardly be felt
+    for decoder in run.bridges.decoders:  # or the random decoders' edits would hardly be felt
+        decoder.weight.data *= 100
     return run
 
 
@@ -52,8 +53,7 @@ def test_the_dose_is_the_smallest_quiet_strength_that_does_nearly_as_much_as_any
 def test_doses_are_those_of_the_edits_themselves(run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     dosing, prompts = Dosing(run, batch, 2), prompts_of(batch)
     steered = SteeredPrompts(steerable(run), prompts, 2, "read")
-    changes = activation_changes(run, 2, prompts)
-    edit = run.bridges.rms_sparse[2] * changes[..., [4, 9]] @ run.bridges.directions(2)[[4, 9]]
+    edit = sparse_changes(run, 2, prompts)[..., [4, 9]] @ run.bridges.directions(2)[[4, 9]]
     p = steered.answers([edit], LADDER).target.mean(2)[:, 0]
     torch.testing.assert_close(dosing.effects([[4, 9]])[:, 0], p)
     monkeypatch.setattr(doses, "QUIET", math.inf)
@@ -70,8 +70,6 @@ def test_doses_are_those_of_the_edits_themselves(run: Run, batch: TaskBatch, mon
     assert other == dosing.quiet([[5]])[0]
     assert quiet == random.tolist()[: quiet_count(random.tolist())]
     assert dosing.doses([[4, 9]])[0] == choose_dose(p.tolist(), quiet, dosing.base)
-    other = dosing.edit([4, 9], torch.randn(32, 16))
-    torch.testing.assert_close(other.norm(dim=-1), edit.norm(dim=-1))
 
 
 def test_of_sets_that_steer_alike_the_one_that_the_sparse_model_uses_most() -> None:
@@ -92,7 +90,7 @@ def test_a_planted_channel_is_found(run: Run, batch: TaskBatch) -> None:
     with torch.no_grad():
         weight = run.bridges.decoders[site].weight
         weight.mul_(1e-3)
-        at = dosing.changes[..., planted] * run.bridges.rms_sparse[site]
+        at = dosing.changes[..., planted]
         weight[:, planted] = (at[..., None] * wanted).sum((0, 1)) / at.square().sum()
     channel = channel_by_steering(run, "quote_type", TASK, batch, site=site, candidates=32, largest=2)
     chosen = channel.selection
@@ -156,29 +154,19 @@ def test_a_site_where_nothing_differs_is_an_error(run: Run, batch: TaskBatch) ->
         channel_by_steering(run, "quote_type", TASK, batch, site=2)
 
 
-def test_channels_found_otherwise_get_doses_too(run: Run, batch: TaskBatch) -> None:
+def test_everything_that_an_experiment_needs_is_frozen(run: Run, batch: TaskBatch) -> None:
     channel = channel_by_patching(run, "quote_type", TASK, batch, site=2)
-    found = with_doses(run, channel, batch).selection
-    assert found["doses"].keys() == found["sets"].keys()
-    assert found["doses"]["2"] == Dosing(run, batch, 2).doses([found["sets"]["2"]])[0]._asdict()
-
-
-def test_the_search_through_the_true_decoder_finds_what_was_found(
-    run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at = SteeringSite(run, batch, 2, 6)
-    best = at.alone()[0]
-    evaluation = get_task(TASK, run.tokenizer).sample(6, split="evaluation", seed=0)
-    columns = run.bridges.directions(2)
-    shuffled = next(shuffled_columns(columns, 1, torch.Generator().manual_seed(0)))
-    true, other = searched_again(run, at.pool, 2, batch, evaluation, [columns, shuffled])
-    strength = best.dose.strength
-    assert true == pytest.approx(float(Dosing(run, evaluation, 2).effects([best.channels], None, [strength])), rel=1e-4)
-    assert true != other
-    # Where the evaluation prompts are loud at every strength, nothing is steered.
-    monkeypatch.setattr(doses, "QUIET", -1.0)
-    base = Dosing(run, evaluation, 2).base
-    assert searched_again(run, at.pool, 2, batch, evaluation, [columns]) == [pytest.approx(base, rel=1e-5)]
+    frozen = freeze(run, channel, batch).selection
+    assert frozen["units"] == "exact"
+    assert frozen["doses"].keys() == frozen["sets"].keys()
+    dosing = Dosing(run, batch, 2)
+    assert frozen["doses"]["2"] == dosing.doses([frozen["sets"]["2"]])[0]._asdict()
+    alone = frozen["by_patching"]
+    assert list(alone["sets"]) == list(alone["doses"]) == ["1", "2", "4", "8"]
+    assert alone["sets"]["4"] == search_channels(run, batch, 2, beam=1).sets[4]
+    assert alone["doses"]["4"] == dosing.doses([alone["sets"]["4"]])[0]._asdict()
+    means = difference_of_means(run.dense, batch, 2, prompts_of(batch))
+    assert frozen["difference_of_means"] == dosing.edit_doses([means])[0]._asdict()
 
 
 def test_the_channel_carries_the_rules_that_chose_it(

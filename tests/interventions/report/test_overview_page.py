@@ -42,12 +42,14 @@ def test_key_figures(full: Run, page: Page) -> None:
 
 def test_steering_is_read_at_strength_1(page: Page) -> None:
     """By hand from `steering()`, where everything is different at the last strength of the ladder."""
-    header, first, second = page.tables["steering-summary"]
+    header, first, second, alone = page.tables["steering-summary"]
     assert header[:4] == ["task", "edit", "unsteered", "steered"]
     drawn = ["0.0500", "0.0456", "0.0567", "0.0345"]
     dense_only = ["0.4567", "0.9876"]
     assert first == [TASK, "1 channel", "0.0100", "0.2000(0.150 … 0.250)", *drawn, "0.1987", *dense_only]
     assert second == ["", "2 channels", "0.0100", "0.7321(0.654 … 0.765)", *drawn, "0.6789", *dense_only]
+    unsteered = ["", "1 channel from the sparse model alone", "0.0100"]
+    assert alone == [*unsteered, "0.1357", *drawn, "not measured", *dense_only]
 
 
 @pytest.mark.parametrize("task", ["single_double_quote", "while_return_true", "for_while"])
@@ -56,8 +58,11 @@ def test_the_packaged_runs_steering_is_read_at_strength_1(task: str) -> None:
     found = metrics["steering"][task]
     place = [round(s, 6) for s in found["strength"]].index(1)
     (page,) = [page for page in steering_pages(FOLDER / "demo", metrics) if page.result.task == task]
-    assert len(page.claims) == 4
-    for claim, (n, curve) in zip(page.claims, found["channels"].items(), strict=True):
+    assert len(page.claims) == 8
+    for claim, (n, curve) in zip(page.claims[4:], found["by_patching"].items(), strict=True):
+        assert claim.edit == f"{n} channel{'' if n == '1' else 's'} from the sparse model alone"
+        assert (claim.unsteered, claim.steered) == (curve[0], curve[place])
+    for claim, (n, curve) in zip(page.claims[:4], found["channels"].items(), strict=True):
         assert claim.edit == f"{n} channel{'' if n == '1' else 's'}"
         assert (claim.unsteered, claim.steered) == (curve[0], curve[place])
         assert claim.interval == (found["channels_low"][n][place], found["channels_high"][n][place])

@@ -32,6 +32,7 @@ def test_the_chart(saved: dict, page: Page) -> None:
     assert {series["name"]: series["values"] for series in chart["series"]} == {
         "1 channel": saved["channels"]["1"],
         "2 channels": saved["channels"]["2"],
+        "2 channels in the paper's units": saved["paper"]["2"],
         "ridge regression, 2 channels": saved["ridge"]["2"],
         "exact patch": saved["exact_patch"],
         "difference of means": saved["difference_of_means"],
@@ -63,12 +64,15 @@ def test_side_effects(page: Page) -> None:
 
 
 def test_all_numbers(saved: dict, page: Page) -> None:
-    _, curves, two_way, sets, norms = page.sections["steering"]
+    _, searched, curves, two_way, sets, norms = page.sections["steering"]
+    assert searched[1:] == [["shuffled decoder", "1", "0.4200", "0.2000", "0.6000", "3", "0.500"]]
     assert curves[0] == ["strength", "0", "0.5", "1", "1.5"]
     named = {row[0]: row[1:] for row in curves[1:]}
     assert len(named) == len(curves) - 1
     wanted = {f"{n} channel{'s' * (n != '1')}": saved["channels"][n] for n in ("1", "2")}
     wanted |= {f"ridge regression, {n} channel{'s' * (n != '1')}": saved["ridge"][n] for n in ("1", "2")}
+    wanted |= {f"{n} channel{'s' * (n != '1')} in the paper's units": saved["paper"][n] for n in ("1", "2")}
+    wanted["1 channel from the sparse model alone"] = saved["by_patching"]["1"]
     wanted |= {"exact patch": saved["exact_patch"], "difference of means": saved["difference_of_means"]}
     kinds = {
         "random": "random directions",
@@ -84,7 +88,7 @@ def test_all_numbers(saved: dict, page: Page) -> None:
     wanted["random directions, 5th percentile"] = saved["random_p05"]
     assert named == {name: cells(curve) for name, curve in wanted.items()}
     assert two_way[1:] == [["1 channel", *cells(saved["two_way"]["1"])], ["2 channels", *cells(saved["two_way"]["2"])]]
-    assert sets == [["set", "channels of site 1"], ["1", "3"], ["2", "3, 7"]]
+    assert sets == [["set", "channels of site 1"], ["1", "3"], ["2", "3, 7"], ["1 from the sparse model alone", "5"]]
     assert norms == [["2", "1.250"], ["exact patch", "3.500"]]
     assert '"channel": "quote_type"' in page.words["steering"]
 

@@ -26,7 +26,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory):
     make_run(folder)
     save_channel(folder, CHANNEL)
     dense = load_dense(folder)
-    get_bundle(dense).bridges.rms_sparse *= 100  # or the random decoders' edits would hardly be felt
+    for decoder in get_bundle(dense).bridges.decoders:  # or the random decoders' edits would hardly be felt
+        decoder.weight.data *= 300
     return dense
 
 

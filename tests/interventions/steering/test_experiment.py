@@ -10,7 +10,7 @@ from interventions.bundle.bundle import get_bundle
 from interventions.steering import rivals
 from interventions.steering import strengths as doses
 from interventions.steering.experiment import Experiment, chosen_strengths, default_strengths, resolved
-from interventions.steering.result import Steering, quiet_strength
+from interventions.steering.result import Steering, chosen_strength
 from interventions.steering.steer import steer
 from interventions.steering.steered_prompts import SteeredPrompts, prompts_of
 from interventions.steering.strengths import LADDER
@@ -51,7 +51,6 @@ def test_strengths_chosen_on_selection_prompts_are_measured(
         "task": TASK,
         "sets": {"1": [3], "2": [3, 11]},
         "doses": {"1": {"strength": 4.0}, "2": {"strength": 0.5}},
-        "candidates": [3, 11, 12],
     }
     channel = dataclasses.replace(CHANNEL, selection=selection)
     monkeypatch.setitem(get_bundle(dense).channels, "pair", channel)
@@ -59,14 +58,37 @@ def test_strengths_chosen_on_selection_prompts_are_measured(
     assert list(default_strengths({"1": 0.75})) == [*(i / 10 for i in range(8)), 0.75, 0.8, 0.9, 1]
     # Another set of the same size has none.
     assert chosen_strengths(channel, [[5], [3, 11]]) == {"2": 0.5}
-    found = steer(dense, dataclasses.replace(SMALL, strengths=(0, 0.5), maps=3), progress=False)
-    assert "1" not in found.chosen  # 4 was not asked for
-    assert found.chosen["2"] == 0.5
-    assert {name: len(values) for name, values in found.searched.items()} == {"shuffled": 3, "untrained": 3}
-    # Side effects are those at the quiet strength.
-    assert (quiet_strength(found, "2"), quiet_strength(result, "2")) == (0.5, 1)
+    found = steer(dense, dataclasses.replace(SMALL, strengths=(0, 0.5)), progress=False)
+    assert (found.chosen["1"], found.chosen["2"]) == (4.0, 0.5)
+    assert [chosen_strength(one, "2") for one in (found, result)] == [0.5, 1]  # where none was chosen: 1
+    # Side effects are those at the chosen strength, whatever the evaluation prompts say.
     norm = result.side_effects["2"]["norm"] / 2
     assert found.side_effects["2"]["norm"] == pytest.approx(norm, rel=1e-4)
+    assert found.digest == channel.digest != result.digest
+
+
+def test_what_was_frozen_is_read_from_the_channel(dense, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of the sparse model alone, and the strength of the difference of means, which is not chosen again."""
+    selection = {
+        "task": TASK,
+        "units": "exact",
+        "sets": {"1": [3]},
+        "doses": {"1": {"strength": 1.25}},
+        "by_patching": {"sets": {"1": [7], "4": [7, 8, 9, 10]}, "doses": {n: {"strength": 2.0} for n in ("1", "4")}},
+        "difference_of_means": {"strength": 3.0},
+    }
+    channel = dataclasses.replace(CHANNEL, selection=selection)
+    monkeypatch.setitem(get_bundle(dense).channels, "pair", channel)
+    plan = dataclasses.replace(SMALL, strengths=(0, 1), sets=(), sizes=(1,))
+    found = steer(dense, plan, progress=False)
+    assert found.patching_sets == {"1": [7]}
+    assert found.chosen == {"1": 1.25, "by_patching 1": 2.0, "difference_of_means": 3.0}
+    alone = steer(dense, dataclasses.replace(plan, channel="attn.1.read.7", task=TASK), progress=False)
+    assert found.by_patching["1"] == pytest.approx(alone.channels["1"], rel=1e-5)
+    assert found.by_patching["1"][1] != pytest.approx(found.channels["1"][1], rel=1e-4)
+    # The strengths are a read edit's.
+    stream = steer(dense, dataclasses.replace(plan, where="stream"), progress=False)
+    assert set(stream.chosen) == {"difference_of_means"}
 
 
 def test_the_difference_of_means_gets_a_strength_like_any_set(dense, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,4 +104,4 @@ def test_the_difference_of_means_gets_a_strength_like_any_set(dense, run: Run, m
     best = LADDER[int(p.mean(2)[:, 0].argmax())]
     assert found.chosen == {"1": 1.25, "difference_of_means": best}
     assert found.strength == list(default_strengths(found.chosen))
-    assert quiet_strength(found, "difference_of_means") == max(1.0, best)
+    assert chosen_strength(found, "difference_of_means") == best

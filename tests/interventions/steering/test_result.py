@@ -7,7 +7,16 @@ from matplotlib.figure import Figure
 from support.report_runs import TASK, steering
 
 from bridges.run_folder import update_metrics
-from interventions.steering.result import DRAWN, Steering, draw_steering, place_of, quiet_strength, value_at
+from interventions.steering.result import (
+    DRAWN,
+    Searched,
+    Steering,
+    draw_steering,
+    p_value,
+    place_of,
+    searches,
+    value_at,
+)
 
 
 def test_the_figure_shows_every_control() -> None:
@@ -82,29 +91,33 @@ def test_study_gives_medians_and_ranges_by_group(tmp_path: Path, capsys) -> None
         steering_study.main(steering_study.Options(runs=tuple(runs)))
 
 
-def test_study_shows_each_set_at_its_quiet_strength(tmp_path: Path, capsys) -> None:
+def test_study_shows_each_set_at_its_chosen_strength(tmp_path: Path, capsys) -> None:
     import steering_study
 
     one = steering()._replace(
         strength=[0.0, 0.5, 1.0],
         channels={"1": [0.01, 0.1, 0.2], "2": [0.01, 0.5, 0.95]},
         ridge={"1": [0.01, 0.11, 0.21], "2": [0.01, 0.51, 0.91]},
+        by_patching={"1": [0.01, 0.04, 0.09]},
+        paper={"1": [0.01, 0.4, 0.6], "2": [0.01, 0.7, 0.98]},
         random_own_p95={"1": [0.01, 0.04, 0.06], "2": [0.01, 0.02, 0.03], "difference_of_means": [0.01, 0.03, 0.06]},
         random_p95=[0.01, 0.021, 0.031],
         difference_of_means=[0.01, 0.3, 0.7],
         exact_patch=[0.01, 0.8, 0.99],
-        chosen={"2": 0.25},  # up to 1 the control decides
-        searched={"shuffled": [0.1, 0.2, 0.6], "untrained": [0.3]},
+        chosen={"1": 0.5, "by_patching 1": 0.5, "difference_of_means": 0.5},
+        searched={"trained bridge": {"1": [0.4]}, "shuffled decoder": {"1": [0.1, 0.2, 0.6]}},
     )
     update_metrics(tmp_path, steering={TASK: one._asdict()})
     steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
     lines = capsys.readouterr().out.splitlines()
     rows = dict(line.strip("| ").split(" | ") for line in lines if line.count(" | ") == 1)
     expected = {
-        "1 channel, strength": "0.5",  # the control's
+        "1 channel, strength": "0.5",
         "steered, 1 channel": "0.1",
-        "2 channels, strength": "1",
+        "2 channels, strength": "1",  # none was chosen
         "steered, 2 channels": "0.95",
+        "1 channel from the sparse model alone": "0.04",
+        "1 channel in the paper's units": "0.6",  # at 1
         "ridge regression, 1 channel": "0.11",
         "ridge regression, 2 channels": "0.91",
         "random directions as long as 1 channel, 95th percentile": "0.04",
@@ -112,16 +125,29 @@ def test_study_shows_each_set_at_its_quiet_strength(tmp_path: Path, capsys) -> N
         "exact patch": "0.99",
         "difference of means, strength": "0.5",
         "difference of means": "0.3",
-        "1 channel searched for, shuffled decoder, median": "0.2",
-        "1 channel searched for, shuffled decoder, largest": "0.6",
-        "1 channel searched for, untrained bridge, median": "0.3",
+        "1 channel searched for at one norm": "0.4",
+        "1 channel searched for at one norm, shuffled decoder, median": "0.2",
+        "1 channel searched for at one norm, shuffled decoder, largest": "0.6",
+        "1 channel searched for at one norm, shuffled decoder, p": "0.5",
     }
     assert expected.items() <= rows.items()
-    assert quiet_strength(one._replace(random_own_p95={"1": [0.06, 0.01, 0.01]}), "1") == 0  # never quiet
     # An experiment that stops short of 1 has its table, without what is read there.
     short = {name: curve[:2] for name, curve in one.channels.items()}
-    update_metrics(tmp_path, steering={TASK: one._replace(strength=[0.0, 0.5], channels=short)._asdict()})
+    chosen = one.chosen | {"2": 0.5}
+    update_metrics(
+        tmp_path, steering={TASK: one._replace(strength=[0.0, 0.5], channels=short, chosen=chosen)._asdict()}
+    )
     steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
     printed = capsys.readouterr().out
     assert "exact patch" not in printed
     assert "| ridge regression, 1 channel | 0.11 |" in printed
+
+
+def test_the_p_value_counts_ours_and_ties() -> None:
+    assert p_value(0.5, [0.1, 0.5, 0.6]) == 0.75
+    assert p_value(0.5, []) == 1
+    searched = {"trained bridge": {"1": [0.5], "2": [0.9]}, "a": {"1": [0.1, 0.7]}, "b": {"2": [0.2, 0.4, 0.3]}}
+    assert searches(steering()._replace(searched=searched)) == [
+        Searched("a", "1", 0.5, pytest.approx(0.4), 0.7, 2, pytest.approx(2 / 3)),
+        Searched("b", "2", 0.9, 0.3, 0.4, 3, 0.25),
+    ]

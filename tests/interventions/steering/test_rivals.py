@@ -32,7 +32,7 @@ def test_drawn_controls_are_as_long_as_the_edit_at_every_token(run: Run, prompts
     directions = rivals.random_directions(4, 16, generator)
     for edit in rivals.along(directions, norm):
         assert torch.allclose(edit.norm(dim=-1, keepdim=True), norm, atol=1e-6)
-    changes = edits.activation_changes(run, 2, prompts)
+    changes = edits.sparse_changes(run, 2, prompts)
     columns = run.bridges.directions(2)
     assert (changes[~prompts.open] == 0).all()
     moved = changes[..., [3, 11]].norm(dim=-1, keepdim=True) > 0
@@ -41,7 +41,7 @@ def test_drawn_controls_are_as_long_as_the_edit_at_every_token(run: Run, prompts
     assert not torch.equal(fresh[0], fresh[1])
     for one in (*rivals.shuffled_columns(columns, 2, generator), *fresh):
         assert one.shape == columns.shape
-        edit = edits.scaled(edits.channel_edit(changes, one, torch.tensor(0.3), [3, 11]), norm)
+        edit = edits.scaled(edits.channel_edit(changes, one, [3, 11]), norm)
         assert torch.allclose(edit.norm(dim=-1, keepdim=True), norm * moved, atol=1e-6)
 
 
