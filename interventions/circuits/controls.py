@@ -45,6 +45,7 @@ from interventions.circuits.pruning_seeds import pruning_steps
 from interventions.circuits.rivals import FrozenNorms, by_word, redrawn, scrambled
 from interventions.tasks.base import TaskBatch
 from sparse_model.io.progress import Bar, progress_bar
+from sparse_model.io.tables import paragraph, table
 
 IDLE = 0.01
 """A node whose deletion raises the loss by less than this, in nats, does nothing."""
@@ -273,8 +274,10 @@ def _size(again: Repruned, k: int) -> str:
 
 
 def format_validation(v: Validation) -> str:
-    """The table of results, a line each."""
-    rows = [("control", "", "found (losses in nats)", "limit")]
-    rows += [(r.control, "survived" if r.survived else "FAILED", r.measured, r.limit) for r in control_results(v)]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    """The results as a table, with the verdict in words."""
+    results = control_results(v)
+    rows = [["control", "", "found (losses in nats)", "limit"]]
+    rows += [[r.control, "survived" if r.survived else "FAILED", r.measured, r.limit] for r in results]
+    failed = [r.control for r in results if not r.survived]
+    verdict = f"weak: the claim fails {', '.join(failed)}" if failed else "good: the claim survives all of its controls"
+    return f"{table(rows, left=4, wrap={2: 38, 3: 22})}\n{paragraph(verdict)}"

@@ -6,7 +6,7 @@ Example:
 
 from dataclasses import dataclass
 
-from interventions.cli.options import parse, writing_into
+from interventions.cli.options import parse, say_next, writing_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +32,4 @@ def main(options: Options) -> None:
 
     with writing_into(options.run):
         print(evaluation_table(evaluate_run(open_run(options.run, options.device), tokens=options.tokens)))
+    say_next("find-channel", "--run", options.run)

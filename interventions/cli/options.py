@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import logging
+import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -159,6 +161,18 @@ def as_typed(message: str) -> str:
         return _typed[name] + " " * bool(equals)
 
     return re.sub(r"(?<![\w./'\"-])([a-z][\w.]*\w)(=?)(?![\w/'\"]*/)", flag, message)
+
+
+def loss_verdict(loss: float, d_vocab: int) -> str:
+    """A model's loss beside that of a guess at random, in words."""
+    guess = math.log(d_vocab)
+    words = "it has learned little so far: raise --steps" if loss > guess / 2 else "it has learned the text"
+    return f"a guess among the {d_vocab} tokens would cost {guess:.2f} nats: {words}"
+
+
+def say_next(command: str, *arguments: str) -> None:
+    """Print the command that comes next, ready to be typed."""
+    print(f"next: {shlex.join(['sparse-bridges', command, *arguments])}")
 
 
 class _Handler(logging.Handler):

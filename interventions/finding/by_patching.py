@@ -243,7 +243,7 @@ def named_channel(
         site=site,
         indices=tuple(indices),
         weights=tuple(round(float(w), 6) for w in weights),
-        description=f"positive where the prompt is member 0 of {task}",
+        description=f"positive where the prompt is the first of a pair of {task}",
         statistics={
             "mean_member_0": [float(x) for x in nodes[0][differs].mean(0)],
             "mean_member_1": [float(x) for x in nodes[1][differs].mean(0)],

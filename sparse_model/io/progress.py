@@ -29,6 +29,9 @@ class ProgressLines(Bar):
             self._write()
         return True
 
+    def clear(self, *_: Any, **__: Any) -> None:
+        pass  # a line stays
+
     def close(self) -> None:
         if not self.disable:
             self.disable = True
