@@ -139,7 +139,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         RunConfig(dense_train=DenseTrainConfig(seed=4)),
     ),
     "tiny": (
-        "the whole path in under a minute, for tests; too short to steer",
+        "trains in ten seconds, for tests; too short to steer",
         RunConfig(
             corpus_tokens=60_000,
             steps=60,

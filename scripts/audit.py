@@ -26,7 +26,7 @@ def audit(constraints: str) -> int:
     looked = done.returncode == 0 or bool(done.stdout.strip())  # what it finds is a table, and the status 1
     if not looked or skipped >= pins:
         said = " ".join((done.stderr + done.stdout).strip().splitlines()[-1:]) or "it said nothing"
-        print(f"not audited: pip-audit could not look ({said[:200]}); try again with a network that has pypi.org")
+        print(f"not audited: pip-audit could not look ({said[:200]}); try again where the package index can be reached")
         return 2
     print(done.stdout.strip() or done.stderr.strip())
     if skipped:

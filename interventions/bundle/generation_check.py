@@ -4,7 +4,8 @@ A release of transformers may rename the argument in which a wrapper hands on th
 is lost, and the text goes on from its last token alone.
 """
 
-from importlib.metadata import requires, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import torch
@@ -29,13 +30,30 @@ def check_generation(model: Any, cache_option: str, d_vocab: int, n_ctx: int) ->
     rows = torch.randint(d_vocab, (_ROWS, length), generator=torch.Generator().manual_seed(0)).to(device)
     cached, plain = (_generate(model, rows, **{cache_option: use}) for use in (True, False))
     if int((cached != plain).any(1).sum()) > _MOST_DIFFERENT:
-        packages = ("transformers", "transformer-lens")
-        tested = [line for line in requires("sparse-bridges") or () if line.startswith(packages)]
         raise RuntimeError(
-            f"{' with '.join(f'{package} {version(package)}' for package in packages)}: generation with a cache loses "
-            f"the prompt. Install versions that were tested: pip install {' '.join(map(repr, tested))}"
+            f"{' with '.join(_versions())}: generation with a cache loses the prompt. Install versions that were "
+            f"tested: pip install {' '.join(map(repr, _tested()))}"
         )
     _checked.add(name)
+
+
+_PACKAGES = ("transformers", "transformer-lens")
+
+
+def _versions() -> list[str]:
+    """The packages with their versions, of those that are installed: `load_hf` does without TransformerLens."""
+    versions = []
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return versions
+
+
+def _tested() -> list[str]:
+    """What this package asks for; its name where it is not installed but only on the path."""
+    with suppress(PackageNotFoundError):
+        return [line for line in requires("sparse-bridges") or () if line.startswith(_PACKAGES)]
+    return ["sparse-bridges"]
 
 
 def _generate(model: Any, rows: torch.Tensor, **cache: bool) -> torch.Tensor:

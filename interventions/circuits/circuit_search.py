@@ -20,7 +20,7 @@ from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
 from interventions.circuits.pruning_seeds import choose, consensus, prune_seeds, pruning_steps, summaries
 from interventions.circuits.settings_search import RANGES, search_config
-from interventions.tasks.base import Task, TaskBatch
+from interventions.tasks.base import Task
 from interventions.tasks.catalogue import TaskName
 from interventions.tasks.names import PromptKind
 from interventions.tasks.of_run import recorded_task, run_task
@@ -72,10 +72,7 @@ def find_circuit(
     start = read_kept_nodes(start_from, nodes.shape) if start_from else None
     ablation = reference_ablation(nodes, _held_out(run, progress), config)
     if search:
-        key = f"{bound.name} {model} {fingerprint(run)}{bound.record.get('sha256', '')}"
-        config = _searched(
-            nodes, splits(bound, config), ablation, config, search, run.folder / FOLDER / "search.db", key, progress
-        )
+        config = _searched(run, nodes, bound, ablation, config, search, progress)
     prunings = prune_seeds(nodes, bound, ablation, config, seeds, start=start, progress=progress, bar=bar)
     common = consensus(nodes, bound, ablation, prunings)
     taken = common if agreed and common else choose(prunings)
@@ -168,16 +165,11 @@ def _held_out(run: Run, progress: bool) -> Int[Tensor, "block pos"]:
 
 
 def _searched(
-    model: NodeModel,
-    pairs: tuple[TaskBatch, TaskBatch],
-    ablation: Ablation,
-    base: PruneConfig,
-    trials: int,
-    database: Path,
-    key: str,
-    progress: bool,
+    run: Run, model: NodeModel, task: Task, ablation: Ablation, base: PruneConfig, trials: int, progress: bool
 ) -> PruneConfig:
     """The settings with the fewest edges."""
+    pairs, database = splits(task, base), run.folder / FOLDER / "search.db"
+    key = f"{task.name} {model.kind} {fingerprint(run)}{task.record.get('sha256', '')}"
 
     def edges(config: PruneConfig) -> int:
         return count_edges(model, prune(model, *pairs, ablation, config).kept)

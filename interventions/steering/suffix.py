@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, pad
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+from bridges.dense import DenseModel
 from bridges.families import Anatomy, ReadNorm
+from bridges.hybrid import advance
 from bridges.sites import Site
 from interventions.editing.where import Where
 
@@ -63,11 +65,10 @@ class FamilySuffix:
     def __init__(
         self, hf: PreTrainedModel, tokens: Int[Tensor, "row pos"], start: int, site: int, where: Where
     ) -> None:
-        self._anatomy, self.where, self.site = Anatomy(hf), where, site
-        self._start = start
-        self._stream = self._anatomy.embed(tokens)
+        self._dense, self._start, self.site, self.where = DenseModel(hf), start, site, where
+        self._stream = self._dense.embed(tokens)
         for i in range(site):
-            self._stream = self._sublayer(i, self._stream, None)
+            self._stream = self._dense.sublayer(i, self._stream)
         self.tokens_at_once = tokens.shape[1] - start
 
     @torch.no_grad()
@@ -79,23 +80,21 @@ class FamilySuffix:
         return torch.stack([self._edited(strength * given) for strength in strengths.to(given)])
 
     def _edited(self, edits: Float[Tensor, "edit row pos d_dense"]) -> Float[Tensor, "edit row vocab"]:
-        stream = self._stream.repeat(len(edits), 1, 1)
-        change: Tensor | None = torch.zeros_like(stream)
-        assert change is not None
-        change[:, self._start :] = edits.flatten(0, 1)
+        dense, stream = self._dense, self._stream.repeat(len(edits), 1, 1)
+        change = pad(edits.flatten(0, 1), (0, 0, self._start, 0))
         if self.where == "stream":
-            stream, change = stream + change, None
-        for i in range(self.site, 2 * self._anatomy.n_layers):
-            stream, change = self._sublayer(i, stream, change), None
-        read = self._read(2 * self._anatomy.n_layers, stream, change)[:, -1]
-        return self._anatomy.head(read).unflatten(0, edits.shape[:2])
-
-    def _sublayer(self, i: int, stream: Tensor, change: Tensor | None) -> Tensor:
-        run = self._anatomy.mlp if i % 2 else self._anatomy.attend
-        return stream + run(i // 2, self._read(i, stream, change))
-
-    def _read(self, i: int, stream: Tensor, change: Tensor | None) -> Tensor:
-        return _read(self._anatomy.norm(i), self._anatomy.read_norm(i), stream, change)
+            logits = dense.unembed(advance(dense, self.site, stream + change)[:, -1:])
+        else:
+            norm = dense.anatomy.read_norm(self.site)
+            read = dense.anatomy.norm(self.site)(stream.to(dense.dtype))
+            read = (read + norm.response(change, norm.scale(stream))).to(dense.dtype)
+            if self.site == 2 * dense.n_layers:
+                logits = dense.anatomy.head(read[:, -1:])
+            else:
+                part = dense.anatomy.mlp if self.site % 2 else dense.anatomy.attend
+                stream = advance(dense, self.site + 1, stream + part(self.site // 2, read))
+                logits = dense.unembed(stream[:, -1:])
+        return logits[:, 0].unflatten(0, edits.shape[:2])
 
 
 class GPT2Suffix:

@@ -1,6 +1,7 @@
 """Tasks with a stock of pairs, found in files or written by hand, where others have templates."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,23 +21,23 @@ class StockPair(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StockTask(Task):
+class StockTask(Task, ABC):
     """A task whose pairs are drawn from a stock."""
 
     @property
+    @abstractmethod
     def stock(self) -> Mapping[PromptSplit, Sequence[StockPair]]:
         """The pairs of each split."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def source(self) -> str:
         """What gives the pairs, as the subject of a sentence; `{split}` stands for the split."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def remedy(self) -> str:
         """How there would be more."""
-        raise NotImplementedError
 
     def available(self, split: PromptSplit) -> int:
         """How many pairs there are in `split`."""

@@ -11,7 +11,7 @@ and, if they too are missing, jaxtyping, einops, numba, llvmlite, xxhash, safete
 Examples:
     python scripts/bench/gpu.py --out runs/gpu
     python scripts/bench/gpu.py --out runs/gpu --parts kernels step
-    python scripts/bench/gpu.py --device cpu --quick --out /tmp/dry
+    python scripts/bench/gpu.py --device cpu --quick --out runs/dry
 """
 
 import argparse

@@ -81,8 +81,8 @@ def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
     assert set(steering["channels"]) == {"1", "2", "4", "8"}
     lengths = [len(c) for c in steering["channels"].values()]
     lengths += [len(steering[n]) for n in ("strength", "random_mean", "random_p95", "difference_of_means")]
-    # Tenths up to 1, and the ladder up to the largest strength that the search chose.
-    assert steering["strength"][:11] == pytest.approx([i / 10 for i in range(11)])
+    # Tenths up to 1, and the strengths that the search chose.
+    assert {i / 10 for i in range(11)} <= {round(strength, 9) for strength in steering["strength"]}
     assert set(lengths) == {len(steering["strength"])}
     assert steering["random_draws"] >= 50
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]

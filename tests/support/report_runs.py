@@ -14,6 +14,7 @@ from interventions.bundle.channels import Channel, Rule, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.controls import validate
+from interventions.circuits.faithfulness import AnswerScore, Faithfulness, RandomAblation
 from interventions.circuits.node_model import ModelKind, as_nodes, locations
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.task_scores import score_tasks
@@ -215,3 +216,17 @@ def full_run(folder: Path, name: str = "quote_type") -> Run:
     controlled(run, circuit(run))
     circuit(run, model="dense", tied_qk=True)
     return run
+
+
+SCORES = Faithfulness(
+    log_odds_share=0.0283,
+    loss=0.606,
+    accuracy=0.25,
+    whole=AnswerScore(0.01, 1.0, 0.0),
+    alone=AnswerScore(0.65, 0.75, 0.2),
+    random=[RandomAblation(0.1, [AnswerScore(0.1, 0.9, 0.01), AnswerScore(0.3, 0.5, 0.03)])],
+    worst=AnswerScore(11.5, 0.0, 0.69),
+    worst_share=0.486,
+    attack_passes=113,
+)
+"""Of a circuit that fails on evaluation prompts."""

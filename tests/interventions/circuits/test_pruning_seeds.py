@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import make_tiny_run
+from support.report_runs import SCORES
 from support.solver import CONFIG, SolverTask, cancelling, solver, solver_batch
 
 from bridges.run_folder import Run, open_run
 from interventions.circuits.ablation import measure_ablation
 from interventions.circuits.circuit import Circuit, circuit_paths, failed_circuits, load_circuit, save_circuit
 from interventions.circuits.circuit_search import find_circuit, with_controls
-from interventions.circuits.faithfulness import AnswerScore, Faithfulness, RandomAblation
 from interventions.circuits.node_model import as_nodes, locations
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, prune
@@ -31,17 +31,6 @@ from interventions.cli.solved_tasks import Options as SolvedOptions
 from interventions.cli.solved_tasks import main as solved_tasks
 
 NEURON = "blocks.0.mlp.hook_post"
-SCORES = Faithfulness(
-    log_odds_share=0.0283,
-    loss=0.606,
-    accuracy=0.25,
-    whole=AnswerScore(0.01, 1.0, 0.0),
-    alone=AnswerScore(0.65, 0.75, 0.2),
-    random=[RandomAblation(0.1, [AnswerScore(0.1, 0.9, 0.01), AnswerScore(0.3, 0.5, 0.03)])],
-    worst=AnswerScore(11.5, 0.0, 0.69),
-    worst_share=0.486,
-    attack_passes=113,
-)
 SEEDS = tuple(
     SeedSummary(seed, 12, 9, 0.14, 0.16, agreed, taken)
     for seed, agreed, taken in ((0, 1.0, True), (1, 0.23, False), (2, 0.44, False), (None, 0.5, False))

@@ -10,13 +10,13 @@ import torch
 from support.report_page import Page, page_of
 from support.report_runs import (
     QUICK,
+    SCORES,
     TASK,
     circuit,
 )
 
 from bridges.run_folder import Run, update_metrics
 from interventions.circuits.circuit import load_circuit
-from interventions.circuits.faithfulness import AnswerScore, Faithfulness, RandomAblation
 from interventions.circuits.node_model import as_nodes, find_node
 from interventions.circuits.pruning import score
 from interventions.circuits.pruning_seeds import SeedSummary
@@ -312,22 +312,11 @@ def test_notes_count_what_is_left_out(bare: Run, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_circuit_on_evaluation_prompts(bare: Run) -> None:
-    scores = Faithfulness(
-        log_odds_share=0.0283,
-        loss=0.606,
-        accuracy=0.25,
-        whole=AnswerScore(0.01, 1.0, 0.0),
-        alone=AnswerScore(0.65, 0.75, 0.2),
-        random=[RandomAblation(0.1, [AnswerScore(0.1, 0.9, 0.01), AnswerScore(0.3, 0.5, 0.03)])],
-        worst=AnswerScore(11.5, 0.0, 0.69),
-        worst_share=0.486,
-        attack_passes=113,
-    )
     seeds = tuple(
         SeedSummary(seed, 12, 9, 0.14, 0.16, agreed, taken)
         for seed, agreed, taken in ((0, 1.0, True), (1, 0.23, False), (None, 0.5, False))
     )
-    circuit(bare, faithfulness=scores, seeds=seeds, ngram_floor=0.31)
+    circuit(bare, faithfulness=SCORES, seeds=seeds, ngram_floor=0.31)
     circuit(bare, model="dense")
     update_metrics(bare.folder, tasks={TASK: {"dense": {"pair_accuracy": 1.0, "p_right": 0.5, "loss": 0.1}}})
     page = page_of(bare)
