@@ -71,7 +71,7 @@ TRAIN = [
 ]
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.link")
-DISK_SENTENCE, IN_USE = "could not be written", "is in use by process"
+DISK_SENTENCE, IN_USE = "could not be written", "is in use by"
 
 
 def start(work: Path, *extra: str, before: Callable[[], None] = lambda: None) -> int:

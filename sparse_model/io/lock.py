@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -88,11 +89,20 @@ def _take(path: Path, wait: bool) -> int:
     return descriptor
 
 
+def _holder(descriptor: int) -> str:
+    """Who holds a lock file. It says so just after it has taken it, unless the disk is full."""
+    for _ in range(20):
+        if said := os.pread(descriptor, 1000, 0):
+            return said.decode(errors="replace")
+        time.sleep(0.01)
+    return "another process"
+
+
 def _lock(descriptor: int, path: Path, wait: bool) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
+        holder = _holder(descriptor)
         if not wait:
             raise InUse(f"{path.parent} is in use by {holder}: wait for it, or stop it") from error
         logger.info("waiting for %s", holder)
