@@ -76,7 +76,7 @@ def describe(task: "Task", report: "TaskReport") -> None:
     from interventions.tasks.reports import distance_table
 
     print(paragraph(f"{task.name}: {task.description}"))
-    print("prompts: " + ", ".join(f"{name} {value}" for name, value in report.record.items()))
+    print(paragraph("prompts: " + ", ".join(f"{name} {value}" for name, value in report.record.items())))
     if isinstance(task, FileTask) and task.by_first_token:
         print(f"{task.by_first_token} answers are several tokens long and count by their first one")
     for split, count in report.available.items():
@@ -85,7 +85,8 @@ def describe(task: "Task", report: "TaskReport") -> None:
         print(f"{split:10} {pairs}" + (f"; pair accuracy of counting: {floors}" if floors else ""))
     print("\nevaluation pairs by the tokens from the last that differs to the answer\n")
     print(distance_table(report))
-    print(paragraph("pair accuracy (both members right; near 1 is good) and P(right answer); counting has no P."))
+    legend = "pair accuracy (both members right; near 1 is good) and P(right answer)"
+    print("\n" + paragraph(legend + ("; counting has no P." if report.needs_more_than_counting is not None else ".")))
     if report.needs_more_than_counting is not None:
         more = "needs more than" if report.needs_more_than_counting else "needs no more than"
         print(f"\nthis task {more} counting trigrams")

@@ -129,9 +129,9 @@ def _run_table(run: str, scores: "TaskScores", reports: "dict[str, TaskReport | 
         rows.append([name, *cells, *((floors(reports[name]) or ["-"] * 3) if counted else ())])
     scored = [of for of in scores.values() if not isinstance(of, str)]
     solved = [f"{sum(of[label].solved for of in scored)} of {len(scored)} by the {label} model" for label in labels]
-    lines = [f"{Path(run).name}: solved {', '.join(solved)}", "", markdown(rows)]
-    lines += [paragraph(f"unsupported, {name}: {of}") for name, of in scores.items() if isinstance(of, str)]
-    return "\n".join(lines)
+    unsupported = [paragraph(f"unsupported, {name}: {of}") for name, of in scores.items() if isinstance(of, str)]
+    parts = [f"{Path(run).name}: solved {', '.join(solved)}", markdown(rows), "\n".join(unsupported)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def markdown(rows: list[list[str]]) -> str:

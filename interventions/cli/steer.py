@@ -141,8 +141,10 @@ def describe(result: "Steering", baseline: dict[str, float], channels: Mapping[s
     from interventions.steering.headline import headline
 
     print(
-        f"{result.task}, {result.prompts} evaluation prompts, site {result.site}, where={result.where}; dense model: "
-        + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
+        paragraph(
+            f"{result.task}, {result.prompts} evaluation prompts, site {result.site}, where={result.where}; dense "
+            "model: " + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
+        )
     )
     print(f"\nmean P(counterfactual answer) at each strength\n{table(curve_rows(result))}")
     print(paragraph("near 1 is good for channels, near 0 for what is drawn at random; 95 %: over prompts."))

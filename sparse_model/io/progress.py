@@ -22,6 +22,13 @@ class ProgressLines(Bar):
         self._written = time.monotonic()
         super().__init__(*args, **options | {"maxinterval": SECONDS, "bar_format": _LINE})
 
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What the line says: a last document may go beyond the total, which tqdm would then forget."""
+        said = super().format_dict
+        total = max(said["n"], said["total"]) if said["total"] is not None else None
+        return said | {"total": total, "unit": said["unit"].strip()}
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         now = time.monotonic()
         if now - self._written >= SECONDS:  # whoever changes the text asks for more

@@ -35,11 +35,11 @@ def test_a_bar_that_goes_away_says_nothing_in_its_first_minute(
 ) -> None:
     assert list(progress_bar(range(5), "sites", leave=False)) == [0, 1, 2, 3, 4]
     assert list(progress_bar(range(5), "sites", disable=True)) == [0, 1, 2, 3, 4]
-    with progress_bar(total=0, unit=" tokens", unit_scale=True, desc="corpus", leave=False, mininterval=0) as bar:
+    with progress_bar(total=2900, unit=" tokens", unit_scale=True, desc="corpus", leave=False, mininterval=0) as bar:
         clock[0] += 61
         bar.update(3000)
     err = capsys.readouterr().err
-    assert err.splitlines() == [line for line in err.splitlines() if line.startswith("corpus: 3.00k of ")]
+    assert err.startswith("corpus: 3.00k of 3.00k tokens, ")
     assert err.count("\n") == 1
     assert "\r" not in err
 
