@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from bridges.config import RunConfig
+from bridges.config import DenseTrainConfig, RunConfig
 from sparse_model.data.batch_order import BatchOrder
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.atomic import replace_folder
@@ -24,6 +24,8 @@ from sparse_model.training.optim import set_lr
 logger = logging.getLogger(__name__)
 
 DENSE_CHECKPOINT = "dense-checkpoint"
+_OTHERS_LR = 3e-3
+"""Peak learning rate of what Muon does not train: embeddings, biases, gains."""
 
 
 def train_dense(
@@ -37,9 +39,10 @@ def train_dense(
 ) -> GPT2LMHeadModel:
     """Train a GPT-2 of the sparse model's depth, context and vocabulary on `blocks` [block, n_ctx].
 
-    AdamW 3e-3 by default, gradient norm clipped to 1, 2 % warm-up, cosine decay to a tenth; bf16 autocast on CUDA.
-    No dropout: with well under one pass over enough text there is nothing to regularise, and the bridged model is used
-    in eval mode. Goes on from the last checkpoint in `folder`, where there is one, and keeps its own there.
+    AdamW 3e-3 by default, gradient norm clipped to 1, 2 % warm-up, cosine decay to a tenth; bf16 autocast on CUDA, and
+    on CPUs where asked for. No dropout: with well under one pass over enough text there is nothing to regularise, and
+    the bridged model is used in eval mode. Goes on from the last checkpoint in `folder`, where there is one, and keeps
+    its own there.
 
     Raises TrainingDiverged where a number is no longer finite, Interrupted on a signal, after a checkpoint, and
     ValueError for a checkpoint that is damaged or made from something else.
@@ -80,14 +83,13 @@ class _DenseTraining:
         self.model.set_attn_implementation("sdpa")
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        self.optimizers = _optimizers(self.model, self.options)
+        self.bf16 = device.type == "cuda" or (device.type == "cpu" and self.options.bf16_on_cpu and _has_bf16())
         self.order = BatchOrder(len(blocks), self.options.batch_size, self.options.seed)
         self.modules, self.step = {"dense": self.model}, 0
         self.checkpoints = None
         if folder is not None:
-            self.checkpoints = Checkpoints(folder / DENSE_CHECKPOINT, self.modules, {"dense": self.optimizer})
+            self.checkpoints = Checkpoints(folder / DENSE_CHECKPOINT, self.modules, self.optimizers)
             shape = f"{config.sparse.n_layers} layers, context {config.sparse.n_ctx}, {config.sparse.d_vocab} tokens"
             self.identity: Identity = {**versions(), "corpus": digest_of([blocks]), "shape": shape}
             state = self.checkpoints.load(self.options, self.options.steps, self.identity)
@@ -97,22 +99,24 @@ class _DenseTraining:
 
     def train_step(self) -> Tensor:
         """One optimizer step on the next batch; returns its loss on the device."""
-        set_lr(self.optimizer, self._rate(self.step))
+        for optimizer in self.optimizers.values():
+            set_lr(optimizer, optimizer.defaults["lr"] * dense_rate(self.step, self.options.steps))
         tokens = to_device(self.blocks[self.order(self.step)].long(), self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = next_token_loss(self.model(tokens).logits, tokens)
         loss.backward()
         if self.device.type == "cpu":  # elsewhere reading a number waits for the device
             self._refuse("the loss" if not loss.isfinite() else first_not_finite(gradients_of(self.modules)))
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss.detach()
 
     def check(self, loss: Tensor) -> None:
         """Raise TrainingDiverged where the last step's loss, or a number that it left, is not finite."""
-        named = [("the loss", loss), *state_of(self.modules, [self.optimizer])]
+        named = [("the loss", loss), *state_of(self.modules, self.optimizers.values())]
         self._refuse(first_not_finite(named), self.step - 1)
 
     def save_checkpoint(self, loss: Tensor) -> None:
@@ -121,17 +125,37 @@ class _DenseTraining:
         if self.checkpoints is not None:
             self.checkpoints.save(self.options, {"step": self.step, "identity": self.identity})
 
-    def _rate(self, step: int) -> float:
-        return self.options.lr * dense_rate(step, self.options.steps)
-
     def _refuse(self, name: str | None, step: int | None = None) -> None:
         step = self.step if step is None else step
         if name is not None:
+            rate = self.options.lr * dense_rate(step, self.options.steps)
             raise TrainingDiverged(
                 f"{name} of the dense model's training is no longer finite in step {step + 1} at learning rate "
-                f"{self._rate(step):.3g}; the last checkpoint is as it was: train again with a lower "
+                f"{rate:.3g}; the last checkpoint is as it was: train again with a lower "
                 f"dense_train.lr={self.options.lr:g}"
             )
+
+
+def _has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers; elsewhere torch emulates that."""
+    found = torch.cpu.get_capabilities()
+    if found.get("avx512_bf16") or found.get("amx_bf16"):
+        return True
+    logger.info("this CPU has no instructions for bfloat16: dense_train.bf16_on_cpu is left aside, float32 it is")
+    return False
+
+
+def _optimizers(model: GPT2LMHeadModel, options: DenseTrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """One for each learning rate, by name."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if options.optimizer == "adamw":
+        return {"dense": torch.optim.AdamW(parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)}
+    matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    return {
+        "matrices": torch.optim.Muon(matrices, options.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        "others": torch.optim.AdamW(others, _OTHERS_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    }
 
 
 def _new_gpt2(config: RunConfig, end_of_text: int | None) -> GPT2LMHeadModel:

@@ -7,24 +7,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import (
-    Dataset,
-    DatasetDict,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_from_disk,
-)
-from datasets.table import InMemoryTable
 from jaxtyping import Int32
 
 from sparse_model.data.text_files import SPLITS, Split
 from sparse_model.io.atomic import clean_up_beside, remove_folder, replace_folder
 from sparse_model.io.lock import hold
+
+if TYPE_CHECKING:  # a second of imports that nothing but a corpus needs: loading a run does without
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
 
 Blocks = dict[Split, Int32[np.ndarray, "block n_ctx"]]
 
@@ -49,24 +43,28 @@ def one_builder(folder: Path) -> Iterator[None]:
 
 def write_cache(folder: Path, blocks: Blocks, report: dict[str, Any]) -> None:
     """Write `folder` whole or not at all."""
-    quiet = are_progress_bars_disabled()
-    disable_progress_bars()
+    import datasets
+
+    quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         with replace_folder(folder) as temporary:
-            dataset = DatasetDict({split: Dataset(_table(array)) for split, array in blocks.items()})
+            dataset = datasets.DatasetDict({split: datasets.Dataset(_table(array)) for split, array in blocks.items()})
             dataset.save_to_disk(temporary)
             facts = {"digests": {split: _digest(array) for split, array in blocks.items()}, "report": report}
             (temporary / "blocks.json").write_text(json.dumps(facts, indent=1))
     finally:
         if not quiet:
-            enable_progress_bars()
+            datasets.enable_progress_bars()
 
 
 def read_cache(folder: Path) -> tuple[Blocks, dict[str, Any]] | None:
     """The blocks and report in `folder`; if damaged, a warning, the folder's removal, and None."""
+    import datasets
+
     try:
         facts = json.loads((folder / "blocks.json").read_text())
-        dataset = load_from_disk(str(folder))
+        dataset = datasets.load_from_disk(str(folder))
         blocks = {split: _array(dataset[split]) for split in SPLITS}
         for split, array in blocks.items():
             if _digest(array) != facts["digests"][split]:
@@ -80,12 +78,15 @@ def read_cache(folder: Path) -> tuple[Blocks, dict[str, Any]] | None:
         return None
 
 
-def _table(blocks: Int32[np.ndarray, "block n_ctx"]) -> InMemoryTable:
+def _table(blocks: Int32[np.ndarray, "block n_ctx"]) -> "InMemoryTable":
+    import pyarrow as pa
+    from datasets.table import InMemoryTable
+
     rows = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), blocks.shape[1])
     return InMemoryTable(pa.table({"tokens": rows}))
 
 
-def _array(dataset: Dataset) -> Int32[np.ndarray, "block n_ctx"]:
+def _array(dataset: "Dataset") -> Int32[np.ndarray, "block n_ctx"]:
     column = dataset.data.column("tokens").combine_chunks()
     # A copy: Arrow's memory map is read-only, which torch tensors cannot be.
     return np.array(column.flatten(), dtype=np.int32).reshape(len(column), -1)

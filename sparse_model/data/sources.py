@@ -14,8 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from datasets import load_dataset
-
 from sparse_model.data.cache import cache_folder
 from sparse_model.data.packages import open_packages
 from sparse_model.data.pieces import pieces_of
@@ -202,6 +200,8 @@ class HubSource:
     text_field: str | None
 
     def documents(self, split: Split) -> Iterator[Document]:
+        from datasets import load_dataset  # a second, which the other sources do without
+
         try:
             stream = load_dataset(self.name, split="train", streaming=True)
         except Exception as error:  # a dozen types: no network, no such name, gated, needs a configuration

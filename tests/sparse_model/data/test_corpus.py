@@ -5,6 +5,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from support.corpora import load, write_documents
 from transformers import PreTrainedTokenizerFast
 
-from sparse_model.data import sources as corpus_sources
 from sparse_model.data.corpus import (
     CorpusConfig,
     describe_sources,
@@ -105,7 +105,7 @@ def test_hub_rows_are_streamed_and_divided(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append((name, split, streaming))
         return IterableDataset.from_generator(lambda: ({"code": f"row {i}", "size": i} for i in range(200)))
 
-    monkeypatch.setattr(corpus_sources, "load_dataset", stub)
+    monkeypatch.setattr(datasets, "load_dataset", stub)
     config = CorpusConfig(spec="someone/some-code", val_fraction=0.2)
     train, val = list(iter_documents(config, "train")), list(iter_documents(config, "val"))
     assert sorted(train + val) == sorted(f"row {i}" for i in range(200))
@@ -118,7 +118,7 @@ def test_an_unreachable_hub_name_is_one_clear_error(monkeypatch: pytest.MonkeyPa
     def stub(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no network\ndetails")
 
-    monkeypatch.setattr(corpus_sources, "load_dataset", stub)
+    monkeypatch.setattr(datasets, "load_dataset", stub)
     message = r"'nobody/nothing' is neither built in nor a local path.*RuntimeError: no network\); check"
     with pytest.raises(ConnectionError, match=message):
         next(iter_documents(CorpusConfig(spec="nobody/nothing"), "train"))
