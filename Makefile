@@ -6,7 +6,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --config_file scripts/accelerate.yaml
 # At the demo's sizes a second thread brings nothing: 40.3 ms per step instead of 40.8.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo bundle test check format lock audit docs clean
+.PHONY: setup demo bundle test newest check format lock audit docs clean
 
 setup: .venv/.installed
 
@@ -42,6 +42,13 @@ bundle: setup
 test: .venv/.tests-installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+# The newest versions that pyproject.toml admits, without constraints.txt: a plain install runs the README's first block.
+newest:
+	rm -rf build
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check .
+	.venv-newest/bin/python scripts/first_block.py
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +80,4 @@ docs: .venv/.docs-installed
 	@echo "open site/index.html"
 
 clean:
-	rm -rf site .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf site build .venv .venv-newest .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.config import DenseTrainConfig, RunConfig
 from sparse_model.data.batch_order import BatchOrder
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.atomic import replace_folder
+from sparse_model.io.progress import progress_bar
 from sparse_model.io.tensors import to_device
 from sparse_model.training.checkpoints import Checkpoints
 from sparse_model.training.finite import TrainingDiverged, first_not_finite, gradients_of, state_of
@@ -49,7 +49,7 @@ def train_dense(
     """
     training = _DenseTraining(config, blocks, tokenizer, device, folder)
     options = config.dense_train
-    bar = tqdm(total=options.steps, initial=training.step, desc="dense", unit="step", disable=not progress)
+    bar = progress_bar(total=options.steps, initial=training.step, desc="dense", unit="step", disable=not progress)
     with stop_signals() as stop_asked, bar:
         while training.step < options.steps:
             loss = training.train_step()

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
 from bridges.dense import Sublayered
 from bridges.hybrid import mixed_path, random_path, residuals, suffix
 from bridges.losses import kl
 from bridges.sites import all_sites
+from sparse_model.io.progress import progress_bar
+from sparse_model.io.tables import paragraph, table
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import count_nonzeros
 from sparse_model.sparsity.sparse_linear import sparse_products
@@ -86,6 +87,8 @@ class Moments:
 
 
 RANDOM_PATHS = 64
+RECOVERED = 0.8
+"""Share of the loss that a hybrid should recover."""
 
 
 class Bridged(NamedTuple):
@@ -121,8 +124,10 @@ def _evaluate(
 ) -> dict:
     models = Bridged(dense, sparse, bridges)
     batches = [b.long().to(next(sparse.parameters()).device) for b in blocks.split(batch_size)]
-    encode, decode = _measure_bridges(models, tqdm(batches, "evaluate: bridges", leave=False, disable=not progress))
-    bar = tqdm(batches, "evaluate: hybrids", leave=False, disable=not progress)
+    encode, decode = _measure_bridges(
+        models, progress_bar(batches, "evaluate: bridges", leave=False, disable=not progress)
+    )
+    bar = progress_bar(batches, "evaluate: hybrids", leave=False, disable=not progress)
     means = _measure_hybrids(models, bar, encode, decode)
     report = sparsity_report(sparse, batches)
     sites = []
@@ -246,33 +251,49 @@ def sparsity_report(sparse: SparseTransformer, batches: list[Tensor]) -> dict:
     }
 
 
+_COLUMNS = (
+    ("NMSE", "d>s", "nmse_encode"), ("", "s>d", "nmse_decode"),
+    ("EV", "d>s", "explained_variance_encode"), ("", "s>d", "explained_variance_decode"),
+    ("KL", "d>s", "kl_dense_to_sparse"), ("", "s>d", "kl_sparse_to_dense"),
+    ("CE", "d>s", "ce_dense_to_sparse"), ("", "s>d", "ce_sparse_to_dense"),
+    ("kept", "d>s", "recovered_dense_to_sparse"), ("", "s>d", "recovered_sparse_to_dense"),
+)  # fmt: skip
+_LEGEND = (
+    "d>s: from the dense model into the sparse one (encoder), s>d: back (decoder). NMSE: a bridge's error, 0 is "
+    "perfect, 1 no better than the mean. EV: explained variance, 1 is perfect. KL, CE: nats per token of the model "
+    "that changes over at the site, KL from the dense model, 0 is perfect. kept: share of the loss that it recovers, "
+    "1 is perfect, 0 carries nothing. dead: channels that the next sublayer never reads."
+)
+
+
 def evaluation_table(metrics: dict) -> str:
-    """The per-site table as text."""
-    columns = [
-        ("site", "site", "d"), ("reader", "label", "s"),
-        ("NMSE enc", "nmse_encode", ".3f"), ("NMSE dec", "nmse_decode", ".3f"),
-        ("EV enc", "explained_variance_encode", ".3f"), ("EV dec", "explained_variance_decode", ".3f"),
-        ("KL d>s", "kl_dense_to_sparse", ".3f"), ("KL s>d", "kl_sparse_to_dense", ".3f"),
-        ("CE d>s", "ce_dense_to_sparse", ".3f"), ("CE s>d", "ce_sparse_to_dense", ".3f"),
-        ("rec d>s", "recovered_dense_to_sparse", ".3f"), ("rec s>d", "recovered_sparse_to_dense", ".3f"),
-        ("dead", "dead_reads", "d"),
-    ]  # fmt: skip
-    lines = ["  ".join(f"{title:>8}" for title, _, _ in columns)]
-    lines += ["  ".join(f"{format(site[key], form):>8}" for _, key, form in columns) for site in metrics["sites"]]
+    """The per-site table as text, with what its columns are and a verdict."""
+    rows = [["site", "reader", *(group for group, _, _ in _COLUMNS), "dead"]]
+    rows += [["", "", *(way for _, way, _ in _COLUMNS), ""]]
+    for site in metrics["sites"]:
+        values = [f"{site[key]:.3f}" for _, _, key in _COLUMNS]
+        rows.append([str(site["site"]), site["label"], *values, str(site["dead_reads"])])
     n = len(metrics["sites"])
-    means = {k: sum(s[k] for s in metrics["sites"]) / n for _, k, form in columns if form == ".3f"}
-    lines.append(
-        "  ".join(
-            f"{format(means[k], f) if k in means else ('mean' if k == 'label' else ''):>8}" for _, k, f in columns
-        )
-    )
+    rows.append(["", "mean", *(f"{sum(s[key] for s in metrics['sites']) / n:.3f}" for _, _, key in _COLUMNS), ""])
     sparse, text = metrics["sparse"], metrics.get("held_out_text")
+    dead = sum(v for k, v in sparse["dead_channels"].items() if k.endswith("hook_post"))
     of = f" of {text}" if text else ""
-    lines.append(
-        f"dense CE {metrics['dense']['ce']:.4f}   sparse CE {sparse['ce']:.4f}   "
-        f"nonzero {sparse['nonzeros']} = {sparse['nonzero_fraction']:.5f} (1/{1 / sparse['nonzero_fraction']:.1f})   "
-        f"dead neurons {sum(v for k, v in sparse['dead_channels'].items() if k.endswith('hook_post'))}   "
-        f"on {metrics['held_out_tokens']} held-out tokens{of}   "
-        f"KL of {metrics['paths']['n']} random mixed paths {metrics['paths']['kl']:.3f}"
+    totals = (
+        f"dense CE {metrics['dense']['ce']:.4f}, sparse CE {sparse['ce']:.4f} on {metrics['held_out_tokens']} held-out "
+        f"tokens{of}; {sparse['nonzeros']} nonzero weights, 1 in {1 / sparse['nonzero_fraction']:.1f}; {dead} dead "
+        f"neurons; KL of {metrics['paths']['n']} random mixed paths {metrics['paths']['kl']:.3f}"
     )
-    return "\n".join(lines)
+    return "\n".join([table(rows, left=2), *map(paragraph, (totals, _LEGEND, evaluation_verdict(metrics)))])
+
+
+def evaluation_verdict(metrics: dict) -> str:
+    """Whether the bridges carry the models' loss, in words."""
+    weak = [
+        f"{site['label']} {way} ({site[key]:.2f})"
+        for site in metrics["sites"]
+        for way, key in (("d>s", "recovered_dense_to_sparse"), ("s>d", "recovered_sparse_to_dense"))
+        if not site[key] >= RECOVERED
+    ]
+    if not weak:
+        return f"good: at every site at least {RECOVERED:g} of the loss is kept, both ways"
+    return f"weak: less than {RECOVERED:g} of the loss is kept at {', '.join(weak)}; more --steps train them further"

@@ -70,6 +70,8 @@ def read_config(name_or_folder: str | Path) -> PretrainedConfig:
     name = _name(name_or_folder)
     path = local_path(name_or_folder)
     if path is not None:
+        if (path / "dense" / "config.json").is_file():
+            raise FileNotFoundError(f"{path} is a run folder: name the dense model in it, {path / 'dense'}")
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"no model at {path}: the folder needs config.json and model.safetensors, as save_pretrained writes"

@@ -26,6 +26,7 @@ from sparse_model.data.prepare import prepare_corpus, say_what_is_left_out
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.lock import one_writer
 from sparse_model.io.manifest import FILE as MANIFEST
+from sparse_model.model.device import default_device
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
@@ -44,15 +45,18 @@ def train_bridge(
     resume: bool = False,
     trackers: tuple[str, ...] = (),
     processes: int | None = None,
+    device: str | None = None,
     progress: bool = True,
 ) -> dict:
     """Train a sparse model and bridges beside a frozen dense model in `folder`; returns what metrics.json holds.
+
+    device: cpu, cuda or cuda:N; None: a CUDA device where there is one.
 
     Raises FileExistsError where the folder already holds a run and `resume` is not set, ValueError where it holds one
     of another configuration, and what training raises. A start that is refused writes nothing there.
     """
     folder = Path(folder)
-    accelerator = make_accelerator(folder, trackers, processes)
+    accelerator = make_accelerator(folder, trackers, processes, device)
     with training_in(folder, accelerator, lambda: check_start(config, folder, resume)):
         return _train_bridge(config, folder, accelerator, resume, progress and accelerator.is_main_process)
 
@@ -117,12 +121,14 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     return _finish(trainer, run, blocks.val, progress)
 
 
-def make_dense(config: RunConfig, folder: Path, *, resume: bool = False, progress: bool = True) -> float:
+def make_dense(
+    config: RunConfig, folder: Path, *, resume: bool = False, device: str | None = None, progress: bool = True
+) -> float:
     """Make the run's tokenizer and dense model only; returns its cross-entropy on held-out text, nats.
 
     Raises FileExistsError where the training of one was stopped and `resume` is not set, and what training raises.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = default_device(device)
     with training_in(folder, None, lambda: run_folder.check_unfinished(folder, resume)):
         with interruptible(NOTHING_WRITTEN):
             parts = run_folder.check_parts(config, folder, progress=progress)
@@ -132,8 +138,8 @@ def make_dense(config: RunConfig, folder: Path, *, resume: bool = False, progres
         if parts.dense is not None and config.dense is None:
             logger.info("taking the dense model that is in %s", folder / "dense")
         with interruptible(RESUMES):
-            hf = run_folder.prepare_dense(config, folder, parts, device, progress=progress)
-            return _held_out_loss(DenseModel(hf).to(device), held_out_blocks(config, parts.blocks.val))
+            hf = run_folder.prepare_dense(config, folder, parts, where, progress=progress)
+            return _held_out_loss(DenseModel(hf).to(where), held_out_blocks(config, parts.blocks.val))
 
 
 @torch.no_grad()

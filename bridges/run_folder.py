@@ -30,6 +30,7 @@ from sparse_model.io.manifest import check_manifest, write_manifest
 from sparse_model.io.reading import read_sealed, sealed
 from sparse_model.io.tensors import check_finite, digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
+from sparse_model.model.device import check_device
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.trainer import check_budgets_of
 
@@ -185,17 +186,33 @@ def write_digests(folder: Path) -> None:
     )
 
 
-def open_run(folder: str | Path) -> Run:
-    """Open a finished run.
+def _check_bridged(folder: Path) -> None:
+    """Raise FileNotFoundError, with what to do, for the folder of a training that makes no bridges."""
+    for part in ("bridges", "dense", "sparse"):
+        recover_folder(folder / part)
+    has = {part for part in ("bridges", "dense", "sparse") if (folder / part).is_dir()}
+    if has == {"dense"} and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has a dense model and no bridges: sparse-bridges train-bridge --run {folder} goes on with it"
+        )
+    if has == {"sparse"}:
+        raise FileNotFoundError(
+            f"{folder} has a sparse model that was trained alone, without bridges: train one with a dense model by "
+            "sparse-bridges train-bridge --run ANOTHER"
+        )
+
+
+def open_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
+    """Open a finished run, its models on a device.
 
     Raises FileNotFoundError for a folder that is not one or whose training has not finished, ValueError for parts that
-    are damaged or do not belong together, each naming the file.
+    are damaged or do not belong together, each naming the file, and for a device that torch does not have here.
     """
+    device = check_device(device)
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}")
-    for part in ("tokenizer", "dense", "sparse", "bridges"):
-        recover_folder(folder / part)
+    _check_bridged(folder)
     check_format(folder)
     config = from_json(RunConfig, folder / "config.json")
     if (folder / "bridges").exists():  # otherwise it is not finished, which load_bridges says
@@ -218,6 +235,8 @@ def open_run(folder: str | Path) -> Run:
                 f"{folder / 'bridges'} does not fit the run's models: {name} {found}, expected {wanted}; copy the "
                 "parts of one run"
             )
+    for part in (dense, sparse, bridges):
+        part.to(device)
     return Run(folder, config, tokenizer, dense, sparse, bridges)
 
 

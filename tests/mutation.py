@@ -188,7 +188,7 @@ class _Places(ast.NodeVisitor):
                 self.visit(child)
             self.function.pop()
             return
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "progress_bar":
             return
         if isinstance(node, ast.keyword) and node.arg == "strict":
             return

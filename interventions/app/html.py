@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from bridges.sites import Site
-from interventions.app.live import Comparison, Generation, Sampling, channel_named, compare, delta_range
+from interventions.app.live import (
+    Comparison,
+    Generation,
+    Sampling,
+    channel_named,
+    compare,
+    delta_range,
+    example_problem,
+)
 from interventions.bundle.bundle import get_bundle
 
 TITLE = "sparse-bridges"
@@ -77,6 +85,9 @@ def about(dense: Any, name: str) -> str:
         parts.append(channel.description)
     if means:
         parts.append(f"mean in class 0: {signed(means[0])}, in class 1: {signed(means[1])}")
+    problem = example_problem(dense, channel)
+    if problem:
+        parts.append(f"no prompts of its own task: {problem}")
     lines = Markup("<br>").join(parts)
     return Markup('<div class="sb"><p class="quiet">{}</p></div>').format(lines)
 

@@ -270,8 +270,22 @@ def example_prompts(dense: nn.Module, channel: Channel, count: int = _EXAMPLES) 
     return list(prompts)
 
 
+def example_problem(dense: nn.Module, channel: Channel) -> str:
+    """Why there are no prompts of the task that a channel was found on; empty where there are, or where it has none."""
+    task = channel.selection.get("task")
+    if not isinstance(task, str):
+        return ""
+    try:
+        recorded_task(get_bundle(dense).run, task, channel.selection.get("prompts", {})).sample_up_to(
+            1, split="evaluation", seed=0
+        )
+    except (ValueError, LookupError, OSError) as error:
+        return str(error.args[0] if error.args else error)
+    return ""
+
+
 def _task_prompts(run: Run, name: str, record: dict[str, Any], count: int) -> Iterator[str]:
-    """Members 0 and 1 in turn, so that there are prompts to move either way."""
+    """Members 0 and 1 in turn, so that there are prompts to move either way; none where `example_problem` says why."""
     try:
         batch = recorded_task(run, name, record).sample_up_to(count, split="evaluation", seed=0)
     except (ValueError, LookupError, OSError):

@@ -1,6 +1,6 @@
 """The page: a prompt, a channel and its delta beside what the dense model makes of them, in gradio."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -44,15 +44,28 @@ CSS = """
 """
 
 
+class Controls(NamedTuple):
+    """The components that a reader sets, and those that follow the channel."""
+
+    prompt: Any
+    name: Any
+    delta: Any
+    where: Any
+    tokens: Any
+    sample: Any
+    temperature: Any
+    seed: Any
+    samples: Any
+    facts: Any
+
+    @property
+    def values(self) -> list[Any]:
+        """What `answer` takes, in its order."""
+        return list(self[:8])
+
+
 def make_page(gr: Any, dense: Any, run: str) -> Any:
     """The page itself, as `gradio.Blocks`. Every text that is not ours is escaped (see `shown`)."""
-    bundle = get_bundle(dense)
-    n_ctx = bundle.anatomy.n_ctx
-    names = list(bundle.channels)
-    first = names[0] if names else "attn.0.read.0"
-    channel = channel_named(dense, first)
-    span, examples = delta_range(channel), example_prompts(dense, channel)
-    most = min(LARGEST_NEW_TOKENS, n_ctx - 1)
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
 
     def choose(name: str) -> list[Any]:
@@ -67,69 +80,84 @@ def make_page(gr: Any, dense: Any, run: str) -> Any:
             gr.Dataset(**samples_of(example_prompts(dense, channel))),
         ]
 
+    def show(*values: Any) -> list[Any]:
+        # What was asked goes with its answer: whoever drives the page by program can tell it from the one before.
+        _, channel, delta, *_ = values
+        html, *both = answer(dense, *values)
+        asked = Markup('<div data-channel="{}" data-delta="{}">{}</div>').format(channel, delta, Markup(html))
+        return [asked, *(gr.HighlightedText(c.parts, label=c.label, visible=bool(c.parts)) for c in both)]
+
     with gr.Blocks(title=f"{run} – {TITLE}", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(heading(run), apply_default_css=False)
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
-                prompt = gr.Textbox(examples[0] if examples else "", label="Prompt", lines=4, elem_id="prompt")
-                samples = gr.Dataset(
-                    components=[gr.Textbox(visible=False)],
-                    **samples_of(examples),
-                    label="Prompts to try",
-                    type="values",
-                    elem_id="examples",
-                )
-                name = gr.Dropdown(
-                    names,
-                    value=first,
-                    allow_custom_value=True,
-                    label="Channel",
-                    info="A name, or an address such as mlp.1.read.107",
-                    elem_id="channel",
-                )
-                facts = gr.HTML(about(dense, first), apply_default_css=False)
-                delta = gr.Slider(
-                    -span.largest,
-                    span.largest,
-                    span.suggested,
-                    step=span.largest / 100,
-                    label="delta",
-                    info="Added to the channel at every token, in units of its activation",
-                    elem_id="delta",
-                )
-                where = gr.Radio(
-                    [("read: only the next sublayer's input", "read"), ("stream: everything downstream", "stream")],
-                    value="read",
-                    label="where",
-                )
-                tokens = gr.Slider(0, most, min(NEW_TOKENS, most), step=1, precision=0, label="New tokens")
-                with gr.Accordion("Sampling", open=False):
-                    sample = gr.Checkbox(False, label="Draw tokens instead of taking the most likely")
-                    temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
-                    seed = gr.Number(0, precision=0, minimum=0, label="Seed, of both continuations")
+                controls = _controls(gr, dense)
             with gr.Column(scale=7, min_width=340):
-                result = gr.HTML(elem_id="result", apply_default_css=False)
-                with gr.Row(elem_id="continuations"):
-                    colours = {NEW: "gray", OTHER: "orange"}
-                    sides = [
-                        gr.HighlightedText(color_map=colours, show_inline_category=False, visible=False)
-                        for _ in ("unsteered", "steered")
-                    ]
-
-        def show(*values: Any) -> list[Any]:
-            # What was asked goes with its answer: whoever drives the page by program can tell it from the one before.
-            _, channel, delta, *_ = values
-            html, *both = answer(dense, *values)
-            asked = Markup('<div data-channel="{}" data-delta="{}">{}</div>').format(channel, delta, Markup(html))
-            return [asked, *(gr.HighlightedText(c.parts, label=c.label, visible=bool(c.parts)) for c in both)]
-
-        values = [prompt, name, delta, where, tokens, sample, temperature, seed]
+                outputs = _answers(gr)
         # The last change counts: while an answer is being made, the slider moves on.
-        now = {"fn": show, "inputs": values, "outputs": [result, *sides], "trigger_mode": "always_last", **quiet}
-        gr.on([page.load, *(value.change for value in values if value is not name)], **now)
-        name.change(choose, name, [delta, facts, samples], **quiet).then(**now)
-        samples.click(lambda chosen: chosen[0], samples, prompt, **quiet)
+        now = {"fn": show, "inputs": controls.values, "outputs": outputs, "trigger_mode": "always_last", **quiet}
+        gr.on([page.load, *(value.change for value in controls.values if value is not controls.name)], **now)
+        follows = [controls.delta, controls.facts, controls.samples]
+        controls.name.change(choose, controls.name, follows, **quiet).then(**now)
+        controls.samples.click(lambda chosen: chosen[0], controls.samples, controls.prompt, **quiet)
     return page
+
+
+def _controls(gr: Any, dense: Any) -> Controls:
+    """Everything that can be set, delta on top: it is what one drags."""
+    bundle = get_bundle(dense)
+    names = list(bundle.channels)
+    first = names[0] if names else "attn.0.read.0"
+    channel = channel_named(dense, first)
+    span, examples = delta_range(channel), example_prompts(dense, channel)
+    most = min(LARGEST_NEW_TOKENS, bundle.anatomy.n_ctx - 1)
+    delta = gr.Slider(
+        -span.largest,
+        span.largest,
+        span.suggested,
+        step=span.largest / 100,
+        label="delta",
+        info="Added to the channel at every token, in units of its activation",
+        elem_id="delta",
+    )
+    prompt = gr.Textbox(examples[0] if examples else "", label="Prompt", lines=4, elem_id="prompt")
+    samples = gr.Dataset(
+        components=[gr.Textbox(visible=False)],
+        **samples_of(examples),
+        label="Prompts to try",
+        type="values",
+        elem_id="examples",
+    )
+    name = gr.Dropdown(
+        names,
+        value=first,
+        allow_custom_value=True,
+        label="Channel",
+        info="A name, or an address such as mlp.1.read.107",
+        elem_id="channel",
+    )
+    facts = gr.HTML(about(dense, first), apply_default_css=False)
+    wheres = [("read: only the next sublayer's input", "read"), ("stream: everything downstream", "stream")]
+    where = gr.Radio(wheres, value="read", label="where")
+    tokens = gr.Slider(0, most, min(NEW_TOKENS, most), step=1, precision=0, label="New tokens")
+    return Controls(prompt, name, delta, where, tokens, *_sampling(gr), samples, facts)
+
+
+def _sampling(gr: Any) -> tuple[Any, Any, Any]:
+    with gr.Accordion("Sampling", open=False):
+        sample = gr.Checkbox(False, label="Draw tokens instead of taking the most likely")
+        temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed, of both continuations")
+    return sample, temperature, seed
+
+
+def _answers(gr: Any) -> list[Any]:
+    """The distributions, and the two continuations."""
+    result = gr.HTML(elem_id="result", apply_default_css=False)
+    colours = {NEW: "gray", OTHER: "orange"}
+    with gr.Row(elem_id="continuations"):
+        sides = [gr.HighlightedText(color_map=colours, show_inline_category=False, visible=False) for _ in range(2)]
+    return [result, *sides]
 
 
 def samples_of(prompts: list[str]) -> dict[str, Any]:

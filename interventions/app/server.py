@@ -20,7 +20,7 @@ POLICY = (
 )
 
 
-def serve(run: str, *, host: str = "127.0.0.1", port: int = 7860) -> None:
+def serve(run: str, device: str = "cpu", *, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serve the page of a run, or of a packaged bundle, until Ctrl-C; port 0 takes a free one.
 
     Raises ValueError without gradio and for a port that cannot be, OSError for an address or port that cannot be had,
@@ -28,7 +28,7 @@ def serve(run: str, *, host: str = "127.0.0.1", port: int = 7860) -> None:
     """
     gr, fastapi, uvicorn = load_gradio()
     with listen(host, port) as listener:
-        dense = load_dense(run)
+        dense = load_dense(run, device)
         app = make_app(gr, fastapi, dense, run, loopback=is_loopback(listener))
         logger.info("%s is served at %s; Ctrl-C ends it", run, address(host, listener))
         # The page keeps a stream open, for which a graceful end would wait.

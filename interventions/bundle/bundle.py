@@ -23,6 +23,7 @@ from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
 from sparse_model.io.manifest import check_manifest
 from sparse_model.io.tensors import digest, read_tensors
+from sparse_model.model.device import check_device
 
 
 class Bundle:
@@ -112,20 +113,17 @@ def load_dense(
 ) -> Any:
     """The dense model of a run as a TransformerLens model (`TransformerBridge`) whose `bundle` holds its bridges.
 
-    A run folder, the name of a packaged bundle ("demo" comes with the package), or a bundle's name on the hub
-    (owner/name; revision: its branch, tag or commit), of which no code is run. Raw mode: activations and logits are
-    those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises what `find_run`
-    and `bridges.run_folder.open_run` raise, and ValueError for a device that torch does not have here and for a model
-    that TransformerLens sees otherwise than Hugging Face does.
+    A packaged bundle's name ("demo" comes with the package), a run folder ("./demo", or a `Path`), or a bundle's name
+    on the hub (owner/name; revision: its branch, tag or commit), of which no code is run. Raw mode: activations and
+    logits are those of the HF model. The sparse model and the bridges stay in float32 whatever the dtype. Raises what
+    `find_run` and `bridges.run_folder.open_run` raise, and ValueError for a model that TransformerLens sees otherwise
+    than Hugging Face does.
     """
     from bridges.lens_view import boot
     from bridges.run_folder import open_run
     from interventions.bundle.lens import threaded
 
-    _check_device(device)
-    run = open_run(find_run(folder, revision))
-    for part in (run.dense, run.sparse, run.bridges):
-        part.to(device)
+    run = open_run(find_run(folder, revision), device)
     run.dense.to(dtype)
     run.bridges.requires_grad_(False)
     dense = threaded(boot(run.dense.hf, run.tokenizer, device))
@@ -154,7 +152,7 @@ def load_hf(
     `toward` also loads the sparse model, which does need TransformerLens. Raises FileNotFoundError for a folder that is
     not a finished run, ValueError for bridges that are damaged or do not fit, and what `find_run` raises.
     """
-    _check_device(device)
+    check_device(device)
     folder = find_run(folder, revision)
     check_format(folder)
     held = () if read_reference(folder) else ("dense/config.json",)
@@ -189,11 +187,6 @@ def watched(hf: Any, padding: tuple[int | None, int | None] | None = None) -> Ca
     calls = Calls(Anatomy(hf).body, padding)
     hf.generate = AnnouncedGenerate(hf, calls)
     return calls
-
-
-def _check_device(device: str | torch.device) -> None:
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch sees no CUDA device here, use cpu")
 
 
 def uncompiled(dense: nn.Module) -> nn.Module:

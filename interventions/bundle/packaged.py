@@ -17,16 +17,19 @@ def packaged_bundles() -> list[str]:
 
 
 def find_run(folder: str | Path, revision: str | None = None) -> Path:
-    """The folder of a run; of a packaged bundle of that name; or of the download of a bundle on the hub, owner/name.
+    """The folder of a packaged bundle whose name this is; of a run; or of the download of a bundle on the hub.
 
-    The first of them that there is; revision: a branch, tag or commit on the hub. Raises FileNotFoundError naming the
-    folder and the packaged bundles, OSError for a bundle that the hub does not give.
+    The first of them that there is. A `Path`, and a string with a slash in it, is never a packaged bundle's name. A
+    folder beside which a bundle was taken is logged. revision: a branch, tag or commit on the hub. Raises
+    FileNotFoundError naming the folder and the packaged bundles, OSError for a bundle that the hub does not give.
     """
     path = Path(folder).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if str(folder) in packaged_bundles():
-        return FOLDER / str(folder)
+    if isinstance(folder, str) and folder in packaged_bundles():
+        if path.is_dir():
+            logger.warning(
+                "%s is the bundle that comes with the package, not the folder here: write ./%s for that", folder, folder
+            )
+        return FOLDER / folder
     if path.is_dir():
         return path  # whoever opens it says what is missing
     none = (

@@ -11,13 +11,13 @@ from bridges.run_folder import Run, fingerprint, read_metrics
 from interventions.bundle.channels import load_channels
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes
-from interventions.circuits.controls import validate
+from interventions.circuits.controls import control_steps, validate
 from interventions.circuits.faithfulness import measure_faithfulness
 from interventions.circuits.interchange import channel_nodes
 from interventions.circuits.node_model import Kept, ModelKind, NodeModel, as_nodes, count_edges
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, prune, reference_ablation, splits
-from interventions.circuits.pruning_seeds import choose, consensus, prune_seeds, summaries
+from interventions.circuits.pruning_seeds import choose, consensus, prune_seeds, pruning_steps, summaries
 from interventions.circuits.settings_search import RANGES, search_config
 from interventions.tasks.base import Task
 from interventions.tasks.catalogue import TaskName
@@ -25,6 +25,7 @@ from interventions.tasks.names import PromptKind
 from interventions.tasks.of_run import recorded_task, run_task
 from interventions.tasks.record import TaskFigures
 from sparse_model.data.prepare import prepare_corpus
+from sparse_model.io.progress import Bar, progress_bar
 from sparse_model.io.reading import typed
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def find_circuit(
     agreed: bool = False,
     evaluation_pairs: int = 128,
     progress: bool = False,
+    bar: Bar | None = None,
 ) -> Circuit:
     """The circuit of a task in a run's sparse (or dense) model; nothing is saved (see `save_circuit`).
 
@@ -58,6 +60,7 @@ def find_circuit(
     agreed: take the consensus of the prunings in place of the best of them.
     evaluation_pairs: of templates that neither pruning nor selection saw.
     start_from: a warm start, the .json file of a circuit whose nodes begin kept, all others deleted.
+    bar: a progress bar of more than this call, in place of its own, see `circuit_bar`.
 
     Raises what `run_task` raises, ValueError for a task that the model does not solve (see `prune`), and what
     `read_kept_nodes`, `search_config` and `prepare_corpus` raise.
@@ -71,7 +74,7 @@ def find_circuit(
     ablation = reference_ablation(nodes, _held_out(run, progress), config)
     if search:
         config = _searched(run, nodes, bound, ablation, config, search, progress)
-    prunings = prune_seeds(nodes, bound, ablation, config, seeds, start=start, progress=progress)
+    prunings = prune_seeds(nodes, bound, ablation, config, seeds, start=start, progress=progress, bar=bar)
     common = consensus(nodes, bound, ablation, prunings)
     taken = common if agreed and common else choose(prunings)
     pruned, config = taken.pruned, taken.config
@@ -93,11 +96,23 @@ def find_circuit(
         seeds=summaries(prunings, common, taken),
         ngram_floor=_floor(run.folder, bound.name),
     )
-    return with_controls(run, circuit, progress=progress) if controls else circuit
+    return with_controls(run, circuit, progress=progress, bar=bar) if controls else circuit
+
+
+def circuit_bar(config: PruneConfig, seeds: int, *, controls: bool) -> Bar:
+    """A progress bar of all prunings, and of the controls where they follow: the time left is that of all together."""
+    total = seeds * pruning_steps(config) + (control_steps(config) if controls else 0)
+    return progress_bar(total=total, unit="step", leave=False)
 
 
 def with_controls(
-    run: Run, circuit: Circuit, *, draws: int = 20, evaluation_pairs: int = 128, progress: bool = False
+    run: Run,
+    circuit: Circuit,
+    *,
+    draws: int = 20,
+    evaluation_pairs: int = 128,
+    progress: bool = False,
+    bar: Bar | None = None,
 ) -> Circuit:
     """A circuit that `find_circuit` found in the run, with its controls: `Circuit.controls`.
 
@@ -123,6 +138,7 @@ def with_controls(
         channels=_named_nodes(run, circuit.task) if circuit.model == "sparse" else {},
         draws=draws,
         progress=progress,
+        bar=bar,
     )
     return dataclasses.replace(circuit, controls=result.to_dict())
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import Circuit
 from interventions.circuits.interchange import Interchange, interchange
 from interventions.circuits.measures import (
@@ -40,8 +41,11 @@ from interventions.circuits.measures import (
 from interventions.circuits.node_model import Kept, NodeModel, as_nodes, device_of
 from interventions.circuits.prune_config import AblationKind, PruneConfig
 from interventions.circuits.pruning import reference_ablation, score
+from interventions.circuits.pruning_seeds import pruning_steps
 from interventions.circuits.rivals import FrozenNorms, by_word, redrawn, scrambled
 from interventions.tasks.base import TaskBatch
+from sparse_model.io.progress import Bar, progress_bar
+from sparse_model.io.tables import paragraph, table
 
 IDLE = 0.01
 """A node whose deletion raises the loss by less than this, in nats, does nothing."""
@@ -107,42 +111,82 @@ def validate(
     channels: Mapping[str, Kept] | None = None,
     draws: int = 20,
     progress: bool = False,
+    bar: Bar | None = None,
 ) -> Validation:
     """All controls of a circuit of `model` that was pruned with these pairs, held-out blocks and config.
 
-    `channels` are the nodes of named channels of the task. Prunes five times more. Raises ValueError for fewer than one
-    draw.
+    `channels` are the nodes of named channels of the task. Prunes five times more. `bar` is a progress bar of more than
+    this, which is moved by `control_steps`. Raises ValueError for fewer than one draw.
     """
     if draws < 1:
         raise ValueError(f"draws={draws}: necessity needs at least one random removal to compare with")
-    nodes = as_nodes(model)
+    own_bar = progress_bar(
+        total=control_steps(config), unit="step", leave=False, disable=bar is not None or not progress
+    )
+    with own_bar:
+        shown = own_bar if bar is None else bar
+        return _validate(
+            as_nodes(model), circuit, train, selection, evaluation, blocks, config, channels or {}, draws, shown
+        )
+
+
+def control_steps(config: PruneConfig) -> int:
+    """The controls in steps of a progress bar: five prunings, and what they measure of the circuit as one more."""
+    return 6 * pruning_steps(config)
+
+
+def _validate(
+    nodes: NodeModel,
+    circuit: Circuit,
+    train: TaskBatch,
+    selection: TaskBatch,
+    evaluation: TaskBatch,
+    blocks: Int[Tensor, "block pos"],
+    config: PruneConfig,
+    channels: Mapping[str, Kept],
+    draws: int,
+    bar: Bar,
+) -> Validation:
     kept = {name: mask.to(device_of(nodes)) for name, mask in circuit.kept.items()}
     ablation, seed = circuit.ablation, config.seed
     changed = replace(config, ablation="zero" if ablation.kind != "zero" else "mean")
     other = reference_ablation(nodes, blocks, changed)
     fresh = redrawn(nodes, seed=seed)
     fresh_values = reference_ablation(fresh, blocks, config)
-    again = partial(reprune, k=circuit.n_nodes, progress=progress)
+
+    def again(
+        name: str, model: NodeModel, train: TaskBatch, selection: TaskBatch, values: Ablation, config: PruneConfig
+    ) -> Repruned:
+        bar.set_description(f"control {name}")
+        repruned = reprune(model, train, selection, values, config, circuit.n_nodes, bar=bar)
+        bar.update(pruning_steps(config) - config.steps)
+        return repruned
+
     coin = scrambled(train, seed=seed), scrambled(selection, seed=seed + 1)
     rule = by_word(train, selection, seed=seed)
     exchange = partial(interchange, nodes, batch=evaluation, draws=draws, seed=seed)
+    bar.set_description("controls of the circuit")
+    removed = necessity(nodes, kept, ablation, evaluation, config, draws)
+    effects = node_effects(nodes, circuit, kept, evaluation, config)
+    exchanged = exchange(kept)
+    bar.update(pruning_steps(config))
     return Validation(
         target_loss=config.target_loss,
         n_nodes=circuit.n_nodes,
         n_edges=circuit.n_edges,
         sufficiency=sufficiency(nodes, circuit, kept, evaluation, config),
-        necessity=necessity(nodes, kept, ablation, evaluation, config, draws),
-        node_effects=node_effects(nodes, circuit, kept, evaluation, config),
-        interchange=exchange(kept),
-        channels={name: exchange(chosen) for name, chosen in (channels or {}).items()},
+        necessity=removed,
+        node_effects=effects,
+        interchange=exchanged,
+        channels={name: exchange(chosen) for name, chosen in channels.items()},
         other_ablation=changed.ablation,
         other_loss=score(nodes, kept, other, evaluation, config).loss,
-        other=again(nodes, train, selection, other, changed),
+        other=again(f"{changed.ablation} ablation", nodes, train, selection, other, changed),
         frozen_loss=score(FrozenNorms(nodes), kept, ablation, evaluation, config).loss,
-        nonsense=again(nodes, *coin, ablation, config),
-        nonsense_rule=again(nodes, *rule, ablation, config),
-        redrawn=again(fresh, train, selection, fresh_values, config),
-        redrawn_frozen=again(FrozenNorms(fresh), train, selection, fresh_values, config),
+        nonsense=again("nonsense", nodes, *coin, ablation, config),
+        nonsense_rule=again("nonsense rule", nodes, *rule, ablation, config),
+        redrawn=again("redrawn", fresh, train, selection, fresh_values, config),
+        redrawn_frozen=again("redrawn, frozen norms", FrozenNorms(fresh), train, selection, fresh_values, config),
     )
 
 
@@ -223,8 +267,10 @@ def _size(again: Repruned, k: int) -> str:
 
 
 def format_validation(v: Validation) -> str:
-    """The table of results, a line each."""
-    rows = [("control", "", "found (losses in nats)", "limit")]
-    rows += [(r.control, "survived" if r.survived else "FAILED", r.measured, r.limit) for r in control_results(v)]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    """The results as a table, with the verdict in words."""
+    results = control_results(v)
+    rows = [["control", "", "found (losses in nats)", "limit"]]
+    rows += [[r.control, "survived" if r.survived else "FAILED", r.measured, r.limit] for r in results]
+    failed = [r.control for r in results if not r.survived]
+    verdict = f"weak: the claim fails {', '.join(failed)}" if failed else "good: the claim survives all of its controls"
+    return f"{table(rows, left=4, wrap={2: 38, 3: 22})}\n{paragraph(verdict)}"

@@ -7,12 +7,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.node_model import Kept, Location, NodeModel, device_of, locations
 from interventions.circuits.prune_config import PruneConfig
 from interventions.tasks.base import TaskBatch, task_loss
+from sparse_model.io.progress import Bar, progress_bar
 from sparse_model.sparsity.sparse_linear import sparse_products
 
 ATTACK_STEP = 0.25
@@ -102,7 +102,7 @@ def fit_gates(
     *,
     start: Kept | None = None,
     progress: bool = False,
-    bar: tqdm | None = None,
+    bar: Bar | None = None,
 ) -> Fitted:
     """Step 2 of `pruning`'s docstring on a pool of training pairs.
 
@@ -123,7 +123,7 @@ def fit_gates(
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, config))
     outside = OutsideMasks(layout.n_gates, config, generator, tau.device)
     history = []
-    own_bar = tqdm(
+    own_bar = progress_bar(
         total=config.steps, desc="pruning", unit="step", leave=False, disable=not progress or bar is not None
     )
     with own_bar, sparse_products(model.module):

@@ -13,6 +13,7 @@ from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Ranking, everything, score
 from interventions.circuits.rivals import random_nodes
 from interventions.tasks.base import TaskBatch, pair_accuracy, task_loss
+from sparse_model.io.progress import Bar
 
 
 class Sufficiency(NamedTuple):
@@ -121,9 +122,10 @@ def reprune(
     k: int,
     *,
     progress: bool = False,
+    bar: Bar | None = None,
 ) -> Repruned:
     """`prune` without its demand that the whole model reach the target, beside a circuit of k nodes."""
-    fitted = fit_gates(model, train, ablation, config, progress=progress)
+    fitted = fit_gates(model, train, ablation, config, progress=progress, bar=bar)
     ranking = Ranking(model, fitted, ablation, selection, config)
     whole = score(model, everything(model), ablation, selection, config).loss
     loss_at_k = ranking.scored(ranking.first(k)).loss

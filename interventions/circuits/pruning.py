@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from interventions.circuits.ablation import Ablation, Calibration, fit_calibration, measure_ablation
 from interventions.circuits.gates import (
@@ -43,6 +42,7 @@ from interventions.circuits.partial_ablation import Adversary
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.task_scores import SOLVED, solves
 from interventions.tasks.base import Task, TaskBatch, pair_accuracy, task_loss
+from sparse_model.io.progress import Bar
 from sparse_model.sparsity.sparse_linear import sparse_products
 
 
@@ -223,7 +223,7 @@ def prune(
     *,
     start: Kept | None = None,
     progress: bool = False,
-    bar: tqdm | None = None,
+    bar: Bar | None = None,
 ) -> Pruned:
     """The smallest circuit found for a task: the module's docstring, on pairs of the train and selection splits.
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.gates import Fitted, GateLayout, answer_logits, at_answer
@@ -21,6 +20,7 @@ from interventions.circuits.node_model import Kept, NodeModel, count_edges, devi
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Pruned, Ranking, prune, splits
 from interventions.tasks.base import Task, TaskBatch, task_loss
+from sparse_model.io.progress import Bar, progress_bar
 
 _FRESH_SEED = 10_000
 """Added to the seed: the prompts that choose between circuits are not those that any was cut out on."""
@@ -55,6 +55,11 @@ class SeedSummary(NamedTuple):
     """Whether it is that circuit."""
 
 
+def pruning_steps(config: PruneConfig) -> int:
+    """A pruning in steps of a progress bar: those of the gates, and what cutting out takes."""
+    return config.steps + max(1, round(_RANKING_SHARE * config.steps))
+
+
 def prune_seeds(
     model: NodeModel,
     task: Task,
@@ -64,22 +69,25 @@ def prune_seeds(
     *,
     start: Kept | None = None,
     progress: bool = False,
+    bar: Bar | None = None,
 ) -> list[SeededPruning]:
     """Prune with the config's seed and those that follow it. Raises ValueError for fewer than one seed, and as `prune`.
 
-    The progress bar shows the time left of all of them together.
+    The progress bar shows the time left of all of them together; `bar` is one of more than these prunings.
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: prune with at least one seed")
     fresh = task.sample(config.selection_pairs, split="selection", seed=config.seed + _FRESH_SEED)
-    ranking_steps = max(1, round(_RANKING_SHARE * config.steps))
     prunings = []
-    with tqdm(total=seeds * (config.steps + ranking_steps), unit="step", leave=False, disable=not progress) as bar:
+    total = seeds * pruning_steps(config)
+    own_bar = progress_bar(total=total, unit="step", leave=False, disable=bar is not None or not progress)
+    shown = own_bar if bar is None else bar
+    with own_bar:
         for i in range(seeds):
-            bar.set_description(f"pruning {i + 1} of {seeds}")
+            shown.set_description(f"pruning {i + 1} of {seeds}")
             seeded = replace(config, seed=config.seed + i)
-            pruned = prune(model, *splits(task, seeded), ablation, seeded, start=start, bar=bar)
-            bar.update(ranking_steps)
+            pruned = prune(model, *splits(task, seeded), ablation, seeded, start=start, bar=shown)
+            shown.update(pruning_steps(config) - config.steps)
             edges = count_edges(model, pruned.kept)
             prunings.append(SeededPruning(seeded, pruned, edges, fresh_loss(model, pruned, ablation, fresh)))
     return prunings

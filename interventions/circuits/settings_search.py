@@ -13,9 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from interventions.circuits.prune_config import PruneConfig
+from sparse_model.io.progress import progress_bar
 from sparse_model.training.interrupts import stop_signals
 
 if TYPE_CHECKING:
@@ -68,7 +67,9 @@ def search_config(
         study.enqueue_trial({name: _setting(name, getattr(base, name)) for name in RANGES})
     with (
         stop_signals(signal.SIGINT) as caught,
-        tqdm(total=trials, initial=min(before, trials), desc="search", unit="trial", disable=not progress) as bar,
+        progress_bar(
+            total=trials, initial=min(before, trials), desc="search", unit="trial", disable=not progress
+        ) as bar,
     ):
 
         def ended(study: "optuna.Study", trial: Any) -> None:

@@ -82,6 +82,7 @@ def solved_tasks(
     seed: int = 0,
     tasks: Sequence[TaskName | Task] = (),
     prompts: PromptKind = "generated",
+    device: str = "cpu",
 ) -> dict[str, dict[str, TaskScore] | str]:
     """Every task's score by model, of the dense and the sparse model in a run folder or the one that it has.
 
@@ -90,7 +91,7 @@ def solved_tasks(
     with neither model, and what `get_task` raises.
     """
     folder = Path(folder)
-    models = {label: as_nodes(model) for label, model in models_in(folder).items()}
+    models = {label: as_nodes(model) for label, model in models_in(folder, device).items()}
     n_ctx = min(model.shape.n_ctx for model in models.values())
     named = [task for task in tasks if not isinstance(task, Task)]
     bound = [task for task in tasks if isinstance(task, Task)]

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse
-from interventions.tasks.names import PromptKind
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.config import require
+from sparse_model.io.tables import paragraph
 
 if TYPE_CHECKING:
     from interventions.tasks.base import Task
@@ -35,6 +36,8 @@ class Options:
     """Pairs of each split, or as many as there are."""
     seed: int = 0
     """Seeds the pairs."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     floors: bool = True
     """Count the n-grams of the training text, which is prepared where it is not kept from training."""
 
@@ -47,18 +50,24 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from interventions.bundle.packaged import find_run
+    from interventions.bundle.packaged import FOLDER, find_run
     from interventions.tasks.base import CannotPresent
     from interventions.tasks.reports import folder_tasks, models_in, report_tasks, training_tokens
 
+    check_task_name(options.task)
     folder = Path(find_run(options.run))
-    models = models_in(folder)
+    models = models_in(folder, options.device)
     (task,) = folder_tasks(folder, min(model.n_ctx for model in models.values()), [options.task], options.prompts)
     training = training_tokens(folder, progress=True) if options.floors else None
     report = report_tasks([task], models, training, pairs=options.pairs, seed=options.seed)[task.name]
     if isinstance(report, str):
         raise CannotPresent(report)
     describe(task, report)
+    solved = solved_by(report)
+    verdict = f"solved by the {' and the '.join(solved)} model" if solved else "no model solves it: raise --steps"
+    print(verdict)
+    if len(solved) == 2 and not folder.is_relative_to(FOLDER):
+        say_next("find-channel", "--run", options.run, "--task", options.task, "--prompts", options.prompts)
 
 
 def describe(task: "Task", report: "TaskReport") -> None:
@@ -66,8 +75,8 @@ def describe(task: "Task", report: "TaskReport") -> None:
     from interventions.tasks.files import FileTask
     from interventions.tasks.reports import distance_table
 
-    print(f"{task.name}: {task.description}")
-    print("prompts: " + ", ".join(f"{name} {value}" for name, value in report.record.items()))
+    print(paragraph(f"{task.name}: {task.description}"))
+    print(paragraph("prompts: " + ", ".join(f"{name} {value}" for name, value in report.record.items())))
     if isinstance(task, FileTask) and task.by_first_token:
         print(f"{task.by_first_token} answers are several tokens long and count by their first one")
     for split, count in report.available.items():
@@ -76,6 +85,16 @@ def describe(task: "Task", report: "TaskReport") -> None:
         print(f"{split:10} {pairs}" + (f"; pair accuracy of counting: {floors}" if floors else ""))
     print("\nevaluation pairs by the tokens from the last that differs to the answer\n")
     print(distance_table(report))
+    legend = "pair accuracy (both members right; near 1 is good) and P(right answer)"
+    print("\n" + paragraph(legend + ("; counting has no P." if report.needs_more_than_counting is not None else ".")))
     if report.needs_more_than_counting is not None:
         more = "needs more than" if report.needs_more_than_counting else "needs no more than"
         print(f"\nthis task {more} counting trigrams")
+
+
+def solved_by(report: "TaskReport") -> list[str]:
+    """The models that solve a task."""
+    from interventions.circuits.task_scores import solves
+
+    models = [label for label in ("dense", "sparse") if label in report.scores]
+    return [label for label in models if solves(report.scores[label]["all"].accuracy)]

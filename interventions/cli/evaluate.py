@@ -6,7 +6,7 @@ Example:
 
 from dataclasses import dataclass
 
-from interventions.cli.options import parse, writing_into
+from interventions.cli.options import parse, say_next, writing_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     tokens: int | None = None
     """Held-out tokens; unset: as many as the run's config says."""
 
@@ -29,4 +31,5 @@ def main(options: Options) -> None:
     from bridges.run_folder import open_run
 
     with writing_into(options.run):
-        print(evaluation_table(evaluate_run(open_run(options.run), tokens=options.tokens)))
+        print(evaluation_table(evaluate_run(open_run(options.run, options.device), tokens=options.tokens)))
+    say_next("find-channel", "--run", options.run)

@@ -11,12 +11,13 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
-from interventions.tasks.names import PromptKind
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next, writing_into
+from interventions.tasks.names import PromptKind, check_task_name
+from sparse_model.io.tables import paragraph, table
 
 if TYPE_CHECKING:
     from interventions.bundle.channels import Channel
@@ -28,6 +29,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     task: Annotated[str, tyro.conf.arg(help=f"Task whose feature is wanted, {TASK_LIST}.")] = "single_double_quote"
     prompts: Annotated[PromptKind, tyro.conf.arg(help=PROMPTS_HELP)] = "generated"
     source: Annotated[Literal["steering", "patching", "circuit"], tyro.conf.arg(name="from")] = "steering"
@@ -51,8 +54,9 @@ def main(options: Options) -> None:
     from interventions.bundle.channels import FILE, save_channel
     from interventions.finding.channel_search import find_channel
 
+    check_task_name(options.task)
     with writing_into(options.run):
-        run = open_run(options.run)
+        run = open_run(options.run, options.device)
         channel = find_channel(
             run,
             options.task,
@@ -66,32 +70,66 @@ def main(options: Options) -> None:
         save_channel(run.folder, channel)
     describe(channel)
     print(f"saved in {Path(options.run) / FILE}")
+    say_next("steer", "--run", options.run, "--channel", channel.name)
 
 
 def describe(channel: "Channel") -> None:
     """Print how a channel was found."""
     selection = channel.selection
-    for effect in selection["site_effects"]:
-        mark = "  <- chosen" if effect["site"] == channel.site else ""
-        print(
-            f"site {effect['site']} ({effect['label']}): dense P(counterfactual answer) with the stream patched "
-            f"{effect['p_stream']:.3f}, the read alone {effect['p_read']:.3f}{mark}"
-        )
-    for n, share in selection["share"].items():
-        dose = selection["doses"][n]
-        print(
-            f"{n} channels {selection['sets'][n]}: {share:.0%} of the whole read's effect in the sparse model; "
-            f"P(counterfactual answer) in the dense model {dose['p']:.3f} at strength {dose['strength']:g} (random "
-            f"directions {dose['random_p95']:.3f})"
-        )
-    for n, channels in selection["by_patching"]["sets"].items():
-        dose = selection["by_patching"]["doses"][n]
-        print(
-            f"{n} channels {channels} from the sparse model alone: P(counterfactual answer) in the dense model "
-            f"{dose['p']:.3f} at strength {dose['strength']:g}"
-        )
+    print(table(_site_rows(channel), left=2))
     print(
-        f"the whole read of site {channel.site}: {selection['whole_effect_nats']:+.3f} nats of log P(counterfactual "
+        paragraph(
+            "dense P(counterfactual answer) with the stream, or only what is read at the site, as on the other prompt: "
+            "near 1, the site decides the answer."
+        )
+    )
+    print("\n" + table(_set_rows(selection), left=1, wrap={1: 40}))
+    print(
+        paragraph(
+            "share: of the whole read's effect in the sparse model, near 1 is good. P: dense P(counterfactual answer), "
+            "steered at the strength; near 1 is good. random: 95 % of random directions as long stay below it; near 0 "
+            "is good."
+        )
+    )
+    print(
+        f"\nthe whole read of site {channel.site}: {selection['whole_effect_nats']:+.3f} nats of log P(counterfactual "
         "answer) in the sparse model"
     )
     print(channel)
+    print(paragraph(verdict(channel)))
+
+
+def _site_rows(channel: "Channel") -> list[list[str]]:
+    rows = [["site", "reader", "P, stream", "P, read", ""]]
+    for effect in channel.selection["site_effects"]:
+        mark = "<- chosen" if effect["site"] == channel.site else ""
+        values = f"{effect['p_stream']:.3f}", f"{effect['p_read']:.3f}"
+        rows.append([str(effect["site"]), effect["label"], *values, mark])
+    return rows
+
+
+def _set_rows(selection: dict[str, Any]) -> list[list[str]]:
+    """The sets of the search, and those that the sparse model alone names."""
+    rows = [["channels", "which", "share", "strength", "P", "random"]]
+    for n, share in selection["share"].items():
+        rows.append([n, _listed(selection["sets"][n]), f"{share:.0%}", *_dose_cells(selection["doses"][n])])
+    for n, channels in selection.get("by_patching", {"sets": {}})["sets"].items():
+        dose = selection["by_patching"]["doses"][n]
+        rows.append([n, f"{_listed(channels)} (sparse model alone)", "", *_dose_cells(dose)])
+    return rows
+
+
+def _listed(channels: list[int]) -> str:
+    return ", ".join(map(str, channels))
+
+
+def _dose_cells(dose: dict[str, float]) -> tuple[str, str, str]:
+    return f"{dose['strength']:g}", f"{dose['p']:.3f}", f"{dose['random_p95']:.3f}"
+
+
+def verdict(channel: "Channel") -> str:
+    """Whether a channel met what its search asked for, in words."""
+    broken = [rule.words for rule in channel.rules if not rule.passed]
+    if broken:
+        return f"weak: {channel.name} misses what its search asks for. {'. '.join(broken)}."
+    return f"good: {channel.name} meets all that its search asks for; controls on fresh prompts come with steer."

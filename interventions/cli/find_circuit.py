@@ -12,19 +12,25 @@ Examples:
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from interventions.circuits.prune_config import PruneConfig
-from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
-from interventions.tasks.names import PromptKind
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next, writing_into
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.config import require
+from sparse_model.io.atomic import check_writable_file
+from sparse_model.io.tables import paragraph, table
 
 if TYPE_CHECKING:
     from interventions.circuits.circuit import Circuit
     from interventions.circuits.faithfulness import Faithfulness
     from interventions.circuits.pruning_seeds import SeedSummary
+
+
+UNCONTROLLED = "this claim is UNCONTROLLED: pruning also finds small circuits where there is nothing; add --controls"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     task: Annotated[str, tyro.conf.arg(help=f"Task whose circuit is wanted, {TASK_LIST}.")] = "single_double_quote"
     prompts: Annotated[PromptKind, tyro.conf.arg(help=PROMPTS_HELP)] = "generated"
     model: Literal["sparse", "dense"] = "sparse"
@@ -63,6 +71,9 @@ class Options:
 
 def command(arguments: list[str]) -> None:
     options = parse(Options, "find-circuit", arguments, __doc__)
+    check_task_name(options.task)
+    if options.graphml:
+        check_writable_file(Path(options.graphml))
     with writing_into(options.run):
         main(options)
 
@@ -70,45 +81,51 @@ def command(arguments: list[str]) -> None:
 def main(options: Options) -> None:
     from bridges.run_folder import open_run
     from interventions.circuits.circuit import save_circuit
-    from interventions.circuits.circuit_search import find_circuit, with_controls
+    from interventions.circuits.circuit_search import circuit_bar, find_circuit, with_controls
     from interventions.circuits.controls import Validation, format_validation
     from sparse_model.io.reading import typed
 
-    start, run = time.perf_counter(), open_run(options.run)
-    circuit = find_circuit(
-        run,
-        options.task,
-        options.config,
-        prompts=options.prompts,
-        model=options.model,
-        search=options.search,
-        start_from=options.start_from,
-        seeds=options.seeds,
-        agreed=options.consensus,
-        evaluation_pairs=options.evaluation_pairs,
-        progress=True,
-    )
-    path = save_circuit(run.folder, circuit)
-    describe(circuit)
-    print(f"{time.perf_counter() - start:.0f} s; saved in {path}")
-    if options.graphml:
-        circuit.save_graphml(options.graphml)
-    if not options.controls:
-        print("this claim is UNCONTROLLED: pruning also finds small circuits where there is nothing; add --controls")
+    start, run = time.perf_counter(), open_run(options.run, options.device)
+    with circuit_bar(options.config, options.seeds, controls=options.controls) as bar:
+        circuit = find_circuit(
+            run,
+            options.task,
+            options.config,
+            prompts=options.prompts,
+            model=options.model,
+            search=options.search,
+            start_from=options.start_from,
+            seeds=options.seeds,
+            agreed=options.consensus,
+            evaluation_pairs=options.evaluation_pairs,
+            progress=True,
+            bar=bar,
+        )
+        path = save_circuit(run.folder, circuit)
+        with bar.external_write_mode():
+            describe(circuit)
+            print(f"{time.perf_counter() - start:.0f} s; saved in {path}")
+        if options.graphml:
+            circuit.save_graphml(options.graphml)
+        if options.controls:
+            pairs = options.evaluation_pairs
+            circuit = with_controls(run, circuit, draws=options.draws, evaluation_pairs=pairs, progress=True, bar=bar)
+            save_circuit(run.folder, circuit)
+    if circuit.controls is None:
+        print(UNCONTROLLED)
+        say_next("find-circuit", "--run", options.run, "--task", options.task, "--controls")
         return
-    pairs = options.evaluation_pairs
-    controlled = with_controls(run, circuit, draws=options.draws, evaluation_pairs=pairs, progress=True)
-    save_circuit(run.folder, controlled)
-    assert controlled.controls is not None
-    print(format_validation(typed(Validation, controlled.controls, "controls", "run them again")))
+    print(format_validation(typed(Validation, circuit.controls, "controls", "run them again")))
     print(f"{time.perf_counter() - start:.0f} s with controls, kept in {path}")
+    say_next("report", "--run", options.run)
 
 
 def describe(circuit: "Circuit") -> None:
     """Print where the circuit's nodes are, its losses, and what it does on evaluation prompts."""
     places = Counter(name.split(".head")[0] if ".head" in name else name.rpartition(".")[0] for name in circuit.names)
     print(f"{circuit.task} in the {circuit.model} model: {circuit.n_nodes} nodes, {circuit.n_edges} edges")
-    print("  " + ", ".join(f"{count} {place}" for place, count in places.items()))
+    if places:
+        print(paragraph(", ".join(f"{count} {place}" for place, count in places.items())))
     if not circuit.n_nodes:
         print(
             "the circuit is empty: what no circuit has as a node (embedding, bigram table, unembedding) does the task"
@@ -135,13 +152,17 @@ def format_faithfulness(circuit: "Circuit", faithfulness: "Faithfulness") -> str
         f"without calibration it carries {faithfulness.log_odds_share:.1%} of the whole model's log-odds; "
         f"the calibration's scale is {circuit.calibration.scale:.3g}",
         "",
-        *_columns([("ablated outside the circuit", "loss", "pairs right", "calibrated anew"), *scores]),
+        table([("ablated outside the circuit", "loss", "pairs right", "calibrated anew"), *scores]),
+        paragraph("losses in nats: near 0 is good, ln 2 = 0.693 is a coin; pairs right: near 100 % is good."),
     ]
     if len(circuit.seeds) > 1:
         heads = ("pruning", "nodes", "edges", "loss", "fresh prompts", "overlap")
-        lines += ["", *_columns([heads, *(_seed_row(summary) for summary in circuit.seeds)])]
+        lines += ["", table([heads, *(_seed_row(summary) for summary in circuit.seeds)])]
+        lines.append(paragraph("overlap: nodes in common with the one taken, 1 is the same circuit; near 1 is good."))
     if circuit.failed:
         lines += ["", f"FAILED: on evaluation prompts it misses its target of {target:g}; it is saved as failed"]
+    else:
+        lines += ["", f"good so far: on evaluation prompts it reaches its target of {target:g}"]
     return "\n".join(lines)
 
 
@@ -149,8 +170,3 @@ def _seed_row(summary: "SeedSummary") -> tuple[str, ...]:
     name = ("consensus" if summary.seed is None else f"seed {summary.seed}") + ", taken" * summary.taken
     losses = f"{summary.loss:.3f}", f"{summary.fresh_loss:.3f}"
     return name, str(summary.nodes), str(summary.edges), *losses, f"{summary.overlap:.2f}"
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

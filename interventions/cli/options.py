@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import logging
+import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -25,6 +27,9 @@ TASK_LIST = f"one of {', '.join(TASK_NAMES)}, or a file of pairs of your own, su
 PROMPTS_HELP = "Prompts from templates, or places in held-out files of the run's corpus (of stdlib where it has none)."
 """For the help of --prompts."""
 
+DEVICE_HELP = "Where the models run: cpu, cuda or cuda:N; unset: a CUDA device where there is one."
+"""For the help of a training's --device."""
+
 Config = TypeVar("Config", bound=TrainConfig)
 Options = TypeVar("Options")
 
@@ -41,7 +46,7 @@ class RunOptions(Generic[Config]):
     config: Config
     folder: Path
     how: dict[str, Any]
-    """resume, trackers and processes, as the pipelines take them."""
+    """resume, trackers, processes and device, as the pipelines take them."""
 
 
 def parse(options: type[Options], command: str, arguments: list[str], description: str | None = None) -> Options:
@@ -104,12 +109,13 @@ def parse_run(
         """Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio, ..."""
         processes: int | None = None
         """Refuse to start unless exactly so many processes take part."""
+        device: Annotated[str | None, tyro.conf.arg(help=DEVICE_HELP)] = None
         config: Annotated[type(chosen), tyro.conf.arg(name="")] = chosen  # type: ignore[valid-type]
 
     lines = "\n".join(f"    {name:8} {what}" for name, (what, _) in presets.items())
     title = f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{lines}"
     options = parse(Options, f"{command} {preset}", arguments, title)
-    how = {name: getattr(options, name) for name in ("resume", "trackers", "processes")}
+    how = {name: getattr(options, name) for name in ("resume", "trackers", "processes", "device")}
     return RunOptions(options.config, Path(options.run), how)
 
 
@@ -155,6 +161,18 @@ def as_typed(message: str) -> str:
         return _typed[name] + " " * bool(equals)
 
     return re.sub(r"(?<![\w./'\"-])([a-z][\w.]*\w)(=?)(?![\w/'\"]*/)", flag, message)
+
+
+def loss_verdict(loss: float, d_vocab: int) -> str:
+    """A model's loss beside that of a guess at random, in words."""
+    guess = math.log(d_vocab)
+    words = "it has learned little so far: raise --steps" if loss > guess / 2 else "it has learned the text"
+    return f"a guess among the {d_vocab} tokens would cost {guess:.2f} nats: {words}"
+
+
+def say_next(command: str, *arguments: str) -> None:
+    """Print the command that comes next, ready to be typed."""
+    print(f"next: {shlex.join(['sparse-bridges', command, *arguments])}")
 
 
 class _Handler(logging.Handler):

@@ -28,7 +28,9 @@ def main(options: Options) -> None:
     require(options.name.isidentifier(), "name", options.name, "use letters, digits and _")
     from interventions.bundle.packaged import FOLDER
     from interventions.sharing.packaging import package_run
+    from sparse_model.io.atomic import check_writable
 
+    check_writable(FOLDER / options.name)
     out = package_run(options.run, FOLDER / options.name)
     size = sum(path.stat().st_size for path in out.rglob("*"))
     print(f"bundle {options.name}: {size / 2**20:.2f} MB of at most 8; load_dense({options.name!r})")

@@ -16,6 +16,8 @@ class Options:
 
     run: str = "runs/demo"
     """Run folder."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
 
 
 def command(arguments: list[str]) -> None:
@@ -26,4 +28,4 @@ def main(options: Options) -> None:
     from interventions.report.page import write_report
 
     with writing_into(options.run):
-        print(f"report: {write_report(Path(options.run))}")
+        print(f"report: {write_report(Path(options.run), options.device)}")

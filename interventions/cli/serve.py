@@ -19,6 +19,8 @@ class Options:
 
     run: str = "demo"
     """Run folder, or the name of a packaged bundle."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     host: str = "127.0.0.1"
     """Address to serve on. Whoever reaches one that is not a loopback address can use the page."""
     port: int = 7860
@@ -30,4 +32,4 @@ def command(arguments: list[str]) -> None:
     from interventions.app.server import serve
 
     with suppress(KeyboardInterrupt):
-        serve(options.run, host=options.host, port=options.port)
+        serve(options.run, options.device, host=options.host, port=options.port)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, writing_into
-from interventions.tasks.names import PromptKind
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next, writing_into
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.config import require
+from sparse_model.io.tables import paragraph
 
 if TYPE_CHECKING:
     from interventions.circuits.task_scores import TaskScore
@@ -40,6 +41,8 @@ class Options:
     """Evaluation pairs of each task, or as many as it has."""
     seed: int = 0
     """Seeds the pairs."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
     floors: bool = True
     """Count the n-grams of the training text, which is prepared where it is not kept from training."""
 
@@ -53,12 +56,13 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from tqdm.auto import tqdm
-
     from interventions.circuits.circuit import failed_circuits
+    from sparse_model.io.progress import progress_bar
 
+    for name in options.tasks:
+        check_task_name(name)
     scores, reports = {}, {}
-    for folder in tqdm(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
+    for folder in progress_bar(options.runs, unit="run", leave=False, disable=len(options.runs) == 1):
         with writing_into(folder):
             scores[folder], reports[folder] = measure(Path(folder), options)
     print(table(scores, reports))
@@ -66,7 +70,17 @@ def main(options: Options) -> None:
         print(distances(reports))
     for folder in options.runs:
         for name, reason in failed_circuits(Path(folder)).items():
-            print(f"{Path(folder).name}, {name}: {reason}")
+            print(paragraph(f"{Path(folder).name}, {name}: {reason}"))
+    say_next_steps(options.runs[0], scores[options.runs[0]])
+
+
+def say_next_steps(run: str, scores: "TaskScores") -> None:
+    """Print what to do with a solved task; where there is none, that training comes first."""
+    solved = [name for name, of in scores.items() if not isinstance(of, str) and all(s.solved for s in of.values())]
+    if not solved:
+        print("no task is solved by all models: train longer, more --steps, before a channel is looked for")
+    elif (Path(run) / "bridges").is_dir():
+        say_next("find-channel", "--run", run, "--task", solved[0])
 
 
 def measure(folder: Path, options: Options) -> "tuple[TaskScores, dict[str, TaskReport | str]]":
@@ -75,9 +89,9 @@ def measure(folder: Path, options: Options) -> "tuple[TaskScores, dict[str, Task
     from interventions.circuits.task_scores import solved_tasks
     from interventions.tasks.reports import folder_tasks, models_in, report_tasks, training_tokens
 
-    models = models_in(folder)
+    models = models_in(folder, options.device)
     tasks = folder_tasks(folder, min(model.n_ctx for model in models.values()), options.tasks, options.prompts)
-    scores = solved_tasks(folder, pairs=options.pairs, seed=options.seed, tasks=tasks)
+    scores = solved_tasks(folder, pairs=options.pairs, seed=options.seed, tasks=tasks, device=options.device)
     training = training_tokens(folder, progress=True) if options.floors else None
     shown = models if options.prompts == "natural" else {}
     reports = report_tasks(tasks, shown, training, pairs=options.pairs, seed=options.seed)
@@ -94,34 +108,42 @@ def entry(scores: "dict[str, TaskScore] | str", report: "TaskReport | str") -> d
 
 
 def table(scores: "dict[str, TaskScores]", reports: "dict[str, dict[str, TaskReport | str]]") -> str:
-    """Pair accuracy and P(right) of the models of each run, by task, beside the floors; solved ones are bold."""
+    """A Markdown table for each run: pair accuracy and P(right) of its models by task, beside the floors."""
     from interventions.circuits.task_scores import SOLVED
 
-    columns = [
-        (folder, label)
-        for folder, column in scores.items()
-        for label in ("dense", "sparse")
-        if any(not isinstance(of, str) and label in of for of in column.values())
-    ]
-    counted = [folder for folder in scores if any(floor(report) for report in reports[folder].values())]
-    heads = ["task", *(f"{Path(folder).name} {label}: pairs, P(right)" for folder, label in columns)]
-    heads += [f"{Path(folder).name} counting: 2-, 3-, 5-gram" for folder in counted]
-    lines, reasons = [heads, ["---"] * len(heads)], []
-    for name in next(iter(scores.values())):
-        column = [(scores[folder][name], label) for folder, label in columns]
-        cells = ["-" if isinstance(of, str) else cell(of[label]) for of, label in column]
-        lines.append([name, *cells, *(floor(reports[folder][name]) or "-" for folder in counted)])
-        reasons += [f"{Path(run).name}: {of[name]}" for run, of in scores.items() if isinstance(of[name], str)]
-    solved = [
-        sum(of[label].solved for of in scores[folder].values() if not isinstance(of, str)) for folder, label in columns
-    ]
-    lines.append([f"solved: pairs at least {SOLVED:g}", *map(str, solved), *("" for _ in counted)])
-    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [f"\nunsupported, {reason}" for reason in reasons])
+    legend = paragraph(
+        "pairs: share of pairs both of whose prompts get the right answer, bold where the task counts as solved "
+        f"({SOLVED:g}). P: mean P(right answer). n-gram: pairs that counting the training text gets right; near "
+        "that of a model, the task needs no more than counting."
+    )
+    return "\n\n".join([*(_run_table(run, by_task, reports[run]) for run, by_task in scores.items()), legend])
 
 
-def floor(report: "TaskReport | str") -> str:
+def _run_table(run: str, scores: "TaskScores", reports: "dict[str, TaskReport | str]") -> str:
+    labels = [m for m in ("dense", "sparse") if any(not isinstance(of, str) and m in of for of in scores.values())]
+    counted = any(floors(report) for report in reports.values())
+    heads = ["task", *(head for label in labels for head in (f"{label} pairs", "P"))]
+    rows = [heads + (["2-gram", "3-gram", "5-gram"] if counted else [])]
+    for name, of in scores.items():
+        cells = ["-", "-"] * len(labels) if isinstance(of, str) else [c for label in labels for c in cell(of[label])]
+        rows.append([name, *cells, *((floors(reports[name]) or ["-"] * 3) if counted else ())])
+    scored = [of for of in scores.values() if not isinstance(of, str)]
+    solved = [f"{sum(of[label].solved for of in scored)} of {len(scored)} by the {label} model" for label in labels]
+    unsupported = [paragraph(f"unsupported, {name}: {of}") for name, of in scores.items() if isinstance(of, str)]
+    parts = [f"{Path(run).name}: solved {', '.join(solved)}", markdown(rows), "\n".join(unsupported)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table whose columns stand below each other as plain text, too."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in rows)
+
+
+def floors(report: "TaskReport | str") -> list[str]:
     """Pair accuracy of the count tables on the evaluation pairs; empty where nothing was counted."""
-    return "" if isinstance(report, str) else ", ".join(f"{p:.2f}" for p in report.floors["evaluation"].values())
+    return [] if isinstance(report, str) else [f"{p:.2f}" for p in report.floors["evaluation"].values()]
 
 
 def distances(reports: "dict[str, dict[str, TaskReport | str]]") -> str:
@@ -137,7 +159,7 @@ def distances(reports: "dict[str, dict[str, TaskReport | str]]") -> str:
     return "\n".join(tables)
 
 
-def cell(score: "TaskScore") -> str:
+def cell(score: "TaskScore") -> tuple[str, str]:
     """Pair accuracy and P(right) of a model."""
     accuracy = f"{score.pair_accuracy:.2f}"
-    return f"{f'**{accuracy}**' if score.solved else accuracy}, {score.p_right:.2f}"
+    return f"**{accuracy}**" if score.solved else accuracy, f"{score.p_right:.2f}"

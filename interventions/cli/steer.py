@@ -6,20 +6,23 @@ Examples:
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next
 from interventions.steering.experiment_config import Experiment
-from interventions.tasks.names import PromptKind
+from interventions.tasks.names import PromptKind, check_task_name
 from sparse_model.io.lock import one_writer
+from sparse_model.io.tables import paragraph, table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from interventions.bundle.channels import Channel
     from interventions.steering.result import Steering
 
 
@@ -50,7 +53,7 @@ class Options:
     out: str | None = None
     """Folder for metrics.json and the figure; unset: the run's own, which keeps one result per task."""
     device: str = "cpu"
-    """Where the models run."""
+    """Where the models run: cpu, cuda or cuda:N."""
     anyway: bool = False
     """Steer also where the dense model does not solve the task."""
     experiment: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -62,15 +65,30 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from interventions.bundle.bundle import get_bundle, load_dense
-    from interventions.bundle.packaged import FOLDER
+    from interventions.bundle.bundle import load_dense
+    from interventions.bundle.packaged import FOLDER, find_run
+    from sparse_model.io.atomic import check_writable
 
-    dense = load_dense(options.run, options.device)
-    folder = Path(options.out) if options.out else get_bundle(dense).folder
+    run = find_run(options.run)
+    folder = Path(options.out) if options.out else run
     if folder.is_relative_to(FOLDER):
         raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
+    check_names(run, options.experiment)
+    check_writable(folder)
     with one_writer(folder):
-        _steer(dense, folder, options)
+        _steer(load_dense(run, options.device), folder, options)
+
+
+def check_names(run: Path, experiment: Settings) -> None:
+    """Raise for an unknown channel or task before anything is loaded."""
+    from interventions.bundle.channels import load_channels, resolve
+    from sparse_model.config import SparseConfig, from_json
+
+    shape = run / "sparse" / "config.json"
+    if experiment.task:
+        check_task_name(experiment.task)
+    if experiment.channel and shape.is_file():
+        resolve(experiment.channel, load_channels(run), from_json(SparseConfig, shape))
 
 
 def _steer(dense: "nn.Module", folder: Path, options: Options) -> None:
@@ -96,16 +114,9 @@ def _steer(dense: "nn.Module", folder: Path, options: Options) -> None:
         steering={result.task: result._asdict()},
         task_prompts={result.task: prompts},
     )
-    print(
-        f"{result.task}, {result.prompts} evaluation prompts, site {result.site}, where={result.where}; dense model: "
-        + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
-    )
-    print_curves(result)
-    print_chosen(result)
-    print_searches(result)
-    print_side_effects(result.side_effects)
-    print(f"\nNMSE at the site: decoder {result.ridge_fit['decoder_nmse']:.3f}, ridge {result.ridge_fit['nmse']:.3f}")
+    describe(result, baseline, get_bundle(dense).channels)
     print(f"plot: {plot}")
+    say_next("report", "--run", str(folder if folder == get_bundle(dense).folder else options.run))
 
 
 def check_solved(accuracy: float, *, anyway: bool) -> None:
@@ -125,20 +136,52 @@ def check_solved(accuracy: float, *, anyway: bool) -> None:
     print(f"warning: {said}", file=sys.stderr)
 
 
-def print_curves(result: "Steering") -> None:
+def describe(result: "Steering", baseline: dict[str, float], channels: Mapping[str, "Channel"]) -> None:
+    """Print the curves, the edits at their chosen strengths, the equal searches, the side effects and the verdict."""
+    from interventions.steering.headline import headline
+
+    print(
+        paragraph(
+            f"{result.task}, {result.prompts} evaluation prompts, site {result.site}, where={result.where}; dense "
+            "model: " + ", ".join(f"{n} {v:.4f}" for n, v in baseline.items())
+        )
+    )
+    print(f"\nmean P(counterfactual answer) at each strength\n{table(curve_rows(result))}")
+    print(paragraph("near 1 is good for channels, near 0 for what is drawn at random; 95 %: over prompts."))
+    print(f"\nat the strength chosen on selection prompts\n{table(chosen_rows(result))}")
+    if result.searched:
+        print(f"\none search for all, at norm {result.search_norm:.2f}\n{table(search_rows(result))}")
+        print(paragraph("ours, median, largest: P(counterfactual answer); p: draws as good, small is good."))
+    print(f"\nside effects of the mean edit at every token\n{table(side_rows(result.side_effects))}")
+    print(
+        paragraph(
+            "KL, nats per token of other text, and perplexity (cf.: behind the counterfactual prompt): near those of "
+            "unsteered is good. others: pairs right on tasks that the unsteered model solves, and the worst of them."
+        )
+    )
+    print(f"\nNMSE at the site: decoder {result.ridge_fit['decoder_nmse']:.3f}, ridge {result.ridge_fit['nmse']:.3f}")
+    found = headline(result, channels)
+    if found is not None:
+        print(paragraph(f"{found.verdict}: {found.words}"))
+
+
+def curve_rows(result: "Steering") -> list[list[str]]:
     """Every curve at up to six strengths; for the sets the bootstrap interval at the last."""
     from interventions.steering.result import named_curves, set_name
 
     step = -(-(len(result.strength) - 1) // 5) or 1
     shown = [*range(0, len(result.strength) - 1, step), len(result.strength) - 1]
-    print(f"\n{'mean P(counterfactual answer) at strength':42}" + "".join(f"{result.strength[i]:8g}" for i in shown))
-    intervals = {set_name(n): (low[-1], result.channels_high[n][-1]) for n, low in result.channels_low.items()}
+    intervals = {
+        set_name(n): f"{low[-1]:.2f}-{result.channels_high[n][-1]:.2f}" for n, low in result.channels_low.items()
+    }
+    rows = [["strength", *(f"{result.strength[i]:g}" for i in shown), "95 %"]]
     for name, curve in named_curves(result).items():
-        interval = "   95 %: {:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
-        print(f"{name:42}" + "".join(f"{curve[i]:8.4f}" for i in shown) + interval)
+        short = name.replace("95th percentile", "p95").replace("random directions as long as", "random, as long as")
+        rows.append([short, *(f"{curve[i]:.3f}" for i in shown), intervals.get(name, "")])
+    return rows
 
 
-def print_chosen(result: "Steering") -> None:
+def chosen_rows(result: "Steering") -> list[list[str]]:
     """Each edit at the strength that was chosen on selection prompts, or at 1."""
     from interventions.steering.result import FROM_SPARSE, IN_PAPER_UNITS, chosen_strength, place_of, set_name
 
@@ -146,41 +189,38 @@ def print_chosen(result: "Steering") -> None:
     edits += [(set_name(n) + FROM_SPARSE, f"by_patching {n}", curve) for n, curve in result.by_patching.items()]
     edits += [(set_name(n) + IN_PAPER_UNITS, f"paper {n}", curve) for n, curve in result.paper.items()]
     edits.append(("difference of means", "difference_of_means", result.difference_of_means))
-    print(f"\n{'at the strength chosen on selection prompts':46}strength   P(cf.)  random p95")
+    rows = [["edit", "strength", "P(cf.)", "random p95", ""]]
     for title, name, curve in edits:
         strength = chosen_strength(result, name)
         place = place_of(result, strength)
-        values = "     not measured" if place is None else f"{curve[place]:9.4f}"
-        if place is not None and name in result.random_own_p95:
-            values += f"{result.random_own_p95[name][place]:12.4f}"
-        print(f"{title:46}{strength:8g}{values}" + ("" if name in result.chosen else "   (none was chosen)"))
+        random = result.random_own_p95.get(name)
+        p = "not measured" if place is None else f"{curve[place]:.4f}"
+        p95 = f"{random[place]:.4f}" if random and place is not None else ""
+        rows.append([title, f"{strength:g}", p, p95, "" if name in result.chosen else "none was chosen"])
+    return rows
 
 
-def print_searches(result: "Steering") -> None:
+def search_rows(result: "Steering") -> list[list[str]]:
     """What one search finds for ours and for the controls."""
     from interventions.steering.result import searches, set_name
 
-    heads = f"{'ours':>8}{'median':>9}{'largest':>9}{'draws':>7}{'p':>8}"
-    print(f"\n{f'one search for all, at norm {result.search_norm:.2f}':46}{heads}")
+    rows = [["searched through", "ours", "median", "largest", "draws", "p"]]
     for row in searches(result):
-        values = f"{row.ours:8.4f}{row.median:9.4f}{row.largest:9.4f}{row.draws:7}{row.p_value:8.3f}"
-        print(f"{f'{row.control}, {set_name(row.size)}':46}{values}")
+        values = f"{row.ours:.4f}", f"{row.median:.4f}", f"{row.largest:.4f}", str(row.draws), f"{row.p_value:.3f}"
+        rows.append([f"{row.control}, {set_name(row.size)}", *values])
+    return rows
 
 
-def print_side_effects(effects: dict[str, dict[str, Any]]) -> None:
+def side_rows(effects: dict[str, dict[str, Any]]) -> list[list[str]]:
     """What the fixed vectors do to everything else."""
     from interventions.steering.result import set_name
 
-    heads = "  norm    P(cf.)  KL, nats   perplexity (cf.)   other tasks"
-    print(f"\n{'side effects of the mean edit everywhere':40}{heads}")
+    rows = [["edit", "norm", "P(cf.)", "KL", "perpl.", "(cf.)", "others", "worst"]]
     for name, one in effects.items():
         accuracies = one["pair_accuracy"]
         worst = min(accuracies, key=accuracies.__getitem__, default=None)
-        tasks = (
-            "none solved"
-            if worst is None
-            else (f"{sum(accuracies.values()) / len(accuracies):.3f}, worst {worst} {accuracies[worst]:.2f}")
-        )
-        perplexity = f"{one['perplexity']:.2f} ({one['perplexity_counterfactual']:.2f})"
-        figures = f"{one['norm']:6.2f}{one['p_target']:10.4f}{one['kl']:10.4f}"
-        print(f"{set_name(name):40}{figures}   {perplexity:16}   {tasks}")
+        figures = [f"{one['norm']:.2f}", f"{one['p_target']:.4f}", f"{one['kl']:.4f}"]
+        figures += [f"{one['perplexity']:.2f}", f"{one['perplexity_counterfactual']:.2f}"]
+        mean = "" if worst is None else f"{sum(accuracies.values()) / len(accuracies):.3f}"
+        rows.append([set_name(name), *figures, mean, f"{worst} {accuracies[worst]:.2f}" if worst else "none solved"])
+    return rows

@@ -10,7 +10,7 @@ Examples:
 
 from bridges.config import PRESETS
 from interventions.cli.dense_shape import fit, say_shape
-from interventions.cli.options import parse_run
+from interventions.cli.options import parse_run, say_next
 
 
 def command(arguments: list[str]) -> None:
@@ -18,4 +18,5 @@ def command(arguments: list[str]) -> None:
     say_shape(options)
     from bridges.pipeline import train_bridge
 
-    train_bridge(options.config, options.folder, **options.how)
+    if train_bridge(options.config, options.folder, **options.how):  # of the processes, the one that evaluates
+        say_next("find-channel", "--run", str(options.folder))

@@ -9,7 +9,7 @@ Examples:
 
 from bridges.config import PRESETS
 from interventions.cli.dense_shape import fit, say_shape
-from interventions.cli.options import parse_run
+from interventions.cli.options import loss_verdict, parse_run, say_next
 
 
 def command(arguments: list[str]) -> None:
@@ -17,5 +17,8 @@ def command(arguments: list[str]) -> None:
     say_shape(options)
     from bridges.pipeline import make_dense
 
-    loss = make_dense(options.config, options.folder, resume=options.how["resume"])
+    loss = make_dense(options.config, options.folder, resume=options.how["resume"], device=options.how["device"])
     print(f"dense CE on held-out text: {loss:.4f} nats per token; saved in {options.folder / 'dense'}")
+    print(loss_verdict(loss, options.config.sparse.d_vocab))
+    preset = arguments[0] if arguments and arguments[0] in PRESETS else next(iter(PRESETS))
+    say_next("train-bridge", preset, "--run", str(options.folder))

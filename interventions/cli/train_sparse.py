@@ -10,7 +10,7 @@ Examples:
 import dataclasses
 
 from bridges.config import PRESETS
-from interventions.cli.options import parse_run
+from interventions.cli.options import loss_verdict, parse_run, say_next
 from sparse_model.config import TrainConfig
 
 NAMES = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -26,4 +26,10 @@ def command(arguments: list[str]) -> None:
 
     config = PretrainConfig(**{name: getattr(options.config, name) for name in NAMES})
     metrics = pretrain(config, options.folder, **options.how)
-    print({name: value for name, value in metrics.items() if name != "corpus"})
+    if metrics:  # of the processes, the one that evaluates
+        print(
+            f"sparse CE on held-out text: {metrics['val_ce']:.4f} nats per token; {metrics['nonzeros']} nonzero "
+            f"weights, 1 in {1 / metrics['nonzero_fraction']:.1f}; saved in {options.folder / 'sparse'}"
+        )
+        print(loss_verdict(metrics["val_ce"], config.sparse.d_vocab))
+        say_next("solved-tasks", str(options.folder))

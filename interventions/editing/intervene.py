@@ -22,7 +22,7 @@ from bridges.sites import Site
 from interventions.bundle.bundle import Bundle, check_raw, get_bundle, uncompiled
 from interventions.bundle.channels import Channel, resolve
 from interventions.bundle.passes import is_entered
-from interventions.editing import arguments
+from interventions.editing import arguments, given
 from interventions.editing.build import acting, make_fixed, make_source
 from interventions.editing.entered import Entered, one_pass
 from interventions.editing.hooks import Edit, Hook, lens_hooks
@@ -119,17 +119,17 @@ class Intervention:
 
 def intervene(
     dense: nn.Module,
-    channel: Any,
+    channel: given.Channels,
     *,
-    delta: Any = None,
-    set_to: Any = None,
-    toward: Any = None,
-    strength: Any = 1.0,
-    positions: Any = None,
-    steps: Any = "all",
-    where: Any = "read",
-    prompt_length: Any = None,
-    units: Any = "exact",
+    delta: given.Amount | None = None,
+    set_to: given.Amount | None = None,
+    toward: given.Tokens | None = None,
+    strength: given.Number = 1.0,
+    positions: given.Positions | None = None,
+    steps: given.Steps = "all",
+    where: given.Where = "read",
+    prompt_length: given.Number | None = None,
+    units: given.Units = "exact",
 ) -> Intervention:
     """An intervention that moves sparse channels of a dense model from `load_dense` or `load_hf`.
 
@@ -165,17 +165,20 @@ def intervene(
     dense = uncompiled(dense)
     bundle = get_bundle(dense)
     check_raw(dense)
-    given = [name for name, value in (("delta", delta), ("set_to", set_to), ("toward", toward)) if value is not None]
-    if len(given) != 1:
+    kinds = {"delta": delta, "set_to": set_to, "toward": toward}
+    named = [kind for kind, value in kinds.items() if value is not None]
+    if len(named) != 1:
         raise ValueError("give exactly one of delta, set_to, toward")
     chosen = [(_resolved(c, bundle), weight) for c, weight in _weighted(channel)]
-    value = {"delta": delta, "set_to": set_to, "toward": toward}[given[0]]
     acts = acting(bundle, positions, steps, where, prompt_length)
     bundle.bridges.check_scales()
     return Intervention(
         dense,
         tuple(
-            acts(Site(c.site, bundle.shape.n_layers), make_source(bundle, c, given[0], value, strength, weight, units))
+            acts(
+                Site(c.site, bundle.shape.n_layers),
+                make_source(bundle, c, named[0], kinds[named[0]], strength, weight, units),
+            )
             for c, weight in chosen
         ),
     )
@@ -183,14 +186,14 @@ def intervene(
 
 def intervene_vector(
     dense: nn.Module,
-    site: Any,
-    vector: Any,
+    site: given.AnySite,
+    vector: given.Vector,
     *,
-    strength: Any = 1.0,
-    positions: Any = None,
-    steps: Any = "all",
-    where: Any = "read",
-    prompt_length: Any = None,
+    strength: given.Number = 1.0,
+    positions: given.Positions | None = None,
+    steps: given.Steps = "all",
+    where: given.Where = "read",
+    prompt_length: given.Number | None = None,
 ) -> Intervention:
     """The same handle for a dense stream vector of one's own: [d_dense], or one per token [batch, pos, d_dense].
 

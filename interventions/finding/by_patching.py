@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bridges.run_folder import Run
 from bridges.sites import Site
@@ -38,6 +37,7 @@ from interventions.finding.patching import (
     site_effects,
 )
 from interventions.tasks.base import TaskBatch
+from sparse_model.io.progress import progress_bar
 
 SET_SHARE = 0.9
 """Share of the whole read's effect that a named channel must carry."""
@@ -84,7 +84,7 @@ def search_channels(
     size = (nodes[0] - nodes[1]).abs().sum((0, 1)) * run.bridges.directions(site).norm(dim=1)
     single = torch.zeros(run.sparse.d_model)
     # A channel that never differs has no effect to measure.
-    for c in tqdm(
+    for c in progress_bar(
         size.nonzero().flatten().tolist(), desc=f"site {site}", unit="channel", leave=False, disable=not progress
     ):
         single[c] = patch.effect([c])
@@ -96,7 +96,7 @@ def search_channels(
     share: dict[int, float] = {}
     beams: list[list[int]] = [[]]
     sizes = range(1, min(largest, len(pool)) + 1)
-    for count in tqdm(sizes, desc=f"site {site}: sets", unit="size", leave=False, disable=not progress):
+    for count in progress_bar(sizes, desc=f"site {site}: sets", unit="size", leave=False, disable=not progress):
         grown = {tuple(sorted([*b, c])): [*b, c] for b in beams for c in pool if c not in b}
         scored = sorted(((patch.effect(s), s) for s in grown.values()), reverse=True)
         beams = [s for _, s in scored[:beam]]
@@ -243,7 +243,7 @@ def named_channel(
         site=site,
         indices=tuple(indices),
         weights=tuple(round(float(w), 6) for w in weights),
-        description=f"positive where the prompt is member 0 of {task}",
+        description=f"positive where the prompt is the first of a pair of {task}",
         statistics={
             "mean_member_0": [float(x) for x in nodes[0][differs].mean(0)],
             "mean_member_1": [float(x) for x in nodes[1][differs].mean(0)],

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from bridges.run_folder import Run
 from bridges.sites import Site
@@ -32,6 +31,7 @@ from interventions.finding.patching import ReadPatch, eligibility_rule, eligible
 from interventions.steering.edits import mean_norm
 from interventions.steering.strengths import SEARCH_DRAWS, Dose, Dosing, near_largest
 from interventions.tasks.base import TaskBatch
+from sparse_model.io.progress import progress_bar
 
 LEAST_READ_EFFECT = 0.5
 """Effect of patching a whole read in the sparse model, nats, below which its answer does not hang on that read."""
@@ -89,7 +89,7 @@ class SteeringSite:
         norm = first.dose.strength * mean_norm(self.dosing.edit(first.channels))
         beams, best = [first, *(dosed for dosed in alone if dosed is not first)][:_BEAM], {1: first}
         sizes = range(2, min(largest, len(self.pool)) + 1)
-        for count in tqdm(sizes, f"site {self.site}: sets", leave=False, unit="size", disable=not progress):
+        for count in progress_bar(sizes, f"site {self.site}: sets", leave=False, unit="size", disable=not progress):
             grown = [[*b.channels, c] for b in beams for c in self.pool if c not in b.channels]
             sets = list({tuple(sorted(channels)): channels for channels in grown}.values())
             ranked = self.dosing.effects_at(sets, [norm * part for part in _NORMS]).mean(0).argsort(descending=True)
@@ -124,7 +124,7 @@ def channel_by_steering(
     """
     effects = site_effects(run.dense, batch)
     sites = eligible_sites(effects) if site is None else [Site(site, run.dense.n_layers).index]
-    bar = tqdm(sites, "sites", leave=False, unit="site", disable=not progress)
+    bar = progress_bar(sites, "sites", leave=False, unit="site", disable=not progress)
     searched = {i: SteeringSite(run, batch, i, candidates) for i in bar}
     read = [i for i, there in searched.items() if read_matters(there.patch.whole)] or sites
     alone = {i: searched[i].alone() for i in read}

@@ -56,7 +56,7 @@ def find_channel(
     bound = run_task(run, task, prompts)
     circuit = load_circuit(run, bound.name) if by == "circuit" else None
     name = name or bound.spec.channel
-    batch = bound.sample_up_to(pairs, split="selection", seed=run.config.seed)
+    batch = bound.sample_up_to(pairs, split="selection", seed=run.config.seed).to(run.bridges.rms_sparse.device)
     if circuit:
         channel = channel_by_circuit(run, name, circuit, batch, site=site)
     elif by == "patching":

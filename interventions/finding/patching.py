@@ -49,7 +49,7 @@ def site_effects(dense: Sublayered, batch: TaskBatch) -> list[SiteEffect]:
     """P(counterfactual answer) after patching the dense stream, or the next read alone, at each site."""
     tokens, other, answers, last = flipped(batch)
     here, there = residuals(dense, tokens), residuals(dense, other)
-    before_last = (torch.arange(tokens.shape[1]) < last[:, None])[..., None]
+    before_last = (torch.arange(tokens.shape[1], device=tokens.device) < last[:, None])[..., None]
 
     def p(site: int, resid: Tensor) -> float:
         return float(log_p(suffix(dense, site, resid, tokens), answers, last).exp().mean())
@@ -110,7 +110,7 @@ class ReadPatch:
     @torch.no_grad()
     def _score(self, mask: Bool[Tensor, " width"]) -> float:
         def patch(value: Tensor, hook: object) -> Tensor:
-            return torch.where(mask, self.counterfactual, value)
+            return torch.where(mask.to(value.device), self.counterfactual, value)
 
         with self.sparse.hooks(fwd_hooks=[(self.hook, patch)]):
             end = advance(self.sparse, self.site, self.resid)

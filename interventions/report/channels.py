@@ -15,7 +15,7 @@ from interventions.bundle.channels import FILE, Channel, residual_reads
 from interventions.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.looking import examples as lens
 from interventions.report.generations import Continuation, continuations
-from interventions.report.texts import HeldOut, Text, heads, inline, prompts, visible
+from interventions.report.texts import MEMBERS, HeldOut, Text, heads, inline, prompts, visible
 from interventions.tasks.base import TaskBatch, since_difference
 from interventions.tasks.of_run import recorded_task
 
@@ -168,18 +168,18 @@ def _histogram(run: Run, channel: Channel, batch: TaskBatch, number: int) -> Cha
     shares = [np.histogram(part, edges)[0] / len(part) for part in values]
     # A step needs its right edge: the last bin's height is repeated there.
     heights = [numbers([*share.tolist(), float(share[-1])]) for share in shares]
-    zeros = ", ".join(f"{(part == 0).mean():.0%} of member {member}'s" for member, part in enumerate(values))
+    zeros = ", ".join(f"{(part == 0).mean():.0%} of the {MEMBERS[member]}s'" for member, part in enumerate(values))
     return Chart(
         id=f"histogram-{number}",
         title="By class",
-        caption=f"Share of the tokens of each member of {len(batch.last)} evaluation pairs, from the first that "
+        caption=f"Share of the tokens of either prompt of {len(batch.last)} evaluation pairs, from the first that "
         f"differs to the last. Exactly zero are {zeros}.",
         x=numbers(edges.tolist()),
         x_title="activation",
         y_title="share of tokens",
         series=[
-            Series("member 0", heights[0], ORANGE, "steps"),
-            Series("member 1", heights[1], BLUE, "steps"),
+            Series(MEMBERS[0], heights[0], ORANGE, "steps"),
+            Series(MEMBERS[1], heights[1], BLUE, "steps"),
         ],
     )
 

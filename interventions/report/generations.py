@@ -10,7 +10,7 @@ from torch import Tensor
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
 from interventions.editing.intervene import Intervention, intervene
-from interventions.report.texts import Text, visible
+from interventions.report.texts import MEMBERS, Text, visible
 from interventions.tasks.base import TaskBatch
 
 NEW_TOKENS = 16
@@ -53,7 +53,7 @@ def continuations(
         length = int(batch.last[pair]) + 1
         prompt, other = (batch.tokens[pair, m, :length] for m in (member, 1 - member))
         steered = [("toward the counterfactual", intervene(dense, channel, toward=other[None]))]
-        shown.append(_continuation(run, dense, f"Evaluation prompt {pair + 1}, member {member}", prompt, steered))
+        shown.append(_continuation(run, dense, f"Evaluation pair {pair + 1}, {MEMBERS[member]}", prompt, steered))
     for text in code[:_CODE_PROMPTS]:
         deltas = (-largest / 2, largest / 2)
         steered = [(f"delta {d:+.2f}".replace("-", "−"), intervene(dense, channel, delta=d)) for d in deltas]

@@ -33,6 +33,7 @@ from interventions.report.steering import CONTROLS, steering_pages
 from interventions.report.tasks import changed_files, counting_words, size_ratio, size_warnings, task_rows
 from interventions.report.texts import HeldOut, blocks, held_out, visible
 from interventions.report.training import training_charts
+from interventions.steering.headline import headline
 from interventions.tasks.reports import SOLVED_BY_COUNTING
 from sparse_model.io.atomic import write_text
 
@@ -45,23 +46,57 @@ _LIBRARY_LICENCE = "uPlot.LICENSE.txt"
 _SCRIPTS = ("uPlot.iife.min.js", "dom.js", "charts.js", "panel.js", "picture.js", "explorer.js", "main.js")
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, device: str = "cpu") -> Path:
     """Write RUN/report.html from what the run folder holds; returns its path.
 
     Raises what `bridges.run_folder.open_run` raises for a folder that is no finished run, and ValueError, naming the
     file, for a metrics.jsonl, metrics.json or channels.json that is damaged. A circuit that does not read is left out,
     and the report says so.
     """
-    run = open_run(folder)
+    run = open_run(folder, device)
     shown = _contents(run)
-    command = f"--run {shlex.quote(str(folder))}"
+    place = shlex.quote(str(folder))
+    parts = {
+        "command": f"--run {place}",
+        "sections": [(name, bool(shown[part])) for name, part in _SECTIONS],
+        "absent": absent_parts(shown, place),
+    }
     try:
-        html = _environment().get_template("report.html.jinja").render(command=command, **shown, **_assets())
+        html = _environment().get_template("report.html.jinja").render(**parts, **shown, **_assets())
     except (UndefinedError, TypeError, IndexError) as error:
         raise ValueError(f"metrics.json or channels.json in {run.folder} is incomplete: {error}") from error
     path = run.folder / REPORT
     write_text(path, html)
     return path
+
+
+_SECTIONS = (
+    ("training", "training"),
+    ("bridges", "site_rows"),
+    ("steering", "steering"),
+    ("tasks", "tasks"),
+    ("circuits", "circuits"),
+    ("channels", "channels"),
+)
+"""The page's sections, and which of its contents fills each; one that nothing fills is left out."""
+
+
+def absent_parts(shown: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
+    """What the report does not have yet, and the command that adds it."""
+    sizes = not shown["tasks"] or "circuit_size" in shown["metrics"]
+    parts = [
+        (shown["training"], "Training curves, which only training writes:", f"train-bridge --run {place}"),
+        (shown["site_rows"], "How faithful the bridges are:", f"evaluate --run {place}"),
+        (shown["channels"], "A named channel:", f"find-channel --run {place}"),
+        (shown["steering"], "What steering does, with its controls:", f"steer --run {place}"),
+        (shown["tasks"], "Which tasks the models solve:", f"solved-tasks {place}"),
+        (shown["circuits"], "A circuit, with its controls:", f"find-circuit --run {place} --controls"),
+    ]
+    absent = [(what, f"sparse-bridges {way}") for there, what, way in parts if not there]
+    if not sizes:
+        study = f"python scripts/studies/circuit_size.py {place}"
+        absent.append(("The sizes of the circuits, in a clone of the repository:", study))
+    return absent
 
 
 def _contents(run: Run) -> dict[str, Any]:
@@ -72,7 +107,8 @@ def _contents(run: Run) -> dict[str, Any]:
     training = training_charts(run)
     loaded = load_circuits(run)
     documents = held_out(run, HELD_OUT_TOKENS) if channels or loaded.circuits else HeldOut("", [])
-    pages = channel_pages(run, load_dense(run.folder), channels, documents) if channels else []
+    device = run.bridges.rms_sparse.device
+    pages = channel_pages(run, load_dense(run.folder, device), channels, documents) if channels else []
     rows = blocks(documents, run.config.sparse.n_ctx) if loaded.circuits else None
     circuits = [] if rows is None else list(circuit_pages(run, loaded.circuits, channels, rows))
     hybrids = hybrid_chart(metrics)
@@ -84,6 +120,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "run": run,
         "config": dataclasses.asdict(run.config),
         "metrics": metrics,
+        "findings": [found for page in steering if (found := headline(page.result, channels))],
         "cards": overview.cards(metrics),
         "warnings": [*warnings, *size_warnings(metrics), *changed_files(records), *loaded.problems],
         "training": training,

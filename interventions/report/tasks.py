@@ -112,5 +112,6 @@ def size_warnings(metrics: dict[str, Any]) -> list[str]:
         return []
     return [
         f"The sizes of circuits compare a sparse model of {ce['sparse']:.3f} nats with a dense one of "
-        f"{ce['dense']:.3f}: at unequal loss the ratio says little."
+        f"{ce['dense']:.3f}: at unequal loss the ratio says little. "
+        "Compare models of about equal loss, with --sparse-runs and --dense-runs."
     ]

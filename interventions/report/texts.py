@@ -30,6 +30,10 @@ _VISIBLE = (
 )
 
 
+MEMBERS = ("first prompt", "second prompt")
+"""What the page calls the two prompts of a pair."""
+
+
 class Text(NamedTuple):
     """A piece of text to colour."""
 
@@ -91,7 +95,7 @@ def prompts(run: Run, batch: TaskBatch, pairs: int) -> list[Text]:
     for pair in range(pairs):
         for member in (0, 1):
             answer = visible(run.tokenizer, int(batch.answers[pair, member]))
-            title = f"Evaluation prompt {pair + 1}, member {member}; right answer: {answer}"
+            title = f"Evaluation pair {pair + 1}, {MEMBERS[member]}; right answer: {answer}"
             texts.append(Text(title, batch.tokens[pair, member, : int(batch.last[pair]) + 1]))
     return texts
 

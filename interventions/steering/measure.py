@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interventions.steering.arms import Drawn, Edits
 from interventions.steering.result import Curve
@@ -16,6 +15,7 @@ from interventions.steering.search import EqualSearch, search_equally
 from interventions.steering.setting import Setting
 from interventions.steering.side_effects import Bystanders, fixed_vector, mean_effects
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors
+from sparse_model.io.progress import progress_bar
 
 _SIDE_EFFECT_DRAWS = 5
 
@@ -60,7 +60,7 @@ def random_curves(
     """What the controls do that are drawn; random directions also as long as every other set's edit."""
 
     def means(name: str, vectors: Iterable[Vectors], count: int) -> Float[Tensor, "strength draw"]:
-        bar = tqdm(vectors, f"{setting.task}: {name}", count, leave=False, unit="edit", disable=not progress)
+        bar = progress_bar(vectors, f"{setting.task}: {name}", count, leave=False, unit="edit", disable=not progress)
         # Without iter(), the tests' type checker takes the bar for a collection and uses up an edit looking into it.
         return steered.answers(iter(bar), setting.plan.strengths).target.mean(2)
 
@@ -105,7 +105,7 @@ def side_effects(
     bystanders = Bystanders(setting.hf, setting.run, setting.prompts, setting.site, setting.plan, setting.held_out)
     fixed = {name: fixed_vector(edit) for name, edit in edits.items()}
     length = fixed[setting.reference].norm()
-    names = tqdm(fixed, f"{setting.task}: side effects", leave=False, disable=not progress)
+    names = progress_bar(fixed, f"{setting.task}: side effects", leave=False, disable=not progress)
     effects = {"unsteered": bystanders.measure(None)} | {name: bystanders.measure(fixed[name]) for name in names}
     directions = drawn.directions[:_SIDE_EFFECT_DRAWS].to(length)
     effects["random"] = mean_effects([bystanders.measure(length * direction) for direction in directions])

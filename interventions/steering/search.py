@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bridges.hybrid import advance, residuals
 from bridges.run_folder import Run
@@ -32,6 +31,7 @@ from interventions.steering.steered_prompts import Prompts, SteeredPrompts, Vect
 from interventions.steering.strengths import QUIET, SEARCH_DRAWS
 from interventions.tasks.base import CannotPresent, TaskBatch
 from interventions.tasks.catalogue import get_task, list_tasks
+from sparse_model.io.progress import progress_bar
 
 SIZES = (1, 2, 4, 8)
 CANDIDATES = 16
@@ -152,7 +152,7 @@ def search_equally(
             yield "permuted tasks", search.p(candidates)
 
     found: dict[str, dict[str, list[float]]] = {}
-    for name, by_size in tqdm(values(), f"{task}: searches", 1 + 4 * draws, leave=False, disable=not progress):
+    for name, by_size in progress_bar(values(), f"{task}: searches", 1 + 4 * draws, leave=False, disable=not progress):
         for size, p in by_size.items():
             found.setdefault(name, {}).setdefault(size, []).append(p)
     return found

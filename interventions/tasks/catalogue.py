@@ -1,6 +1,5 @@
 """Tasks by name: the twenty, and those in files of one's own."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from interventions.tasks.base import DEFAULT_MAX_TOKENS, Task, TaskSpec
 from interventions.tasks.files import FileTask, is_task_file, read_task_file
 from interventions.tasks.mining import MINERS
-from interventions.tasks.names import NATURAL, TASK_NAMES, PromptKind
+from interventions.tasks.names import NATURAL, TASK_NAMES, PromptKind, check_task_name
 from interventions.tasks.natural import NaturalTask
 
 TASKS: Mapping[str, TaskSpec] = MappingProxyType(
@@ -36,11 +35,8 @@ def task_spec(name: TaskName) -> TaskSpec:
         return name
     if isinstance(name, Path) or is_task_file(name):
         return read_task_file(name).spec
-    base = name.removesuffix(NATURAL)
-    if base not in TASKS:
-        close = difflib.get_close_matches(base, TASKS, n=3, cutoff=0.4) or list(TASKS)
-        raise KeyError(f"unknown task {name!r}; did you mean {', '.join(close)}? A task of your own is a .jsonl file")
-    return TASKS[base]
+    check_task_name(name)
+    return TASKS[name.removesuffix(NATURAL)]
 
 
 def get_task(

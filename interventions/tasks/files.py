@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interventions.tasks.base import PROMPT_SPLITS, PromptSplit, Strings, TaskSpec
-from interventions.tasks.names import TASK_NAMES
+from interventions.tasks.names import TASK_FILES, TASK_NAMES
 from interventions.tasks.stock import StockPair, StockTask
 from sparse_model.io.reading import parse_json
 
 EXAMPLES = tuple(sorted((Path(__file__).parent / "examples").glob("*.jsonl")))
 """Two tasks of Drori's criticism of weight-sparse circuits, in our words, for models of English."""
 
-SUFFIXES = (".jsonl", ".csv")
 COLUMNS = ("prompt_0", "prompt_1", "answer_0", "answer_1", "split")
 MOST_FILLINGS = 1000
 """Of a template; one that has more is filled so often, at random but always the same."""
@@ -79,7 +78,7 @@ class _Shared:
 
 def is_task_file(name: str) -> bool:
     """Whether a task's name is that of a file."""
-    return Path(name).suffix in SUFFIXES
+    return Path(name).suffix in TASK_FILES
 
 
 def read_task_file(path: str | Path) -> TaskFile:

@@ -1,5 +1,7 @@
 """The names of the twenty tasks, in the paper's order; the command line lists them without loading anything else."""
 
+import difflib
+from pathlib import Path
 from typing import Literal
 
 PromptKind = Literal["generated", "natural"]
@@ -7,6 +9,9 @@ PromptKind = Literal["generated", "natural"]
 
 NATURAL = "-natural"
 """Ends a task's name where its prompts are natural, in every table and record."""
+
+TASK_FILES = (".jsonl", ".csv")
+"""How the name of a file of pairs ends."""
 
 TASK_NAMES = (
     "single_double_quote",
@@ -30,3 +35,15 @@ TASK_NAMES = (
     "var_if",
     "while_return_true",
 )
+
+
+def check_task_name(name: str) -> None:
+    """Raise KeyError for a name that is no task's, naming close ones, and FileNotFoundError for a file that is not."""
+    if Path(name).suffix in TASK_FILES:
+        if not Path(name).expanduser().is_file():
+            raise FileNotFoundError(f"no task file at {Path(name)}: give one of the twenty tasks, or a file of pairs")
+        return
+    base = name.removesuffix(NATURAL)
+    if base not in TASK_NAMES:
+        close = difflib.get_close_matches(base, TASK_NAMES, n=3, cutoff=0.4) or list(TASK_NAMES)
+        raise KeyError(f"unknown task {name!r}; did you mean {', '.join(close)}? A task of your own is a .jsonl file")

@@ -18,6 +18,7 @@ from interventions.tasks.scores import Logits, Scores, by_distance, score
 from sparse_model.data.corpus import load_blocks
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.model.checkpoint import load_sparse
+from sparse_model.model.device import check_device
 
 TABLE_NAMES = {2: "bigram", 3: "trigram", 5: "5-gram"}
 SOLVED_BY_COUNTING = 0.98
@@ -84,19 +85,20 @@ def report_tasks(
     return reports
 
 
-def models_in(folder: Path) -> dict[str, DenseModel | Any]:
-    """The dense and the sparse model of a training's folder, or the one that it has.
+def models_in(folder: Path, device: str = "cpu") -> dict[str, DenseModel | Any]:
+    """The dense and the sparse model of a training's folder, or the one that it has, on a device.
 
     Raises FileNotFoundError for a folder with neither.
     """
     models: dict[str, Any] = {}
+    where = check_device(device)
     if (folder / "dense").is_dir():
         models["dense"] = DenseModel(load_dense_part(folder))
     if (folder / "sparse").is_dir():
         models["sparse"] = load_sparse(folder / "sparse").eval()
     if not models:
         raise FileNotFoundError(f"{folder} has neither dense/ nor sparse/: name the folder of a finished training")
-    return models
+    return {label: model.to(where) for label, model in models.items()}
 
 
 def folder_tasks(

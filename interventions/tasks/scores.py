@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from interventions.tasks.base import TaskBatch, answer_probabilities, log_odds
 
@@ -57,6 +57,8 @@ def by_distance(
 def score(logits: Logits, batch: TaskBatch, pairs_at_once: int = 16) -> dict[str, Scores]:
     """A model's scores on a batch: on all pairs, and by the distance from the deciding token to the answer."""
     right, probability = [], []
+    if isinstance(logits, nn.Module):
+        batch = batch.to(next(logits.parameters()).device)
     for start in range(0, len(batch.last), pairs_at_once):
         rows = slice(start, start + pairs_at_once)
         part = TaskBatch(batch.tokens[rows], batch.answers[rows], batch.last[rows], batch.prompts[rows])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tqdm.auto import tqdm
 
 from bridges.run_folder import update_metrics
 from interventions.circuits.prune_config import PruneConfig
@@ -33,6 +32,8 @@ from interventions.circuits.task_scores import SOLVED, score_tasks
 from interventions.cli.options import report_errors
 from interventions.tasks.catalogue import get_task
 from sparse_model.config import require
+from sparse_model.io.atomic import check_writable_file
+from sparse_model.io.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def measure(contest: Contest, options: Options) -> dict:
     tasks, left_out = solved(contest, options.tasks)
     settings = Settings(options.levels, options.draws, options.controls)
     sizes: dict[str, dict[Label, list[Measured]]] = {name: {label: [] for label in LABELS} for name in tasks}
-    with tqdm(total=len(tasks) * len(options.seeds) * 2, desc=contest.name, unit="pruning") as bar:
+    with progress_bar(total=len(tasks) * len(options.seeds) * 2, desc=contest.name, unit="pruning") as bar:
         for seed in options.seeds:
             sides = [Measuring(contest, side, replace(options.config, seed=seed), settings) for side in contest.sides]
             for name in tasks:
@@ -110,6 +111,8 @@ def measure(contest: Contest, options: Options) -> dict:
 
 
 def main(options: Options) -> None:
+    if options.plot:
+        check_writable_file(Path(options.plot))
     require(len(options.seeds) > 0, "seeds", options.seeds, "name at least one")
     require(options.draws > 0, "draws", options.draws, "must be at least 1")
     figures = {}

@@ -52,6 +52,7 @@ def row(run: str, channel: Channel) -> list[str]:
 
 def main(options: Options) -> None:
     require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
+    require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
     heads = [
         "run",
         "channel",

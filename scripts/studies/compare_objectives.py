@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import tyro
 from summary import figures
-from tqdm.auto import tqdm
 
 from bridges.config import PRESETS, RunConfig
 from bridges.dense import DenseModel
@@ -29,6 +28,8 @@ from bridges.joint_trainer import JointTrainer
 from bridges.loading import load_lm
 from bridges.run_folder import new_bridges
 from interventions.cli.options import report_errors
+from sparse_model.io.atomic import check_writable
+from sparse_model.io.progress import progress_bar
 from sparse_model.model.transformer import SparseTransformer
 
 OBJECTIVES = {
@@ -111,6 +112,7 @@ def report(options: Options, steps: dict[str, int]) -> None:
 
 def main(options: Options) -> None:
     out = Path(options.out)
+    check_writable(out)
     dense = out / "dense" / "dense"
     if not (dense / "config.json").exists():
         call("train-dense", "demo", "--sparse.n-layers", str(options.layers), "--run", str(out / "dense"), "--resume")
@@ -128,7 +130,7 @@ def main(options: Options) -> None:
     todo = [(objective, seed) for seed in options.seeds for objective in OBJECTIVES]
     with ThreadPoolExecutor(options.jobs) as pool:
         calls = pool.map(lambda job: run_one(options, job[0], steps[job[0]], job[1]), todo)
-        list(tqdm(calls, total=len(todo), unit="run"))
+        list(progress_bar(calls, total=len(todo), unit="run"))
     report(options, steps)
 
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from interventions.cli.options import report_errors
 from interventions.figures import save_figure
 from sparse_model.config import require
+from sparse_model.io.atomic import check_writable_file
 from sparse_model.training.pretrain import PretrainConfig
 from sparse_model.training.sweep import Outcome, ablations, grid, run_sweep
 
@@ -114,6 +115,8 @@ def plot_ablations(outcomes: dict[str, list[Outcome]], path: Path) -> None:
 
 
 def main(options: Options) -> None:
+    if options.plot:
+        check_writable_file(Path(options.plot))
     for name in ("nonzeros", "widths", "rates", "seeds"):
         require(len(getattr(options, name)) > 0, name, getattr(options, name), "name at least one")
     base = PretrainConfig(steps=options.steps, checkpoint_every=options.steps, log_every=100)

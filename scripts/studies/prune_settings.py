@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tqdm.auto import tqdm
 
 from bridges.run_folder import fingerprint, open_run
 from interventions.bundle.packaged import find_run
@@ -32,7 +31,8 @@ from interventions.cli.options import report_errors
 from interventions.tasks.catalogue import get_task
 from sparse_model.config import require
 from sparse_model.data.prepare import prepare_corpus
-from sparse_model.io.atomic import write_text
+from sparse_model.io.atomic import check_writable, write_text
+from sparse_model.io.progress import progress_bar
 
 PAPER = {"k_coef": 1e-4, "lr": 3e-3, "init_noise_scale": 1e-2, "init_noise_bias": 1e-1, "weight_decay": 1e-3}
 """Centres of the paper's search."""
@@ -69,6 +69,8 @@ def settings(base: PruneConfig, draws: int) -> dict[str, PruneConfig]:
 
 
 def main(options: Options) -> None:
+    if options.out:
+        check_writable(Path(options.out))
     compared = settings(options.config, options.draws)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
     for folder in options.runs:
@@ -76,7 +78,7 @@ def main(options: Options) -> None:
         model, blocks = as_nodes(run.sparse), None
         for task in options.tasks:
             bound = get_task(task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)
-            for name, config in tqdm(compared.items(), desc=f"{run.folder.name}, {task}", unit="pruning"):
+            for name, config in progress_bar(compared.items(), desc=f"{run.folder.name}, {task}", unit="pruning"):
                 key = json.dumps([fingerprint(run), task, asdict(config)], sort_keys=True)
                 out = Path(options.out) if options.out else run.folder / FOLDER / "settings"
                 path = out / f"{task}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"

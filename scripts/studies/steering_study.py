@@ -21,6 +21,8 @@ from interventions.charts import GREY, depth_colour
 from interventions.cli.options import report_errors
 from interventions.figures import save_figure
 from interventions.steering.result import Steering, at_strength, set_name, strength_of, value_at
+from sparse_model.config import require
+from sparse_model.io.atomic import check_writable_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,9 @@ def draw(groups: dict[str, list[Steering]], options: Options, path: Path) -> Pat
 
 
 def main(options: Options) -> None:
+    require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
+    if options.plot:
+        check_writable_file(Path(options.plot))
     if not options.runs:
         raise ValueError("runs=(): name at least one")
     groups = read_groups(options)

@@ -14,6 +14,7 @@ import tyro
 
 from interventions.cli.options import report_errors
 from interventions.steering.result import Steering, named_curves, place_of, searches, set_name, strength_of, value_at
+from sparse_model.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def figures(folder: Path, task: str) -> dict[str, float]:
 
 
 def main(options: Options) -> None:
+    require(len(options.runs) > 0, "runs", options.runs, "name at least one run folder")
     rows = [figures(Path(run), options.task) for run in options.runs]
     several = len(rows) > 2
     heads = [Path(run).name for run in options.runs] + ["median"] * several

@@ -25,7 +25,7 @@ from interventions.circuits.worst_case import CurvePoint, plot_worst_case, worst
 from interventions.cli.options import report_errors
 from interventions.tasks.catalogue import get_task
 from sparse_model.data.prepare import prepare_corpus
-from sparse_model.io.atomic import write_text
+from sparse_model.io.atomic import check_writable, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    if options.out:
+        check_writable(Path(options.out))
     run = open_run(find_run(options.run))
     out = Path(options.out) if options.out else run.folder
     task = get_task(options.task, run.tokenizer, max_tokens=run.config.sparse.n_ctx)

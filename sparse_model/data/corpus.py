@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from sparse_model.data.cache import Blocks, cache_folder, lock_file, one_builder, read_cache, write_cache
@@ -33,6 +32,7 @@ from sparse_model.data.pieces import head_of
 from sparse_model.data.sources import Source, open_source, parse_spec
 from sparse_model.data.text_files import SPLITS, SourceReport, Split
 from sparse_model.data.tokenizer import tokenizer_fingerprint
+from sparse_model.io.progress import Bar, progress_bar
 
 FORMAT_VERSION = 3
 """Part of the cache's name: raise it when the same configuration should give other blocks or another report."""
@@ -163,7 +163,7 @@ def _build_all(
     """The blocks of both splits, and the report."""
     blocks: Blocks = {}
     splits, notes = {}, []
-    with tqdm(total=0, unit=" tokens", unit_scale=True, desc="corpus", disable=not progress) as bar:
+    with progress_bar(total=0, unit=" tokens", unit_scale=True, desc="corpus", disable=not progress) as bar:
         for split in SPLITS:
             blocks[split], splits[split] = _build(config, split, sources, tokenizer, n_ctx, bar)
             notes += _notes(config, split, splits[split])
@@ -206,7 +206,7 @@ def _build(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerFast,
     n_ctx: int,
-    bar: tqdm,
+    bar: Bar,
 ) -> tuple[Int32[np.ndarray, "block n_ctx"], dict[str, Any]]:
     """The blocks of one side, and their entry in the report."""
     budget, spelled = config.budget(split), [Spelled(tokenizer) for _ in sources]

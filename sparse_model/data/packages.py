@@ -21,8 +21,6 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from sparse_model.data.duplicates import SeenTexts, signature
 from sparse_model.data.pieces import pieces_of
 from sparse_model.data.text_files import (
@@ -40,6 +38,7 @@ from sparse_model.data.text_files import (
     stdlib_source,
 )
 from sparse_model.io.atomic import write_text
+from sparse_model.io.progress import progress_bar
 
 FILTER_VERSION = 1
 """Part of the cache's name: raise it when the same distributions should give other files."""
@@ -183,7 +182,7 @@ def scan_files(name: str, installed: Sequence[metadata.Distribution]) -> Scan:
                 candidates.setdefault(file.as_posix(), number)
     kept = []
     order = sorted(candidates.items(), key=lambda entry: (entry[1], entry[0]))
-    for file, number in tqdm(order, desc=f"reading {name}", unit=" files", disable=None):
+    for file, number in progress_bar(order, desc=f"reading {name}", unit=" files", disable=None):
         reason = _reason_of_file(Path(str(installed[number].locate_file(file))), seen)
         if reason:
             left_out[reason] += 1

@@ -70,6 +70,33 @@ def replace_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise WriteFailed, before hours of work, where a file or folder of this name could not be written.
+
+    Nothing is made: what is asked is whether the nearest folder that there is takes a file.
+    """
+    folder = path if path.is_dir() else path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise WriteFailed(f"{path} cannot be written: {folder} is a file, name another place")
+    trial = _beside(folder / "trial", "new")
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise WriteFailed(
+            f"{path} cannot be written ({error.strerror}): allow it in {folder}, or name another place"
+        ) from error
+
+
+def check_writable_file(path: Path) -> None:
+    """As `check_writable`, and a folder of that name is none either."""
+    if path.is_dir():
+        raise WriteFailed(f"{path} is a folder: name a file in it")
+    check_writable(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replace_file(path) as temporary:

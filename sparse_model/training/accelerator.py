@@ -1,6 +1,7 @@
 """Starting and ending accelerate: device, processes, precision, trackers."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from sparse_model.io.lock import one_writer
+from sparse_model.model.device import default_device
 from sparse_model.training.interrupts import Interrupted, end_with_launcher
 
 logger = logging.getLogger(__name__)
@@ -18,14 +20,23 @@ logger = logging.getLogger(__name__)
 _PATIENCE = timedelta(hours=12)
 
 
-def make_accelerator(folder: Path, trackers: tuple[str, ...] = (), processes: int | None = None) -> Accelerator:
+def make_accelerator(
+    folder: Path, trackers: tuple[str, ...] = (), processes: int | None = None, device: str | None = None
+) -> Accelerator:
     """Accelerate as `accelerate launch` or torchrun asked for it, with the trackers writing into a run folder.
 
-    Raises ValueError for a tracker that is unknown or not installed, and where not as many processes take part as
-    `processes` says.
+    device: of a single process; None: a CUDA device where there is one.
+
+    Raises ValueError for a tracker that is unknown or not installed, where not as many processes take part as
+    `processes` says, and for a device that torch does not have here.
     """
+    where = default_device(device)
+    if where.index is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"device={device}: each of several processes has its own device, leave out its number")
+        torch.cuda.set_device(where)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=where.type == "cpu",
         log_with=list(trackers) or None,
         project_dir=folder if trackers else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],

@@ -73,6 +73,7 @@ def pretrain(
     resume: bool = False,
     trackers: tuple[str, ...] = (),
     processes: int | None = None,
+    device: str | None = None,
     progress: bool = True,
 ) -> dict:
     """Train a sparse model in `folder`; returns what metrics.json holds.
@@ -80,7 +81,7 @@ def pretrain(
     Raises FileExistsError where the folder holds a model and `resume` is not set, ValueError where it holds one of
     other settings or a tokenizer does not fit, and what training raises. A start that is refused writes nothing there.
     """
-    accelerator = make_accelerator(folder, trackers, processes)
+    accelerator = make_accelerator(folder, trackers, processes, device)
     with training_in(folder, accelerator, lambda: check_folder(config, folder, resume)):
         return _pretrain(config, folder, accelerator, resume, progress)
 

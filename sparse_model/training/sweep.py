@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sparse_model.config import SparseConfig
 from sparse_model.data.prepare import prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
+from sparse_model.io.progress import progress_bar
 from sparse_model.io.reading import read_json, typed
 from sparse_model.model.checkpoint import load_sparse
 from sparse_model.model.transformer import SparseTransformer
@@ -110,7 +110,7 @@ def _run_jobs(jobs: list[Job], processes: int, title: str) -> list[Outcome]:
     with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(run_job, job) for job in jobs]
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="model"):
+            for future in progress_bar(as_completed(futures), total=len(futures), desc=title, unit="model"):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)

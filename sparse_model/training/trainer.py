@@ -21,10 +21,10 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sparse_model.config import TrainConfig
 from sparse_model.data.batch_order import BatchOrder
+from sparse_model.io.progress import progress_bar
 from sparse_model.io.tensors import to_device
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import SparseParameter, annealed_fraction, check_budgets, project_
@@ -137,7 +137,9 @@ class SparseTrainer:
         config, main = self.config, self.accelerator.is_main_process
         metrics = MetricsLog(self.folder / "metrics.jsonl", self.step) if main else None
         start = time.monotonic()
-        bar = tqdm(total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not (main and progress))
+        bar = progress_bar(
+            total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not (main and progress)
+        )
         with stop_signals() as stop_asked, bar:
             while self.step < config.steps:
                 losses = self.train_step()

@@ -13,7 +13,15 @@ from support.report_runs import TASK, circuit
 from torch.distributions import Categorical, kl_divergence
 
 from bridges.dense import DenseModel
-from bridges.evaluation import RANDOM_PATHS, Bridged, Moments, evaluate, evaluation_table, random_paths_kl
+from bridges.evaluation import (
+    RANDOM_PATHS,
+    Bridged,
+    Moments,
+    evaluate,
+    evaluation_table,
+    evaluation_verdict,
+    random_paths_kl,
+)
 from bridges.hybrid import mixed_path, random_path, residuals, suffix
 from bridges.pipeline import evaluate_run
 from bridges.run_folder import Run, fingerprint, open_run
@@ -226,24 +234,33 @@ def test_the_table_prints_every_column_and_their_means(metrics: dict) -> None:
     keys = ["nmse_encode", "nmse_decode", "explained_variance_encode", "explained_variance_decode",
             "kl_dense_to_sparse", "kl_sparse_to_dense", "ce_dense_to_sparse", "ce_sparse_to_dense",
             "recovered_dense_to_sparse", "recovered_sparse_to_dense"]  # fmt: skip
-    titles = "site reader NMSE enc NMSE dec EV enc EV dec KL d>s KL s>d CE d>s CE s>d rec d>s rec s>d dead"
-    assert " ".join(lines[0].split()) == titles
-    for line, site in zip(lines[1:6], metrics["sites"], strict=True):
+    assert lines[0].split() == ["site", "reader", "NMSE", "EV", "KL", "CE", "kept", "dead"]
+    assert lines[1].split() == ["d>s", "s>d"] * 5
+    for line, site in zip(lines[2:7], metrics["sites"], strict=True):
         numbers = [f"{site[key]:.3f}" for key in keys]
         assert line.split() == [str(site["site"]), site["label"], *numbers, str(site["dead_reads"])]
     means = [f"{np.mean([site[key] for site in metrics['sites']]):.3f}" for key in keys]
-    assert lines[6].split() == ["mean", *means]
+    assert lines[7].split() == ["mean", *means]
     sparse = metrics["sparse"]
     dead = sum(n for name, n in sparse["dead_channels"].items() if name.endswith("mlp.hook_post"))
-    fraction = sparse["nonzero_fraction"]
-    assert lines[7].split("   ") == [
-        f"dense CE {metrics['dense']['ce']:.4f}",
-        f"sparse CE {sparse['ce']:.4f}",
-        f"nonzero {sparse['nonzeros']} = {fraction:.5f} (1/{1 / fraction:.1f})",
-        f"dead neurons {dead}",
-        "on 55 held-out tokens",
-        f"KL of 64 random mixed paths {metrics['paths']['kl']:.3f}",
-    ]
+    words = " ".join(lines[8:])
+    assert words.startswith(
+        f"dense CE {metrics['dense']['ce']:.4f}, sparse CE {sparse['ce']:.4f} on 55 held-out tokens; "
+        f"{sparse['nonzeros']} nonzero weights, 1 in {sparse['nonzero_fraction'] ** -1:.1f}; {dead} dead neurons; "
+        f"KL of 64 random mixed paths {metrics['paths']['kl']:.3f} d>s: from the dense model"
+    )
+    assert max(map(len, lines)) <= 100
+    for group in ("NMSE:", "EV:", "KL, CE:", "kept:", "dead:"):
+        assert group in words
+
+
+def test_the_verdict_names_the_sites_that_keep_too_little(metrics: dict) -> None:
+    fine = [site | {"recovered_dense_to_sparse": 0.8, "recovered_sparse_to_dense": 1.0} for site in metrics["sites"]]
+    assert evaluation_verdict(metrics | {"sites": fine}).startswith("good: at every site at least 0.8")
+    fine[1]["recovered_sparse_to_dense"] = 0.79
+    fine[2]["recovered_dense_to_sparse"] = float("nan")
+    verdict = evaluation_verdict(metrics | {"sites": fine})
+    assert verdict.startswith("weak: less than 0.8 of the loss is kept at mlp.0 s>d (0.79), attn.1 d>s (nan); more")
 
 
 def test_the_target_of_a_batch_is_made_once_for_all_paths(

@@ -81,14 +81,19 @@ class Page(HTMLParser):
     @property
     def cards(self) -> dict[str, tuple[str, str]]:
         """Value and note of each key figure, by title."""
-        found = re.findall(r'<div class="card"><span>(.*?)</span><b>(.*?)</b><span>(.*?)</span></div>', self.html)
+        found = re.findall(
+            r'<div class="card"><span>(.*?)</span><b>(.*?)</b><span>(.*?)</span>'
+            '<span class="scale">.*?</span></div>',
+            self.html,
+        )
         return {unescape(title): (unescape(value), unescape(note)) for title, value, note in found}
 
     @property
     def warnings(self) -> list[str]:
         """The sentences that a reader should know first."""
         found = re.search(r'<ul class="warnings".*?</ul>', self.html, re.DOTALL)
-        return [unescape(one) for one in re.findall("<li>(.*?)</li>", found[0], re.DOTALL)] if found else []
+        items = re.findall("<li>(.*?)</li>", found[0], re.DOTALL) if found else []
+        return [unescape(re.sub("</?code>", "`", one)) for one in items]
 
     @property
     def policy(self) -> dict[str, list[str]]:

@@ -26,6 +26,18 @@ for (const link of choice ? document.querySelectorAll("[data-show]") : []) {
   });
 }
 
+// On a phone a row becomes a block whose cells carry the names of their columns.
+for (const table of document.querySelectorAll(".scroll > table")) {
+  const heads = [...(table.tHead?.rows[table.tHead.rows.length - 1].cells ?? [])].map((head) => head.textContent.trim());
+  const groups = [...(table.tHead?.rows.length > 1 ? table.tHead.rows[0].cells : [])].flatMap((group) =>
+    Array(group.colSpan).fill(group.textContent.trim()),
+  );
+  for (const row of table.tBodies[0].rows)
+    for (const [at, cell] of [...row.cells].entries())
+      cell.dataset.label = [groups[at], heads[at]].filter(Boolean).join(", ");
+  table.classList.add("stacks");
+}
+
 document.getElementById("theme").addEventListener("click", () => setTheme(isDark() ? "light" : "dark"));
 systemDark.addEventListener("change", themeChanged);
 

@@ -135,7 +135,7 @@ function means(node) {
     ["since they differ", node.means.since],
   ].map(([title, pair]) => el("tr", {}, el("th", {}, title), ...pair.map((mean) => el("td", {}, fixed(mean, 3)))));
   const tip = "Over 64 evaluation pairs; their members differ in the feature that the task asks for";
-  const head = el("tr", {}, el("th", { title: tip }, "mean"), el("th", {}, "member 0"), el("th", {}, "member 1"));
+  const head = el("tr", {}, el("th", { title: tip }, "mean"), el("th", {}, "first prompt"), el("th", {}, "second prompt"));
   return [el("table", { class: "means" }, el("thead", {}, head), el("tbody", {}, ...rows))];
 }
 

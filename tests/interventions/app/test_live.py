@@ -20,6 +20,7 @@ from interventions.app.live import (
     compare,
     delta_range,
     encode_prompt,
+    example_problem,
     example_prompts,
 )
 from interventions.bundle.channels import Channel
@@ -268,3 +269,13 @@ def test_without_gradio_one_sentence_says_how_to_get_it(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install 'sparse-bridges\[serve\]'"):
         server.serve("demo")
+
+
+def test_why_a_channels_own_prompts_are_missing_is_shown(demo) -> None:
+    name = "quote_type"
+    channel = channel_named(demo, name)
+    assert example_problem(demo, channel) == ""
+    gone = {"prompts": "file", "file": "/gone/mine.jsonl", "sha256": "0"}
+    lost = replace(channel, selection=channel.selection | {"task": "mine", "prompts": gone})
+    assert example_problem(demo, lost).startswith("the task file /gone/mine.jsonl is gone")
+    assert example_prompts(demo, lost)  # of other tasks

@@ -43,16 +43,22 @@ def test_load_dense_finds_the_bundle_from_any_folder(tmp_path: Path) -> None:
     assert done.stdout.startswith("quote_type: ")
 
 
-def test_a_run_of_the_same_name_comes_before_the_bundle(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bare_name_is_the_bundle_and_a_path_is_a_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_run("demo") == FOLDER / "demo"
-    (tmp_path / "demo").mkdir()  # not a run
-    assert find_run("demo") == FOLDER / "demo"
-    shutil.rmtree(tmp_path / "demo")
+    assert not caplog.records
     shutil.copytree(folder, tmp_path / "demo")
-    assert find_run("demo") == Path("demo")
+    assert find_run("demo") == FOLDER / "demo"
+    assert caplog.messages == [
+        "demo is the bundle that comes with the package, not the folder here: write ./demo for that"
+    ]
+    for path in ("./demo", "demo/", Path("demo"), tmp_path / "demo"):
+        assert find_run(path).resolve() == tmp_path / "demo"
+    assert len(caplog.records) == 1
+    shutil.copytree(folder, tmp_path / "mine")
+    assert find_run("mine") == Path("mine")
 
 
 def test_an_unknown_name_lists_the_bundles() -> None:

@@ -25,18 +25,21 @@ from interventions.tasks.names import TASK_NAMES
 
 HEAVY = ("torch", "transformers", "transformer_lens", "gradio")
 SOME = {
-    "train-bridge": ("--dense", "--bridge.sites", "--sparse.d-model", "--resume", "stdlib"),
-    "train-sparse": ("--sparsity.nonzero-fraction", "--text-field", "--trackers", "gpt2"),
-    "train-dense": ("--dense-train.steps", "--run"),
-    "evaluate": ("--run", "--tokens"),
+    "train-bridge": ("--device", "--dense", "--bridge.sites", "--sparse.d-model", "--resume", "stdlib"),
+    "train-sparse": ("--device", "--sparsity.nonzero-fraction", "--text-field", "--trackers", "gpt2"),
+    "train-dense": ("--device", "--dense-train.steps", "--run"),
+    "evaluate": ("--device", "--run", "--tokens"),
     "push": ("--to", "--private", "--revision"),
-    "find-channel": ("--from", "--name", "--prompts", "--site", *TASK_NAMES),
-    "find-circuit": ("--controls", "--prompts", "--target-loss", "--start-from", *TASK_NAMES),
-    "steer": ("--anyway", "--channel", "--prompts", "--sets", "--where", *TASK_NAMES),
-    "check-task": ("--task", "--prompts", *TASK_NAMES),
-    "solved-tasks": ("RUN", "--pairs", "--task", "--prompts"),
-    "report": ("--run",),
-    "serve": ("--host", "--port"),
+    "find-channel": ("--device", "--from", "--name", "--prompts", "--site", *TASK_NAMES),
+    "find-circuit": ("--device", "--controls", "--prompts", "--target-loss", "--start-from", *TASK_NAMES),
+    "steer": ("--device", "--anyway", "--channel", "--prompts", "--sets", "--where", *TASK_NAMES),
+    "check-task": ("--device", "--task", "--prompts", *TASK_NAMES),
+    "solved-tasks": ("--device", "RUN", "--pairs", "--task", "--prompts"),
+    "report": (
+        "--device",
+        "--run",
+    ),
+    "serve": ("--device", "--host", "--port"),
     "package-bundle": ("--name",),
 }
 
@@ -118,6 +121,13 @@ def test_the_module_and_the_wrappers_are_the_command() -> None:
             "task 'lambda_func' has no natural prompts",
         ),
         ("solved-tasks no/such", "no/such has neither dense/ nor sparse/"),
+        ("solved-tasks no/such --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
+        ("find-channel --run no/such --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
+        ("find-circuit --run no/such --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
+        ("steer --run demo --out x --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
+        ("steer --run demo --out x --channel quote_typ", "unknown channel 'quote_typ': did you mean quote_type"),
+        ("find-circuit --graphml /proc/none/x.graphml", "/proc/none/x.graphml cannot be written"),
+        ("steer --run demo --out /proc/none", "/proc/none cannot be written"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +184,35 @@ def test_what_cannot_be_steered_is_said_first(bundle: Path, capsys: pytest.Captu
     shutil.rmtree(bundle / "bridges")
     for command in ("steer", "find-channel", "find-circuit", "evaluate", "report"):
         assert f"error: {bundle} has no bridges" in said(capsys, command, *run)[2], command
+
+
+@pytest.mark.parametrize("command", ["evaluate", "find-channel", "find-circuit", "steer", "report", "solved-tasks"])
+def test_a_device_that_is_not_there_is_said(command: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [str(bundle)] if command == "solved-tasks" else ["--run", str(bundle)]
+    before = digests(bundle)
+    code, _, errors = said(capsys, command, *run, "--device", "gpu")
+    assert (code, digests(bundle)) == (2, before)
+    assert errors.startswith("error: --device gpu: torch knows no such device, use cpu")
+
+
+@pytest.mark.parametrize("command", ["train-bridge", "train-sparse", "train-dense"])
+def test_a_training_says_so_too(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = said(capsys, command, "tiny", "--run", str(tmp_path / "run"), "--device", "meta")
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert errors.startswith("error: --device meta: nothing here was tried on it, use cpu")
+
+
+def test_a_folder_without_bridges_says_what_makes_them(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("bridges", "dense"):
+        shutil.rmtree(bundle / part)
+    assert said(capsys, "evaluate", "--run", str(bundle))[2].startswith(
+        f"error: {bundle} has a sparse model that was trained alone, without bridges: train one with a dense model by"
+    )
+    (bundle / "sparse").rename(bundle / "dense")
+    (bundle / "config.json").unlink()
+    remedy = f"sparse-bridges train-bridge --run {bundle} goes on with it"
+    sentence = f"error: {bundle} has a dense model and no bridges: {remedy}\n"
+    assert said(capsys, "evaluate", "--run", str(bundle))[2] == sentence
 
 
 def test_what_the_library_logs_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,7 @@ def test_options_that_are_given_win(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda: shutil.copytree("lm", "lm/dense"), "error: lm is a run folder: name the dense model in it, lm/dense"),
         (lambda: shutil.rmtree("lm"), "error: could not load a language model from 'lm': "),
         (lambda: Path("lm/config.json").write_text('{"model_type": "bert"}'), "error: 'lm' is a 'bert' model"),
         (lambda: Path("lm/tokenizer.json").unlink(), "error: lm has no tokenizer (no tokenizer.json, nor vocab.json"),

@@ -321,6 +321,21 @@ def test_nothing_hangs_over_the_side(page: Page, width: int) -> None:
     page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
+def test_on_a_phone_no_column_is_cut(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.wait_for_function("() => document.documentElement.scrollWidth <= 360")
+    for details in page.locator("details").all():
+        details.evaluate("one => { one.open = true; }")
+    tables = page.locator(".scroll:visible")
+    assert tables.count() >= 10
+    cut = tables.evaluate_all(
+        "all => all.filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.innerHTML.slice(0, 80))"
+    )
+    assert cut == []
+    cell = page.locator("#steering-summary tbody td").nth(2)
+    assert cell.evaluate("one => getComputedStyle(one, '::before').content") == '"steered"'
+
+
 @pytest.mark.slow
 def test_the_demo_opens_too(context: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(FOLDER / "demo", tmp_path / "demo")

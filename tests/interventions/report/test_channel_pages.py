@@ -103,7 +103,7 @@ def test_where_a_channel_is_and_how_it_was_chosen(full: Run, page: Page) -> None
     )
     weights, rules, sites, sets = page.sections["channels"][-4:]
     assert weights == [
-        ["index", "weight", "mean, member 0", "mean, member 1", "alone"],
+        ["index", "weight", "mean, first prompt", "mean, second prompt", "alone"],
         ["3", "+1.000", "+0.51", "−0.75", "+1.38"],
         ["7", "−0.500", "−0.25", "+0.38", "−0.62"],
     ]
@@ -164,8 +164,11 @@ def test_the_histogram(full: Run, page: Page) -> None:
             inner = [1 / len(own) for value in own if value < edges[at]]
             at_edge = sum(abs(value - edges[at]) < 2e-3 * abs(edges[-1]) for value in own) / len(own)
             assert sum(series["values"][:at]) == pytest.approx(sum(inner), abs=2e-3 + at_edge)
-    zeros = [f"{sum(value == 0 for value in own) / len(own):.0%} of member {m}'s" for m, own in enumerate(values)]
-    assert chart["caption"].startswith("Share of the tokens of each member of 64 evaluation pairs")
+    zeros = [
+        f"{sum(value == 0 for value in own) / len(own):.0%} of the {('first', 'second')[m]} prompts'"
+        for m, own in enumerate(values)
+    ]
+    assert chart["caption"].startswith("Share of the tokens of either prompt of 64 evaluation pairs")
     assert chart["caption"].endswith(f"Exactly zero are {', '.join(zeros)}.")
 
 

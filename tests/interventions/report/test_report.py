@@ -4,9 +4,11 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 from support.report_page import Page, page_of
 from support.report_runs import (
     EVIL,
@@ -80,17 +82,49 @@ def test_untrusted_text_stays_text(bare: Run) -> None:
     assert EVIL in str(page.data["circuits"][TASK]["nodes"])
 
 
-def test_missing_parts_name_their_command(bare: Run) -> None:
-    page = page_of(bare)
-    for command in ("train-bridge", "find-channel", "steer", "find-circuit"):
-        assert re.search(rf"sparse-bridges {command} --run \S+", page.text)
-    assert re.search(r"sparse-bridges solved-tasks \S+", page.text)
-    assert page.data["charts"] == {}
+def test_missing_parts_are_left_out_and_named_with_their_command(bare: Run, full: Run, page: Page) -> None:
+    def parts(page: Page) -> list[str]:
+        return [str(a["id"]) for tag, a in page.tags if tag in ("section", "footer")]
+
+    alone = page_of(bare)
+    assert parts(alone) == ["overview", "config"]
+    assert parts(page) == ["overview", "training", "bridges", "steering", "tasks", "circuits", "channels", "config"]
+    for shown in (alone, page):
+        assert re.findall(r'<a href="#(\w+)">', shown.html.partition("</nav>")[0]) == parts(shown)
+    for command in ("train-bridge", "evaluate", "find-channel", "steer", "find-circuit"):
+        assert re.search(rf"sparse-bridges {command} --run \S+", alone.text)
+    assert re.search(r"sparse-bridges solved-tasks \S+", alone.text)
+    assert "What can be added" not in page.text
+    assert alone.data["charts"] == {}
     write_training_records(bare)
     save_channel(bare.folder, channel())
-    page = page_of(bare)
-    assert "find-channel" not in page.text
-    assert len(page.data["charts"]) == 5 + 1
+    alone = page_of(bare)
+    assert "find-channel" not in alone.text
+    assert parts(alone) == ["overview", "training", "channels", "config"]
+    assert len(alone.data["charts"]) == 5 + 1
+
+
+def test_an_incomplete_part_is_named(full: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(full.folder, tmp_path / "run")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for part, name in (("paths", "kl"), ("training", "corpus"), ("circuit_size", "ce"), ("sparse", "nonzeros")):
+        lacking = metrics | {part: {key: value for key, value in metrics[part].items() if key != name}}
+        (folder / "metrics.json").write_text(json.dumps(lacking))
+        with pytest.raises(
+            ValueError, match=rf"metrics\.json is incomplete: {part} has no {name}; evaluate again with"
+        ):
+            write_report(folder)
+
+
+def test_a_mistake_in_a_template_is_not_put_down_to_the_run(bare: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interventions.report.page.absent_parts", lambda *_: [1])  # not what the template takes
+    with pytest.raises(TypeError):
+        write_report(bare.folder)
+    monkeypatch.setattr("interventions.report.page._SECTIONS", ())
+    monkeypatch.setattr("interventions.report.page._assets", dict)
+    monkeypatch.setattr("interventions.report.page.absent_parts", lambda *_: [])
+    with pytest.raises(UndefinedError, match="policy"):
+        write_report(bare.folder)
 
 
 def test_errors_name_the_file(bare: Run, tmp_path: Path) -> None:

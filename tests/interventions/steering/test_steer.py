@@ -151,6 +151,8 @@ def test_the_script_steers_sets_from_the_command_line(dense, tmp_path: Path, cap
     assert not (run / "metrics.json").exists()
     printed = capsys.readouterr().out
     for name, curve in named_curves(steering).items():
-        assert re.search(rf"^{name} +{curve[0]:.4f} +{curve[1]:.4f}", printed, re.MULTILINE)
+        short = name.replace("95th percentile", "p95").replace("random directions as long as", "random, as long as")
+        assert re.search(rf"^{short} +{curve[0]:.3f} +{curve[1]:.3f}", printed, re.MULTILINE)
     for name in ("unsteered", "2 channels", "random"):
-        assert re.search(rf"^{name} .*\d\.\d\d \(", printed, re.MULTILINE)
+        assert re.search(rf"^{name} .* ([a-z_]+ \d\.\d\d|none solved)$", printed, re.MULTILINE)
+    assert max(len(line) for line in printed.splitlines() if not line.startswith(("plot: ", "next: "))) <= 100

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_model.io.atomic import replace_file, write_text
+from sparse_model.io.atomic import WriteFailed, check_writable, check_writable_file, replace_file, write_text
 
 
 def test_write_text_makes_folders_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -39,3 +39,17 @@ def test_a_file_that_fails_half_way_is_not_seen(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_known_before_it_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable_file(tmp_path / "new" / "deep" / "x.png")
+    check_writable(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for check, path, words in (
+        (check_writable, tmp_path / "file" / "x" / "y.png", "file is a file"),
+        (check_writable, Path("/proc/none/x.png"), "cannot be written"),
+        (check_writable_file, tmp_path, "is a folder: name a file in it"),
+    ):
+        with pytest.raises(WriteFailed, match=words):
+            check(path)
