@@ -184,6 +184,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             steps=10_000,
             batch_size=8,
             tf32=True,
+            bigram_init="counts",
             sparse=SparseConfig(n_layers=4, d_model=512, d_mlp=2048, n_heads=32, n_ctx=256, d_vocab=2048),
             sparsity=SparsityConfig(nonzero_fraction=1 / 32),
             dense_train=DenseTrainConfig(

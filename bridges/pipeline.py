@@ -31,6 +31,7 @@ from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers, training_in
+from sparse_model.training.bigram_counts import count_bigrams
 from sparse_model.training.identity import digest_of, keep_identity, run_identity
 from sparse_model.training.interrupts import NOTHING_WRITTEN, RESUMES, interruptible
 from sparse_model.training.losses import next_token_loss
@@ -91,6 +92,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     torch.manual_seed(config.seed)
     cast_parameters(hf, getattr(torch, config.dense_dtype))
     dense, sparse = DenseModel(hf), SparseTransformer(config.sparse)
+    count_bigrams(sparse, config, blocks.train)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if (folder / "bridges").exists():  # written last

@@ -208,6 +208,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    bigram_init: Literal["zeros", "counts"] = "zeros"
+    """Where a learned bigram table begins: at zero, or at what counting pairs of tokens in the training text gives."""
     eval_tokens: int = 32_768
     """Held-out tokens of the evaluation."""
     sparse: SparseConfig = field(default_factory=SparseConfig)
