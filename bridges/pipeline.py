@@ -91,8 +91,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     blocks = parts.blocks
     torch.manual_seed(config.seed)
     cast_parameters(hf, getattr(torch, config.dense_dtype))
-    dense, sparse = DenseModel(hf), SparseTransformer(config.sparse)
-    count_bigrams(sparse, config, blocks.train)
+    dense, sparse = DenseModel(hf), parts.sparse or _new_sparse(config, blocks.train)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if (folder / "bridges").exists():  # written last
@@ -121,6 +120,12 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
         run_folder.update_metrics(folder, training=training)
         run_folder.save_trained(folder, sparse, bridges)
     return _finish(trainer, run, blocks.val, progress)
+
+
+def _new_sparse(config: RunConfig, blocks: Int[Tensor, "block pos"]) -> SparseTransformer:
+    sparse = SparseTransformer(config.sparse)
+    count_bigrams(sparse, config, blocks)
+    return sparse
 
 
 def make_dense(

@@ -32,6 +32,7 @@ from sparse_model.io.tensors import check_finite, digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.device import check_device
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.training.checkpoints import CHECKPOINT
 from sparse_model.training.trainer import check_budgets_of
 
 
@@ -65,13 +66,15 @@ class Parts(NamedTuple):
     blocks: CorpusBlocks
     samples: Path | None = None
     """What `self` in the corpus stands for."""
+    sparse: SparseTransformer | None = None
+    """The sparse model that the joint training begins with; None for a new one."""
 
 
 def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Parts:
     """Make or read all that a run starts from, so that a start is refused before it writes into its folder.
 
     Raises ValueError for a budget that cannot hold the minimum per neuron, for tokenizers that differ and for a dense
-    model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
+    or a sparse model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
     """
     check_corpus(config, folder / SAMPLES if config.dense else None)
     check_budgets_of(config)
@@ -84,11 +87,12 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     if dense is not None:
         check_fit(DenseModel(dense), config.sparse)
         boot(dense, tokenizer)  # what cannot be steered afterwards is refused before it is trained
+    sparse = _sparse(config, folder, tokenizer)
     samples = samples_in(folder)
     if samples is None and dense is not None and share_of_self(config.corpus):
         samples = sample_documents(config, dense, tokenizer, progress=progress)
     blocks = prepare_corpus(config, tokenizer, samples=samples, progress=progress)
-    return Parts(tokenizer, dense, blocks, samples)
+    return Parts(tokenizer, dense, blocks, samples, sparse)
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
@@ -131,6 +135,24 @@ def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) 
             f"{largest}: name the one that it was trained with by --tokenizer"
         )
     return model
+
+
+def _sparse(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> SparseTransformer | None:
+    """The model that the configuration names to begin with; None where none is, or the training has begun."""
+    if config.start_from is None or any((folder / part).exists() for part in (CHECKPOINT, "sparse")):
+        return None
+    start = Path(config.start_from).expanduser()
+    if not (start / "sparse").is_dir():
+        raise FileNotFoundError(
+            f"start_from={config.start_from}: no trained sparse model is in {start / 'sparse'}; train one with "
+            f"sparse-bridges train-sparse --run {config.start_from}"
+        )
+    sparse = load_sparse(start / "sparse")
+    if different := differing(sparse.cfg, config.sparse):
+        values = ", ".join(f"sparse.{name}={getattr(sparse.cfg, name)!r}" for name in different)
+        raise ValueError(f"the sparse model of start_from={config.start_from} has {values}: give the same shape")
+    check_same_tokenizer(tokenizer, load_tokenizer(start / "tokenizer"), "of this run", str(start / "tokenizer"))
+    return sparse
 
 
 def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, name_a: str, name_b: str) -> None:
