@@ -93,14 +93,14 @@ class _Circuit(TypedDict):
     edges: float
 
 
-class _Sizes(TypedDict, total=False):
+class _Sizes(TypedDict):
     __pydantic_config__ = _MORE  # type: ignore[misc]
 
     target_loss: float
     ce: _Losses
-    with_edges: _Ratio
-    tasks: dict[str, dict[str, list[_Circuit]]]
-    left_out: dict[str, str]
+    with_edges: NotRequired[_Ratio]
+    tasks: NotRequired[dict[str, dict[str, list[_Circuit]]]]
+    left_out: NotRequired[dict[str, str]]
 
 
 class Metrics(TypedDict, total=False):

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
@@ -61,10 +61,7 @@ def write_report(folder: Path, device: str = "cpu") -> Path:
         "sections": [(name, bool(shown[part])) for name, part in _SECTIONS],
         "absent": absent_parts(shown, place),
     }
-    try:
-        html = _environment().get_template("report.html.jinja").render(**parts, **shown, **_assets())
-    except (UndefinedError, TypeError, IndexError) as error:
-        raise ValueError(f"metrics.json or channels.json in {run.folder} is incomplete: {error}") from error
+    html = _environment().get_template("report.html.jinja").render(**parts, **shown, **_assets())
     path = run.folder / REPORT
     write_text(path, html)
     return path
