@@ -113,7 +113,7 @@ def main(options: Options) -> None:
             save_circuit(run.folder, circuit)
     if circuit.controls is None:
         print(UNCONTROLLED)
-        say_next("find-circuit", "--run", options.run, "--task", options.task, "--controls")
+        say_next("find-circuit", "--run", options.run, "--task", options.task, "--model", options.model, "--controls")
         return
     print(format_validation(typed(Validation, circuit.controls, "controls", "run them again")))
     print(f"{time.perf_counter() - start:.0f} s with controls, kept in {path}")
