@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, require
+from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, check_choices, require
 from sparse_model.io.reading import NOTHING_ELSE
 
 
@@ -100,6 +100,7 @@ class DenseTrainConfig:
     """Seeds initial weights and batch order of the dense model."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.d_model % self.n_heads == 0, "dense_train.n_heads", self.n_heads, "must divide d_model")
         require(self.steps >= 1, "dense_train.steps", self.steps, "must be at least 1")
         require(self.lr > 0, "dense_train.lr", self.lr, "must be positive")

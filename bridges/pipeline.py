@@ -72,7 +72,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     main = accelerator.is_main_process
     with interruptible(RESUMES), accelerator.main_process_first():
         with interruptible(NOTHING_WRITTEN):
-            parts = run_folder.check_parts(config, folder, progress=progress)
+            parts = run_folder.check_parts(config, folder, accelerator.device, progress=progress)
         if main:
             say_what_is_left_out(parts.blocks)
             claim_folder(config, folder, resume)
@@ -138,7 +138,7 @@ def make_dense(
     where = default_device(device)
     with training_in(folder, None, lambda: run_folder.check_unfinished(folder, resume)):
         with interruptible(NOTHING_WRITTEN):
-            parts = run_folder.check_parts(config, folder, progress=progress)
+            parts = run_folder.check_parts(config, folder, where, progress=progress)
             say_what_is_left_out(parts.blocks)
             if not (folder / "tokenizer").exists():
                 save_tokenizer(parts.tokenizer, folder / "tokenizer")

@@ -70,8 +70,10 @@ class Parts(NamedTuple):
     """The sparse model that the joint training begins with; None for a new one."""
 
 
-def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Parts:
+def check_parts(config: RunConfig, folder: Path, device: torch.device, *, progress: bool = True) -> Parts:
     """Make or read all that a run starts from, so that a start is refused before it writes into its folder.
+
+    device: where text is sampled from the dense model, if any is.
 
     Raises ValueError for a budget that cannot hold the minimum per neuron, for tokenizers that differ and for a dense
     or a sparse model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
@@ -90,7 +92,7 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     sparse = _sparse(config, folder, tokenizer)
     samples = samples_in(folder)
     if samples is None and dense is not None and share_of_self(config.corpus):
-        samples = sample_documents(config, dense, tokenizer, progress=progress)
+        samples = sample_documents(config, dense, tokenizer, device, progress=progress)
     blocks = prepare_corpus(config, tokenizer, samples=samples, progress=progress)
     return Parts(tokenizer, dense, blocks, samples, sparse)
 
@@ -151,7 +153,11 @@ def _sparse(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast)
     if different := differing(sparse.cfg, config.sparse):
         values = ", ".join(f"sparse.{name}={getattr(sparse.cfg, name)!r}" for name in different)
         raise ValueError(f"the sparse model of start_from={config.start_from} has {values}: give the same shape")
-    check_same_tokenizer(tokenizer, load_tokenizer(start / "tokenizer"), "of this run", str(start / "tokenizer"))
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(load_tokenizer(start / "tokenizer")):
+        raise ValueError(
+            f"the sparse model of start_from={config.start_from} has another tokenizer than this run: token ids would "
+            f"mean different text; use the one in {start / 'tokenizer'} for both models"
+        )
     return sparse
 
 
