@@ -14,6 +14,7 @@ from interventions.circuits.controls import ControlResult, Validation, control_r
 from interventions.circuits.node_model import as_nodes
 from interventions.report.explorer import MOST_EDGES, explorer_data
 from interventions.report.importance import by_importance, effects_of, size_curve
+from interventions.report.labels import read_labels
 from interventions.report.nodes import NodeWords, words
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.of_run import recorded_task
@@ -73,6 +74,11 @@ def load_circuits(run: Run) -> Loaded:
     return Loaded(sorted(circuits, key=lambda c: (c.model != "sparse", c.controls is None)), problems)
 
 
+def _key(circuit: Circuit) -> str:
+    """The name of its file without .json."""
+    return circuit_paths(Path(), circuit.task, circuit.model)[0].stem
+
+
 def _load(run: Run, path: Path) -> Circuit:
     stored = read_circuit_file(path, "find it again with sparse-bridges find-circuit")
     task, model = stored.task, stored.model
@@ -97,9 +103,11 @@ def _page(
     effects = effects_of(model, circuit, batch)
     ranked = by_importance(circuit, effects)
     graph = explorer_data(run, model, circuit, channels, ranked, effects, batch, held_out, detailed)
-    key = circuit.task if circuit.model == "sparse" else f"{circuit.task}-{circuit.model}"
+    key = _key(circuit)
+    labels = read_labels(run.folder, key, circuit)
     sizes = size_curve(model, circuit, ranked, batch) if batch else []
     judged = circuit_control_results(circuit)
+    notes += labels.notes
     if not effects:
         notes.append("The effects of its nodes are not known: they are ordered by the sum of their weights.")
     if len(ranked) > detailed:
@@ -114,7 +122,7 @@ def _page(
         stale=circuit.controls is not None and not judged,
         rows=[_row(circuit, name, effects) for name in ranked],
         notes=notes,
-        data=graph.data | {"key": key, "sizes": sizes},
+        data=graph.data | {"key": key, "sizes": sizes, "labels": labels.nodes},
         tokens=graph.tokens,
     )
 

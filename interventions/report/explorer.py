@@ -14,6 +14,7 @@ from interventions.circuits.circuit import Circuit
 from interventions.circuits.node_model import NodeModel, find_node
 from interventions.circuits.picture_layout import LINKS, Layout, place_nodes
 from interventions.report import nodes as about
+from interventions.report.ends import picture_ends
 from interventions.report.texts import prompts
 from interventions.tasks.base import TaskBatch
 
@@ -51,6 +52,8 @@ def explorer_data(
     tokens |= about.used_tokens(*(part for ways in stream.values() for part in ways.values()))
     texts = prompts(run, batch, _SHOWN_PAIRS) if batch else []
     tokens |= {token for text in texts for token in text.tokens.tolist()}
+    ends = picture_ends(run.sparse, circuit, layout, batch)
+    tokens |= {end["token"] for end in ends}
     index = {name: place for place, name in enumerate(circuit.names)}
     rank = {name: place for place, name in enumerate(ranked)}
     strongest = sorted(circuit.edges, key=lambda edge: -abs(edge.weight))[:MOST_EDGES]
@@ -70,6 +73,8 @@ def explorer_data(
         "target": circuit.config.get("target_loss"),
         "prompts": [{"title": text.title, "tokens": text.tokens.tolist()} for text in texts],
         "stream": stream,
+        "ends": ends,
+        "fingerprint": circuit.fingerprint,
     }
     return Explorer(data, tokens)
 

@@ -27,6 +27,7 @@ from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
+from interventions.report.labels import orphan_labels
 from interventions.report.metrics import checked_metrics
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages
@@ -43,7 +44,7 @@ HELD_OUT_TOKENS = 16_384
 
 _STYLES = ("uPlot.min.css", "page.css", "circuit.css", "print.css")
 _LIBRARY_LICENCE = "uPlot.LICENSE.txt"
-_SCRIPTS = ("uPlot.iife.min.js", "dom.js", "charts.js", "panel.js", "picture.js", "explorer.js", "main.js")
+_SCRIPTS = ("uPlot.iife.min.js", "dom.js", "charts.js", "labels.js", "panel.js", "picture.js", "explorer.js", "main.js")
 
 
 def write_report(folder: Path, device: str = "cpu") -> Path:
@@ -112,6 +113,7 @@ def _contents(run: Run) -> dict[str, Any]:
     histograms = [page.histogram for page in pages if page.histogram]
     charts = [*training, *hybrids, *(page.chart for page in steering), *histograms]
     warnings = overview.warnings(run, metrics, channels, [page.result for page in steering], circuits)
+    orphans = orphan_labels(run.folder, {page.key for page in circuits})
     records = _records(metrics, channels, circuits)
     return {
         "run": run,
@@ -119,7 +121,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "metrics": metrics,
         "findings": [found for page in steering if (found := headline(page.result, channels))],
         "cards": overview.cards(metrics),
-        "warnings": [*warnings, *size_warnings(metrics), *changed_files(records), *loaded.problems],
+        "warnings": [*warnings, *size_warnings(metrics), *changed_files(records), *loaded.problems, *orphans],
         "training": training,
         "site_columns": COLUMNS,
         "site_groups": GROUPS,

@@ -16,6 +16,7 @@ from interventions.bundle.channels import FILE as CHANNELS
 from interventions.bundle.channels import load_channels
 from interventions.bundle.packaged import find_run
 from interventions.circuits.circuit import FOLDER as CIRCUITS
+from interventions.report.labels import FOLDER as LABELS
 from interventions.sharing.card import bundle_card
 from sparse_model.config import from_json
 from sparse_model.io.atomic import replace_folder
@@ -25,7 +26,7 @@ from sparse_model.training.identity import digest_of
 LARGEST_BUNDLE = 8 * 2**20
 """Bytes of a bundle in the package, so that the package stays small."""
 
-PARTS = ("tokenizer", "dense", "sparse", "bridges", CIRCUITS)
+PARTS = ("tokenizer", "dense", "sparse", "bridges", CIRCUITS, LABELS)
 """The folders of a bundle."""
 
 DensePart = Literal["inside", "reference"]
@@ -37,8 +38,8 @@ def save_pretrained(
     """Write what others need of a finished run to a folder, whole or not at all, with a card; returns the folder.
 
     It holds the dense model, the tokenizer, the sparse model, the bridges, the channels, the circuits with their
-    controls, the figures and README.md, and is read by `load_dense` and `load_hf`. `dense="reference"` names the dense
-    model by hub name, commit and digest instead; `repo_id` is the name by which the card loads the bundle.
+    controls and labels, the figures and README.md, and is read by `load_dense` and `load_hf`. `dense="reference"` names
+    the dense model by hub name, commit and digest instead; `repo_id` is the name by which the card loads the bundle.
 
     Raises what `find_run` and `open_run` raise; FileExistsError for a folder that holds something else than a bundle;
     ValueError for a circuit that does not read, and for a reference to a model that is not on the hub or has other
@@ -87,8 +88,9 @@ def _written(run: Run, out: Path, reference: DenseReference | None) -> Iterator[
         # Where the models lay on the machine that trained is nobody's business.
         config = dataclasses.asdict(from_json(RunConfig, source / "config.json")) | {"dense": None, "tokenizer": None}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        circuits = (path for kind in ("json", "safetensors") for path in (source / CIRCUITS).glob(f"*.{kind}"))
-        for path in (source / CHANNELS, source / "metrics.json", *circuits):
+        wanted = ((CIRCUITS, "json"), (CIRCUITS, "safetensors"), (LABELS, "json"))
+        others = (path for part, kind in wanted for path in (source / part).glob(f"*.{kind}"))
+        for path in (source / CHANNELS, source / "metrics.json", *others):
             if path.exists():
                 copy = temporary / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)

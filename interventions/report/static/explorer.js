@@ -1,22 +1,44 @@
 "use strict";
-// The circuit explorer: size, search, hovering, selection, keys, zoom, saving. One per circuit.
+// The circuit explorer: labels, groups, size, search, hovering, selection, keys, zoom, saving. One per circuit.
 
 function makeExplorer(article, circuit, tokens, runName) {
   const find = (selector) => article.querySelector(selector);
+  for (const end of circuit.ends) end.text = tokens[end.token].replaceAll("\n", "");
   const picture = drawCircuit(circuit);
   find(".canvas").append(picture.root);
   find(".stage").classList.toggle("below", picture.many);
-  const state = { shown: circuit.nodes.length, selected: null, zoom: null };
-  const all = [...picture.edges, ...picture.links];
-  const isShown = (index) => circuit.nodes[index].rank < state.shown;
+  const state = { shown: circuit.nodes.length, selected: null, group: null, onlyPinned: false };
+  const isNode = (index) => index < circuit.nodes.length;
+  const isShown = (index) => !isNode(index) || circuit.nodes[index].rank < state.shown;
+  const labels = makeLabels(circuit, refresh);
+  const together = (index) => picture.groupOf.get(index)?.members ?? [index];
+  const elementOf = (index) => (picture.groupOf.get(index) ?? picture.nodes[index]).element;
 
-  /** Nodes that one can come to along edges and links between shown nodes, downstream or upstream. */
-  function reach(start, from, to) {
-    const seen = new Set([start]);
-    const queue = [start];
+  /** What the reader wrote, into the picture and the panel. */
+  function refresh() {
+    const groups = new Map();
+    circuit.nodes.forEach((node, index) => {
+      Object.assign(node, labels.of(node.name));
+      if (node.group) groups.set(node.group, [...(groups.get(node.group) ?? []), index]);
+      writeNode(picture.nodes[index], node);
+    });
+    placeGroups(picture, groups, ({ element, members, name }) => listen(element, members[0], () => selectGroup(name)));
+    showKept(find(".kept"), labels, circuit);
+    const pins = circuit.nodes.some((node) => node.pinned);
+    find("[data-pinned]").hidden = !pins;
+    state.onlyPinned &&= pins;
+    setSize(state.shown);
+    if (state.group !== null && groups.has(state.group)) selectGroup(state.group);
+    else select(state.selected);
+  }
+
+  /** Nodes and ends that one can come to along lines between shown nodes, downstream or upstream. */
+  function reach(starts, from, to) {
+    const seen = new Set(starts);
+    const queue = [...starts];
     while (queue.length) {
       const here = queue.pop();
-      for (const line of all) {
+      for (const line of picture.lines) {
         if (line[from] === here && isShown(line[to]) && !seen.has(line[to])) {
           seen.add(line[to]);
           queue.push(line[to]);
@@ -26,51 +48,74 @@ function makeExplorer(article, circuit, tokens, runName) {
     return seen;
   }
 
-  function highlight(index) {
-    const active = index !== null && isShown(index);
-    picture.root.classList.toggle("focused", active);
-    if (!active) return;
-    const down = reach(index, "source", "target");
-    const up = reach(index, "target", "source");
-    for (const node of picture.nodes) {
-      node.element.classList.toggle("lit", down.has(node.index) || up.has(node.index));
+  /** Lights what is connected to nodes; without any, the pinned ones where only they are wanted. */
+  function highlight(starts) {
+    const active = starts.filter(isShown);
+    const pinned = circuit.nodes.flatMap((node, index) => (node.pinned ? [index] : []));
+    const sides = active.length
+      ? [reach(active, "target", "source"), reach(active, "source", "target")]
+      : [new Set(state.onlyPinned ? pinned : [])];
+    const on = (index) => sides.some((side) => side.has(index));
+    picture.root.classList.toggle("focused", active.length > 0 || state.onlyPinned);
+    for (const { index, element } of [...picture.nodes, ...picture.ends]) element.classList.toggle("lit", on(index));
+    for (const { members, element } of picture.groupOf.values()) element.classList.toggle("lit", members.some(on));
+    for (const { source, target, element } of picture.lines) {
+      element.classList.toggle("lit", sides.some((side) => side.has(source) && side.has(target)));
     }
-    for (const line of all) {
-      const on = [up, down].some((side) => side.has(line.source) && side.has(line.target));
-      line.element.classList.toggle("lit", on);
-    }
+  }
+
+  function selection() {
+    if (state.selected === null) return [];
+    return state.group === null ? [state.selected] : together(state.selected);
   }
 
   function select(index, focus = false) {
-    state.selected = index;
-    for (const node of picture.nodes) {
-      const chosen = node.index === index;
-      node.element.classList.toggle("selected", chosen);
-      node.element.setAttribute("aria-pressed", String(chosen));
-    }
-    const go = (other) => select(other, true);
+    Object.assign(state, { selected: index, group: null });
+    mark(index, focus);
     if (index === null) showNodes(find(".panel"), find(".evidence"), circuit, go);
-    else {
-      showNode(find(".panel"), find(".evidence"), circuit, picture.edges, index, tokens, go);
-      rove(index);
-      if (focus) picture.nodes[index].element.focus({ preventScroll: true });
-    }
-    highlight(index);
+    else showNode(find(".panel"), find(".evidence"), circuit, picture.edges, index, tokens, go, labels);
   }
 
-  /** The one node that Tab reaches. */
+  function selectGroup(name, focus = false) {
+    const { members } = [...picture.groupOf.values()].find((group) => group.name === name);
+    Object.assign(state, { selected: members[0], group: name });
+    mark(members[0], focus);
+    showGroup(find(".panel"), find(".evidence"), circuit, name, members, go, labels);
+  }
+
+  const go = (index) => select(index, true);
+
+  function mark(index, focus) {
+    const chosen = index === null ? null : elementOf(index);
+    for (const { element } of [...picture.nodes, ...picture.groupOf.values()]) {
+      element.classList.toggle("selected", element === chosen);
+      element.setAttribute("aria-pressed", String(element === chosen));
+    }
+    if (index !== null) {
+      rove(index);
+      if (focus) chosen.focus({ preventScroll: true });
+    }
+    highlight(selection());
+  }
+
+  /** The one node or group that Tab reaches. */
   function rove(index) {
-    for (const node of picture.nodes) node.element.setAttribute("tabindex", node.index === index ? "0" : "-1");
+    for (const { element } of [...picture.nodes, ...picture.groupOf.values()]) element.setAttribute("tabindex", "-1");
+    elementOf(index).setAttribute("tabindex", "0");
   }
 
   function setSize(count) {
     state.shown = count;
-    picture.nodes.forEach((node) => node.element.classList.toggle("off", !isShown(node.index)));
-    all.forEach((line) => line.element.classList.toggle("off", !isShown(line.source) || !isShown(line.target)));
+    const off = (element, members) => element.classList.toggle("off", !members.some(isShown));
+    for (const { index, element } of picture.nodes) off(element, [index]);
+    for (const { members, element } of picture.groupOf.values()) off(element, members);
+    for (const line of picture.lines) {
+      line.element.classList.toggle("off", !isShown(line.source) || !isShown(line.target));
+    }
     const first = circuit.nodes.findIndex((node) => node.rank === 0);
     if (state.selected !== null && !isShown(state.selected)) select(null);
     rove(state.selected ?? first);
-    highlight(state.selected);
+    highlight(selection());
   }
 
   function neighbour(index, key) {
@@ -81,41 +126,50 @@ function makeExplorer(article, circuit, tokens, runName) {
     let least = Infinity;
     picture.at.forEach((there, i) => {
       const [dx, dy] = [(there.x - here.x) * sign, (there.y - here.y) * sign];
-      if (!isShown(i) || (sideways ? dx <= 0 : dx !== 0 || dy <= 0)) return;
+      if (!isNode(i) || !isShown(i) || (sideways ? dx <= 0 : dx !== 0 || dy <= 0)) return;
       const distance = sideways ? dx * 10 + Math.abs(dy) : dy;
       if (distance < least) [best, least] = [i, distance];
     });
     return best;
   }
 
-  function onKey(event, index) {
-    if (event.key === "Enter" || event.key === " ") select(index);
+  function onKey(event, index, choose) {
+    if (event.key === "Enter" || event.key === " ") choose();
     else if (event.key === "Escape") select(null);
     else if (event.key.startsWith("Arrow")) {
       const next = neighbour(index, event.key);
       if (next !== null) {
         rove(next);
-        picture.nodes[next].element.focus();
+        elementOf(next).focus();
       }
     } else return;
     event.preventDefault();
   }
 
-  for (const { index, element } of picture.nodes) {
-    element.addEventListener("click", () => select(index, true));
-    element.addEventListener("keydown", (event) => onKey(event, index));
-    element.addEventListener("pointerenter", () => highlight(index));
-    element.addEventListener("pointerleave", () => highlight(state.selected));
-    element.addEventListener("focus", () => highlight(index));
-    element.addEventListener("blur", () => highlight(state.selected));
+  function listen(element, index, choose) {
+    element.addEventListener("click", () => choose(true));
+    element.addEventListener("keydown", (event) => onKey(event, index, choose));
+    for (const name of ["pointerenter", "focus"]) element.addEventListener(name, () => highlight(together(index)));
+    for (const name of ["pointerleave", "blur"]) element.addEventListener(name, () => highlight(selection()));
   }
+
+  for (const { index, element } of picture.nodes) listen(element, index, (focus = false) => select(index, focus));
+  for (const { index, element } of picture.ends) {
+    element.addEventListener("pointerenter", () => highlight([index]));
+    element.addEventListener("pointerleave", () => highlight(selection()));
+  }
+  find("[data-pinned]").addEventListener("click", (event) => {
+    state.onlyPinned = !state.onlyPinned;
+    event.target.setAttribute("aria-pressed", String(state.onlyPinned));
+    highlight(selection());
+  });
+  refresh();
   makeSizes(find(".size"), find(".size-text"), find(".sizes"), circuit, picture.edges, setSize);
   makeSearch(find("[type=search]"), find(".found"), circuit, picture, isShown, select);
   makeZoom(find(".canvas"), picture, article.querySelectorAll("[data-zoom]"));
   find("[data-export]").addEventListener("click", () =>
-    save(standalone(picture.root), `${runName}-${circuit.key}.svg`),
+    save(standalone(picture.root), `${runName}-${circuit.key}.svg`, "image/svg+xml"),
   );
-  select(null);
 }
 
 /** The slider, its text, and the curve of loss against size. */
@@ -184,13 +238,17 @@ function makeSearch(input, found, circuit, picture, isShown, select) {
     const wanted = input.value.trim().toLowerCase();
     if (!wanted) return [];
     return circuit.nodes.flatMap((node, i) => {
-      const names = [node.name, node.ours, node.place, node.short, ...node.named.map(([name]) => name)];
+      const own = [node.name, node.ours, node.place, node.short, node.label, node.group];
+      const names = [...own, ...node.named.map(([name]) => name)];
       return isShown(i) && names.some((name) => name.toLowerCase().includes(wanted)) ? [i] : [];
     });
   };
   const update = () => {
     const hits = new Set(matches());
-    for (const node of picture.nodes) node.element.classList.toggle("match", hits.has(node.index));
+    for (const { index, element } of picture.nodes) element.classList.toggle("match", hits.has(index));
+    for (const { members, element } of picture.groupOf.values()) {
+      element.classList.toggle("match", members.some((index) => hits.has(index)));
+    }
     found.textContent = input.value.trim() ? `${hits.size} found` : "";
   };
   input.addEventListener("input", update);
@@ -222,8 +280,8 @@ function makeZoom(canvas, picture, buttons) {
   apply();
 }
 
-function save(text, name) {
-  const url = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
+function save(text, name, type) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
   el("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }

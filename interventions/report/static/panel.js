@@ -2,13 +2,14 @@
 // What is known of one node: weights, prompts, examples.
 
 /** Fills the panel and what is below it; `go(index)` selects another node, or none. */
-function showNode(panel, evidence, circuit, edges, index, tokens, go) {
+function showNode(panel, evidence, circuit, edges, index, tokens, go, labels) {
   const node = circuit.nodes[index];
   panel.replaceChildren(
     el("button", { type: "button", class: "quiet back screen", onclick: () => go(null) }, "all nodes"),
     el("h4", {}, node.name),
     el("p", { class: "soft" }, el("code", {}, node.ours), el("br"), node.place),
     ...node.named.map(([name, id]) => el("p", {}, "Named channel ", el("a", { href: `#${id}` }, name))),
+    labelForm(labels, circuit, node.name),
     facts(node, circuit),
     ...weights(circuit, edges, index, go),
     ...streamLinks(circuit, index, go),
@@ -17,9 +18,23 @@ function showNode(panel, evidence, circuit, edges, index, tokens, go) {
   evidence.replaceChildren(...onPrompts(circuit, node, tokens), ...examples(node, tokens));
 }
 
+/** The nodes of a group. */
+function showGroup(panel, evidence, circuit, name, members, go, labels) {
+  const rename = (group) => labels.set(Object.fromEntries(members.map((i) => [circuit.nodes[i].name, { group }])));
+  panel.replaceChildren(
+    el("button", { type: "button", class: "quiet back screen", onclick: () => go(null) }, "all nodes"),
+    el("h4", {}, name),
+    el("p", { class: "soft" }, `A group of ${members.length} nodes, drawn as one; lines are the weights of its nodes.`),
+    el("p", { class: "jumps" }, ...members.map((i) => jump(circuit, i, go, name))),
+    el("button", { type: "button", class: "screen", onclick: () => rename("") }, "Take the group apart"),
+  );
+  evidence.replaceChildren();
+}
+
 /** What the panel holds while no node is selected: all of them, the most important first. */
 function showNodes(panel, evidence, circuit, go) {
-  const order = circuit.nodes.map((_, i) => i).sort((a, b) => circuit.nodes[a].rank - circuit.nodes[b].rank);
+  const place = ({ pinned, rank }) => (pinned ? 0 : circuit.nodes.length) + rank;
+  const order = circuit.nodes.map((_, i) => i).sort((a, b) => place(circuit.nodes[a]) - place(circuit.nodes[b]));
   const rows = order.map((i) => {
     const { effect } = circuit.nodes[i];
     return el(
@@ -31,7 +46,7 @@ function showNodes(panel, evidence, circuit, go) {
   });
   const title = el("tr", {}, el("th", {}, "node"), el("th", { title: "Rise of the loss without it, nats" }, "effect"));
   const how =
-    "Select a node for its weights, its activation on prompts and its examples. " +
+    "Select a node for its weights, its activation on prompts and its examples, and to label, pin or group it. " +
     "Tab reaches the picture, arrow keys move in it, Enter selects, Escape leaves.";
   panel.replaceChildren(
     el("p", { class: "soft" }, how),
@@ -59,8 +74,12 @@ function facts(node, circuit) {
   return el("dl", {}, ...rows);
 }
 
-function jump(circuit, index, go) {
-  return el("button", { type: "button", class: "jump", onclick: () => go(index) }, circuit.nodes[index].name);
+/** A node's name, which selects it, with what the reader wrote. */
+function jump(circuit, index, go, within = "") {
+  const { name, label, group, pinned } = circuit.nodes[index];
+  const words = [pinned ? "◆" : "", label, group && group !== within ? `(${group})` : ""].filter(Boolean).join(" ");
+  const button = el("button", { type: "button", class: "jump", onclick: () => go(index) }, name);
+  return words ? el("span", {}, button, " ", el("span", { class: "written" }, words)) : button;
 }
 
 function weights(circuit, edges, index, go) {

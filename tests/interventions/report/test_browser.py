@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import FLAGS, chromium, sync_api
-from support.helpers import HANG_SECONDS
+from support.browser import file_context, opened
 from support.report_runs import EVIL, TASK, full_run
 
 from bridges.run_folder import Run
@@ -31,19 +30,7 @@ NODES = "article:not([hidden]) .node"
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    path = chromium()
-    with sync_api.sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("browser"),
-            executable_path=path,
-            headless=True,
-            args=list(FLAGS),
-            viewport={"width": 1280, "height": 800},
-            reduced_motion="reduce",
-        )
-        context.set_default_timeout(1000 * HANG_SECONDS)
-        yield context
-        context.close()
+    yield from file_context(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +53,6 @@ def made_up_sizes(model: NodeModel, circuit: Circuit, ranked: list[str], batch: 
 @pytest.fixture
 def page(context: Any, run: Run) -> Iterator[Page]:
     yield from opened(context, run.folder / "report.html")
-
-
-def opened(context: Any, path: Path) -> Iterator[Page]:
-    """A page on a file. When the test is over, nothing may have complained and nothing may have been requested."""
-    page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    yield page
-    page.close()
-    assert not said
-    assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {path.as_uri()}
 
 
 def shown(page: Page) -> int:
