@@ -15,14 +15,19 @@ from interventions.app.live import (
     Sampling,
     channel_named,
     compare,
-    delta_range,
     example_problem,
 )
+from interventions.app.start import Start, delta_range
 from interventions.bundle.bundle import get_bundle
+from interventions.report.texts import inline
 
 TITLE = "sparse-bridges"
 NEW, OTHER = "generated", "otherwise than unsteered"
 """Categories of a continuation's text."""
+
+
+_SIDES = {"plain": "unsteered", "moved": "steered", "chance": "random"}
+"""Classes of the three models' bars and columns, with their words."""
 
 
 class Continuation(NamedTuple):
@@ -42,6 +47,7 @@ class Answer(NamedTuple):
     html: str
     unsteered: Continuation = NOTHING
     steered: Continuation = NOTHING
+    random: Continuation = NOTHING
 
 
 def answer(
@@ -61,7 +67,8 @@ def answer(
             raise ValueError("a number is missing: fill in delta, the new tokens, the temperature and the seed")
         sampling = Sampling(temperature=temperature, seed=seed) if sample else None
         comparison = compare(dense, prompt, channel or "", delta, where=where, new_tokens=new_tokens, sampling=sampling)
-        return Answer(next_token(comparison), *continuations(comparison))
+        handle = f"intervene(dense, {channel!r}, delta={delta:.10g}, where={where!r})"
+        return Answer(next_token(comparison, handle), *continuations(comparison))
     except (ValueError, LookupError) as error:
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
         return Answer(Markup('<div class="sb"><p class="error" role="alert">{}</p></div>').format(str(message)))
@@ -70,17 +77,17 @@ def answer(
 def heading(run: str) -> str:
     return Markup(
         '<div class="sb"><h1>{}</h1><p class="quiet">The dense model of <code>{}</code>, moved along a channel of its '
-        "sparse model, beside itself.</p></div>"
+        "sparse model; beside it itself, and itself moved as far along a random direction.</p></div>"
     ).format(TITLE, run)
 
 
-def about(dense: Any, name: str) -> str:
-    """What is known of a channel."""
+def about(dense: Any, name: str, start: Start) -> str:
+    """Where the page starts with a channel, and what is known of it."""
     channel = channel_named(dense, name)
     means = delta_range(channel).means
     site = Site(channel.site, get_bundle(dense).shape.n_layers).label
     indices = ", ".join(f"{i} ({signed(w)})" for i, w in zip(channel.indices, channel.weights, strict=True))
-    parts = [f"{site}.read: {indices}"]
+    parts = [start.words, f"{site}.read: {indices}"]
     if channel.description:
         parts.append(channel.description)
     if means:
@@ -92,39 +99,54 @@ def about(dense: Any, name: str) -> str:
     return Markup('<div class="sb"><p class="quiet">{}</p></div>').format(lines)
 
 
-def next_token(comparison: Comparison) -> str:
-    """The two distributions of the next token as HTML."""
+def next_token(comparison: Comparison, handle: str) -> str:
+    """The distributions of the next token as HTML; `handle` is the call that steers so."""
     rows = comparison.top()
-    before, after = (max(rows, key=lambda row: row[side]) for side in (2, 3))
-    verdict = Markup("The most likely next token is {} ({}), steered {} ({}).").format(
-        token(before.text), number(before.unsteered), token(after.text), number(after.steered)
-    )
     table = Markup("").join(
-        Markup(
-            '<tr><th scope="row">{}</th><td class="bars" aria-hidden="true"><span class="bar plain" '
-            'style="--p:{}"></span><span class="bar moved" style="--p:{}"></span></td>'
-            '<td class="number">{}</td><td class="number">{}</td></tr>'
-        ).format(
-            token(row.text), f"{row.unsteered:.4f}", f"{row.steered:.4f}", number(row.unsteered), number(row.steered)
+        Markup('<tr><th scope="row">{}</th><td class="bars" aria-hidden="true">{}</td>{}</tr>').format(
+            token(row.text),
+            Markup("").join(
+                Markup('<span class="bar {}" style="--p:{}"></span>').format(side, f"{p:.4f}")
+                for side, p in zip(_SIDES, row[2:], strict=True)
+            ),
+            Markup("").join(Markup('<td class="number">{}</td>').format(number(p)) for p in row[2:]),
         )
         for row in rows
     )
+    heads = Markup("").join(
+        Markup('<th class="number"><span class="key {}"></span>{}</th>').format(side, words)
+        for side, words in _SIDES.items()
+    )
     return Markup(
         '<div class="sb"><p class="verdict" role="status">{}</p><p class="quiet">KL(unsteered ‖ steered) of the next '
-        "token: {} nats</p><h2>Next token</h2><table><thead><tr><th>token</th><th>probability</th>"
-        '<th class="number"><span class="key plain"></span>unsteered</th>'
-        '<th class="number"><span class="key moved"></span>steered</th></tr></thead><tbody>{}</tbody></table></div>'
-    ).format(verdict, f"{comparison.kl:.3f}", table)
+        'token: {} nats; along the random direction {} nats</p><p class="quiet">In Python: <code>{}</code></p>'
+        "<h2>Next token</h2><table><thead><tr><th>token</th><th>probability</th>{}</tr></thead>"
+        "<tbody>{}</tbody></table></div>"
+    ).format(_verdict(comparison), f"{comparison.kl:.3f}", f"{comparison.random_kl:.3f}", handle, heads, table)
 
 
-def continuations(comparison: Comparison) -> tuple[Continuation, Continuation]:
-    """The unsteered and the steered continuation; the steered one is marked from where it departs."""
-    plain, moved = comparison.unsteered_generation, comparison.steered_generation
-    pairs = zip(plain.text, moved.text, strict=False)
-    same = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(plain.text), len(moved.text)))
+def _verdict(comparison: Comparison) -> Markup:
+    """The likeliest next token of each."""
+    best = (getattr(comparison, side).max(-1) for side in ("unsteered", "steered", "random"))
+    found = [(token(inline(comparison.tokenizer, int(at))), number(float(p))) for p, at in best]
+    words = "The most likely next token is {} ({}), steered {} ({}), along a random direction as long {} ({})."
+    return Markup(words).format(*(part for pair in found for part in pair))
+
+
+def continuations(comparison: Comparison) -> tuple[Continuation, Continuation, Continuation]:
+    """The continuations; the steered ones are marked from where they depart from the unsteered one."""
+    plain = comparison.unsteered_generation
+
+    def departing(title: str, generation: Generation) -> Continuation:
+        pairs = zip(plain.text, generation.text, strict=False)
+        shorter = min(len(plain.text), len(generation.text))
+        same = next((at for at, (a, b) in enumerate(pairs) if a != b), shorter)
+        return _continuation(title, comparison.prompt_text, generation, same)
+
     return (
         _continuation("Unsteered", comparison.prompt_text, plain, len(plain.text)),
-        _continuation("Steered", comparison.prompt_text, moved, same),
+        departing("Steered", comparison.steered_generation),
+        departing("Random direction", comparison.random_generation),
     )
 
 

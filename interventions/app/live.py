@@ -1,15 +1,16 @@
 """One prompt, steered and unsteered: what the page shows, without the page.
 
 1. The prompt is tokenized as for training: end-of-text, then the text. Nothing in it is a special token.
-2. The dense model continues it twice, plainly and with `intervene(channel, delta=...)` at every token, prompt and
-   generated. The first pass of each gives the next-token distribution, so that the two always agree.
-3. Sampling draws both continuations with the same seed: where the distributions are equal, so are the tokens.
+2. The dense model continues it, plainly and with `intervene(channel, delta=...)` at every token, prompt and
+   generated. The first pass of each gives the next-token distribution, so that it and the text always agree.
+3. Beside them, one random direction, always the same, at every token as long as the channel's change of the dense
+   stream: what an edit of this length does whatever it means.
+4. Sampling draws all continuations with the same seed: where the distributions are equal, so are the tokens.
 """
 
 import math
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,11 +22,16 @@ from bridges.losses import kl
 from bridges.run_folder import Run
 from interventions.bundle.bundle import get_bundle
 from interventions.bundle.channels import Channel, resolve
-from interventions.editing.intervene import intervene
+from interventions.editing.intervene import Intervention, intervene
+from interventions.editing.seen import Seen
+from interventions.editing.units import Units
+from interventions.editing.vectors import Source
 from interventions.editing.where import Where
 from interventions.report.generations import NEW_TOKENS
 from interventions.report.texts import inline, visible
+from interventions.steering.rivals import random_directions
 from interventions.steering.steered_prompts import plain_model
+from interventions.tasks.base import TaskBatch
 from interventions.tasks.names import TASK_NAMES
 from interventions.tasks.of_run import recorded_task
 from sparse_model.model.generation import generate_steps
@@ -34,14 +40,10 @@ Ended = Literal["length", "end of text", "context"]
 
 _TOP = 10
 _EXAMPLES = 6
-_UNKNOWN_LARGEST = 10.0
-"""Range of delta where nothing was measured: before AbsTopK the sparse reads have an RMS of 1."""
-_WIDEST, _SUGGESTED = 6, 5
-"""Deltas in differences of the class means. One is what a counterfactual changes where the prompts differ; the same
-amount at every token, and in one sublayer's input only, takes a few to outweigh what the other sublayers see."""
+_RANDOM_SEED = 0
 
 # Hooks belong to the model: a second thread's pass would be steered by the first one's.
-_ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class Likely(NamedTuple):
     """As the report writes it, on one line: what cannot be seen has a sign. Untrusted: escape it."""
     unsteered: float
     steered: float
+    random: float
     """Probabilities under the softmax over the whole vocabulary."""
 
 
@@ -91,11 +94,14 @@ class Comparison:
     """Without the end-of-text; line ends and control characters have a sign. Untrusted: escape it."""
     unsteered: Float[Tensor, " vocab"]
     steered: Float[Tensor, " vocab"]
-    """Probabilities of the next token."""
+    random: Float[Tensor, " vocab"]
+    """Probabilities of the next token; `random` under a random direction of the channel's length."""
     kl: float
-    """KL(unsteered || steered) of the next token, nats."""
+    random_kl: float
+    """KL(unsteered || steered) of the next token, nats, and that of the random direction."""
     unsteered_generation: Generation
     steered_generation: Generation
+    random_generation: Generation
     tokenizer: PreTrainedTokenizerFast
 
     def top(self, count: int = _TOP) -> list[Likely]:
@@ -103,21 +109,12 @@ class Comparison:
 
         Ordered by probability relative to the distribution's own likeliest token: both of these come first.
         """
-        both = torch.stack([self.unsteered, self.steered])
+        both, every = (
+            torch.stack(p) for p in ([self.unsteered, self.steered], [self.unsteered, self.steered, self.random])
+        )
         shares = both / both.amax(1, keepdim=True)
         order = shares.amax(0).argsort(descending=True, stable=True)[:count]
-        return [Likely(t, inline(self.tokenizer, t), *both[:, t].tolist()) for t in order.tolist()]
-
-
-class DeltaRange(NamedTuple):
-    """Deltas worth trying, in units of the channel's post-norm activation."""
-
-    largest: float
-    """The range is -largest .. largest."""
-    suggested: float
-    """From class 0 beyond class 1: five times the difference of their means; 0 where nothing was measured."""
-    means: tuple[float, float] | None
-    """The channel's mean in classes 0 and 1 on the selection prompts; None where nothing was measured."""
+        return [Likely(t, inline(self.tokenizer, t), *every[:, t].tolist()) for t in order.tolist()]
 
 
 def compare(
@@ -132,11 +129,13 @@ def compare(
 ) -> Comparison:
     """Steer a dense model from `load_dense` at every token of a prompt and of what it generates, beside itself.
 
+    The same is done along a random direction of the same length.
+
     channel: a name of the run or an address such as "mlp.1.read.107"; delta, where: as for `intervene`.
     new_tokens: at most so many; generation also ends with the document or the context. 0 asks for none.
     sampling: None takes the most likely token.
 
-    With delta=0 both sides are exactly equal. Safe to call from several threads, which then wait for each other.
+    With delta=0 all are exactly equal. Safe to call from several threads, which then wait for each other.
 
     Raises KeyError for an unknown channel; ValueError for an empty prompt, one that does not fit into the context, a
     delta that is not finite or so large that the logits are not, and for whatever `intervene` refuses.
@@ -147,22 +146,59 @@ def compare(
         raise ValueError(f"new_tokens={new_tokens}: give 0 or more")
     run: Run = get_bundle(dense).run
     ids = encode_prompt(run, prompt)
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         hf = plain_model(dense)
         handle = intervene(hf, channel, delta=delta, where=where)
         plain, plain_tokens = _continue(hf, run, ids, new_tokens, sampling)
         with handle:
             steered, steered_tokens = _continue(hf, run, ids, new_tokens, sampling)
+        with random_control(handle):
+            random, random_tokens = _continue(hf, run, ids, new_tokens, sampling)
     return Comparison(
         prompt=ids,
         prompt_text=visible(run.tokenizer, ids[1:].tolist()),
         unsteered=plain.softmax(-1),
         steered=steered.softmax(-1),
+        random=random.softmax(-1),
         kl=max(0.0, float(kl(plain, steered))),
+        random_kl=max(0.0, float(kl(plain, random))),
         unsteered_generation=_generation(run, ids, plain_tokens, new_tokens),
         steered_generation=_generation(run, ids, steered_tokens, new_tokens),
+        random_generation=_generation(run, ids, random_tokens, new_tokens),
         tokenizer=run.tokenizer,
     )
+
+
+@dataclass(frozen=True)
+class _EqualLength:
+    """A direction of its own, at every token as long as the change that a source makes there."""
+
+    source: Source
+    unit: Float[Tensor, " d_dense"]
+
+    @property
+    def units(self) -> Units:
+        return self.source.units
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.source.is_nothing
+
+    def direction(self) -> Float[Tensor, " d_dense"] | None:
+        own = self.source.direction()
+        return None if own is None else own.norm() * self.unit.to(own)
+
+    def __call__(self, seen: Seen, stream: Float[Tensor, "batch pos d_dense"]) -> Float[Tensor, "#batch #pos d_dense"]:
+        change = self.source(seen, stream)
+        return change.norm(dim=-1, keepdim=True) * self.unit.to(change)
+
+
+def random_control(handle: Intervention) -> Intervention:
+    """A handle along a random direction of the dense stream, always the same, and everywhere as long."""
+    generator = torch.Generator().manual_seed(_RANDOM_SEED)
+    unit = random_directions(1, get_bundle(handle.dense).bridges.d_dense, generator)[0]
+    edits = tuple(replace(edit, source=_EqualLength(edit.source, unit)) for edit in handle.edits)
+    return Intervention(handle.dense, edits)
 
 
 def encode_prompt(run: Run, prompt: str) -> Int[Tensor, " pos"]:
@@ -224,34 +260,6 @@ def channel_named(dense: nn.Module, name: str) -> Channel:
     return resolve(name, bundle.channels, bundle.shape)
 
 
-def delta_range(channel: Channel) -> DeltaRange:
-    """Deltas worth trying, from the class means that the channel was found with."""
-    means = _class_means(channel)
-    difference = means[1] - means[0] if means else 0.0
-    if not difference:
-        return DeltaRange(_UNKNOWN_LARGEST, 0.0, means)
-    largest = _rounded_up(_WIDEST * abs(difference))
-    return DeltaRange(largest, round(round(_SUGGESTED * difference / largest, 2) * largest, 6), means)
-
-
-def _class_means(channel: Channel) -> tuple[float, float] | None:
-    """Means in the unit of `Channel.value`; None where they were not measured, or not of these indices."""
-    values = []
-    for member in (0, 1):
-        means = channel.statistics.get(f"mean_member_{member}")
-        if not isinstance(means, list) or len(means) != len(channel.weights):
-            return None
-        total = sum(w * x for w, x in zip(channel.weights, means, strict=True))
-        values.append(total / sum(w * w for w in channel.weights))
-    return (values[0], values[1]) if all(map(math.isfinite, values)) else None
-
-
-def _rounded_up(x: float) -> float:
-    """The next of 1, 2, 5, 10, ..."""
-    power = 10.0 ** math.floor(math.log10(x))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= x)
-
-
 def example_prompts(dense: nn.Module, channel: Channel, count: int = _EXAMPLES) -> list[str]:
     """Prompts to try a channel on: those of the task it was found on, else one of each task; at most `count`.
 
@@ -259,15 +267,25 @@ def example_prompts(dense: nn.Module, channel: Channel, count: int = _EXAMPLES) 
     run's tokenizer or context cannot present gives none.
     """
     run: Run = get_bundle(dense).run
-    task = channel.selection.get("task")
-    record = channel.selection.get("prompts", {})
-    own_prompts = list(_task_prompts(run, task, record, count)) if isinstance(task, str) else []
+    batch = own_batch(run, channel, count)
+    if batch is not None:
+        # Members 0 and 1 in turn, so that there are prompts to move either way.
+        return list(dict.fromkeys(prompts[pair % 2] for pair, prompts in enumerate(batch.prompts)))
     prompts: dict[str, None] = {}
-    for prompt in own_prompts or (prompt for name in TASK_NAMES for prompt in _task_prompts(run, name, {}, 1)):
+    for name in TASK_NAMES:
         if len(prompts) == count:
             break
-        prompts[prompt] = None
+        other = _task_batch(run, name, {}, 1)
+        if not isinstance(other, str):
+            prompts[other.prompts[0][0]] = None
     return list(prompts)
+
+
+def own_batch(run: Run, channel: Channel, count: int = _EXAMPLES) -> TaskBatch | None:
+    """Evaluation pairs of the task that a channel was found on; None where there are none (see `example_problem`)."""
+    task = channel.selection.get("task")
+    found = _task_batch(run, task, channel.selection.get("prompts", {}), count) if isinstance(task, str) else ""
+    return None if isinstance(found, str) else found
 
 
 def example_problem(dense: nn.Module, channel: Channel) -> str:
@@ -275,20 +293,13 @@ def example_problem(dense: nn.Module, channel: Channel) -> str:
     task = channel.selection.get("task")
     if not isinstance(task, str):
         return ""
+    found = _task_batch(get_bundle(dense).run, task, channel.selection.get("prompts", {}), 1)
+    return found if isinstance(found, str) else ""
+
+
+def _task_batch(run: Run, name: str, record: dict[str, Any], count: int) -> TaskBatch | str:
+    """Evaluation pairs of a task, or why there are none."""
     try:
-        recorded_task(get_bundle(dense).run, task, channel.selection.get("prompts", {})).sample_up_to(
-            1, split="evaluation", seed=0
-        )
+        return recorded_task(run, name, record).sample_up_to(count, split="evaluation", seed=0)
     except (ValueError, LookupError, OSError) as error:
         return str(error.args[0] if error.args else error)
-    return ""
-
-
-def _task_prompts(run: Run, name: str, record: dict[str, Any], count: int) -> Iterator[str]:
-    """Members 0 and 1 in turn, so that there are prompts to move either way; none where `example_problem` says why."""
-    try:
-        batch = recorded_task(run, name, record).sample_up_to(count, split="evaluation", seed=0)
-    except (ValueError, LookupError, OSError):
-        return
-    for pair, prompts in enumerate(batch.prompts):
-        yield prompts[pair % 2]

@@ -13,16 +13,15 @@ from interventions import intervene, load_dense
 from interventions.app import html, server
 from interventions.app.live import (
     Comparison,
-    DeltaRange,
     Generation,
     Sampling,
     channel_named,
     compare,
-    delta_range,
     encode_prompt,
     example_problem,
     example_prompts,
 )
+from interventions.app.start import DeltaRange, Start, delta_range
 from interventions.bundle.channels import Channel
 from interventions.steering.steered_prompts import plain_model
 
@@ -82,9 +81,9 @@ def test_both_sides_are_those_of_intervene(dense, where) -> None:
 def test_delta_zero_is_the_unsteered_model_exactly(dense, sampling) -> None:
     found = compare(dense, "def cat(dog):", "pair", 0, new_tokens=20, sampling=sampling)
     assert torch.equal(found.unsteered, found.steered)
-    assert found.unsteered_generation == found.steered_generation
-    assert found.kl == 0
-    assert all(likely.unsteered == likely.steered for likely in found.top())
+    assert found.unsteered_generation == found.steered_generation == found.random_generation
+    assert found.kl == found.random_kl == 0
+    assert all(likely.unsteered == likely.steered == likely.random for likely in found.top())
 
 
 def test_sampling_is_drawn_by_its_seed_and_leaves_torchs_own_alone(dense) -> None:
@@ -144,7 +143,7 @@ def test_mistakes_name_what_is_wrong(dense) -> None:
         with pytest.raises(kind, match=sentence):
             compare(dense, prompt, channel, delta)
         shown, *continued = html.answer(dense, prompt, channel, delta, "read", 4, False, 1.0, 0)
-        assert continued == [html.NOTHING, html.NOTHING]
+        assert continued == [html.NOTHING] * 3
         assert 'class="error"' in shown
     with pytest.raises(ValueError, match="new_tokens=-1"):
         compare(dense, "cat", "pair", 1, new_tokens=-1)
@@ -194,13 +193,13 @@ def test_the_range_of_delta_comes_from_the_class_means() -> None:
     means = {"mean_member_0": [1.0, -0.5], "mean_member_1": [-1.0, 0.5]}
     measured = replace(CHANNEL, statistics=means)
     # (1 * 1 + 0.5 * 0.5) / (1 + 0.25) = 1 in class 0
-    assert delta_range(measured) == DeltaRange(largest=20.0, suggested=-10.0, means=(1.0, -1.0))
+    assert delta_range(measured) == DeltaRange(largest=20.0, means=(1.0, -1.0))
     assert measured.value(torch.eye(32)[3] - torch.eye(32)[11] / 2) == 1
-    unmeasured = DeltaRange(largest=10.0, suggested=0.0, means=None)
+    unmeasured = DeltaRange(largest=10.0, means=None)
     for statistics in ({}, {"mean_member_0": [1.0], "mean_member_1": [2.0]}, {"mean_member_0": 1, "mean_member_1": 2}):
         assert delta_range(replace(CHANNEL, statistics=statistics)) == unmeasured
     equal = replace(CHANNEL, statistics={"mean_member_0": [1.0, 0.0], "mean_member_1": [1.0, 0.0]})
-    assert delta_range(equal) == DeltaRange(largest=10.0, suggested=0.0, means=(0.8, 0.8))
+    assert delta_range(equal) == DeltaRange(largest=10.0, means=(0.8, 0.8))
 
 
 def test_examples_are_those_of_the_channels_task(demo) -> None:
@@ -225,7 +224,7 @@ def test_what_the_page_shows_is_escaped(dense, monkeypatch: pytest.MonkeyPatch) 
         html.answer(dense, "cat", EVIL, 1, "read", 4, False, 1.0, 0).html,
     ]
     monkeypatch.setattr(html, "channel_named", lambda *_: replace(CHANNEL, name=EVIL, description=EVIL))
-    pages.append(html.about(dense, EVIL))
+    pages.append(html.about(dense, EVIL, Start(0.0, EVIL)))
     for page in pages:
         assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;/pre&gt;" in page
         assert "<script" not in page
@@ -236,11 +235,12 @@ def test_the_continuation_is_marked_where_it_departs(dense) -> None:
     found = compare(dense, "cat", "pair", 1)
     sides = {
         f"{side}_generation": Generation((), text, "length")
-        for side, text in (("unsteered", "for dog"), ("steered", "for cup"))
+        for side, text in (("unsteered", "for dog"), ("steered", "for cup"), ("random", "for dog"))
     }
-    plain, moved = html.continuations(replace(found, **sides))
+    plain, moved, random = html.continuations(replace(found, **sides))
     assert plain == ("Unsteered", [("cat", None), ("for dog", html.NEW)])
     assert moved == ("Steered", [("cat", None), ("for ", html.NEW), ("cup", html.OTHER)])
+    assert random == ("Random direction", plain.parts)
     ended = {"steered_generation": Generation((), "", "context")}
     assert html.continuations(replace(found, **ended))[1] == (
         "Steered: stopped at the context's end",
