@@ -19,6 +19,9 @@ POLICY = (
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 
+# gradio takes empty files whatever the largest size is, and keeps them.
+_UNSERVED = frozenset({"upload", "upload_progress", "openapi.json", "info", "monitoring"})
+
 
 def serve(run: str, device: str = "cpu", *, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serve the page of a run, or of a packaged bundle, until Ctrl-C; port 0 takes a free one.
@@ -110,7 +113,11 @@ def make_app(gr: Any, fastapi: Any, dense: Any, run: str, *, loopback: bool = Tr
 
 
 class _Guarded:
-    """An ASGI application whose answers carry the policy. (Starlette's own helper would hold back streams.)"""
+    """An ASGI application whose answers carry the policy. (Starlette's own helper would hold back streams.)
+
+    It takes no files, describes itself to nobody, and is asked by its own page alone: pages that other programs serve
+    on this machine have another port, and so another origin.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -122,4 +129,20 @@ class _Guarded:
                 message = message | {"headers": [*message.get("headers", ()), policy]}
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        refusal = _refusal(scope)
+        await (refusal or self.app)(scope, receive, guarded)
+
+
+def _refusal(scope: Any) -> Any:
+    """The answer to a request that the page's own browser never sends; None for the others."""
+    if scope["type"] != "http":
+        return None
+    from starlette.responses import PlainTextResponse
+
+    if _UNSERVED.intersection(scope["path"].split("/")):
+        return PlainTextResponse("not served", status_code=404)
+    headers = dict(scope["headers"])
+    origin = headers.get(b"origin")
+    if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+        return PlainTextResponse("only this page itself may ask", status_code=403)
+    return None
