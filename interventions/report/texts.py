@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bridges.run_folder import Run
 from interventions.tasks.base import TaskBatch
-from sparse_model.data.corpus import iter_documents
+from sparse_model.data.corpus import check_read_here, iter_documents
 from sparse_model.data.encoding import encode_text
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.prepare import corpus_config
@@ -45,15 +45,20 @@ class HeldOut(NamedTuple):
     """Documents that training has not seen."""
 
     kind: str
-    """held-out; or generated, where the corpus can no longer be read."""
+    """held-out; or generated, where the corpus cannot be read, or was not read here."""
     documents: list[list[int]]
     """Token ids, each beginning with end-of-text."""
 
 
 def held_out(run: Run, most_tokens: int) -> HeldOut:
-    """The first held-out documents, as many as give so many tokens; generated ones where the corpus is gone."""
+    """The first held-out documents, as many as give so many tokens.
+
+    Generated ones where the corpus is gone, or names files that were not tokenized on this machine.
+    """
     try:
-        documents = list(_until(run, iter_documents(corpus_config(run.config, run.samples), "val"), most_tokens))
+        corpus = corpus_config(run.config, run.samples)
+        check_read_here(corpus, run.tokenizer, run.config.sparse.n_ctx)
+        documents = list(_until(run, iter_documents(corpus, "val"), most_tokens))
         if documents:
             return HeldOut("held-out", documents)
     except (OSError, ValueError):

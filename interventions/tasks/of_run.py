@@ -15,7 +15,7 @@ from interventions.tasks.catalogue import TaskName, get_task
 from interventions.tasks.files import is_task_file
 from interventions.tasks.names import NATURAL, PromptKind
 from sparse_model.config import TrainConfig
-from sparse_model.data.corpus import CorpusConfig, open_sources
+from sparse_model.data.corpus import CorpusConfig, check_read_here, open_sources
 from sparse_model.data.pieces import head_of
 from sparse_model.data.prepare import corpus_config
 from sparse_model.data.sources import GeneratedSource, Source, parse_spec
@@ -117,11 +117,14 @@ def run_task(run: Run, name: TaskName, prompts: PromptKind = "generated") -> Tas
 def recorded_task(run: Run, name: str, record: Mapping[str, Any]) -> Task:
     """The task of a result: its name, and where its prompts came from (`Task.record`).
 
-    Raises what `run_task` raises, and ValueError for a file that is another one now.
+    Raises what `run_task` raises, and ValueError for a file that is another one now, and for natural prompts from
+    files that this machine did not tokenize for the run.
     """
     changed = change_of(record)
     if changed:
         raise ValueError(changed)
+    if name.endswith(NATURAL):
+        check_read_here(corpus_config(run.config, run.samples), run.tokenizer, run.config.sparse.n_ctx)
     return run_task(run, record["file"] if record.get("prompts") == "file" else name)
 
 

@@ -30,7 +30,7 @@ from sparse_model.data.encoding import SpecialTokens, Spelled, encode_documents
 from sparse_model.data.packing import Feed, Packed, mix, pack
 from sparse_model.data.pieces import head_of
 from sparse_model.data.sources import Source, open_source, parse_spec
-from sparse_model.data.text_files import SPLITS, SourceReport, Split
+from sparse_model.data.text_files import SPLITS, FileSource, SourceReport, Split
 from sparse_model.data.tokenizer import tokenizer_fingerprint
 from sparse_model.io.progress import Bar, progress_bar
 
@@ -145,7 +145,7 @@ def load_blocks(
         raise ValueError(f"n_ctx={n_ctx} leaves nothing to predict; use at least 2")
     sources = open_sources(config, cache_dir)
     fingerprint = _fingerprint(config, sources, tokenizer, n_ctx)
-    folder = cache_folder(cache_dir) / f"blocks-{fingerprint[:24]}"
+    folder = _cached(fingerprint, cache_dir)
     cached = read_cache(folder) if folder.exists() else None
     if cached is None or lock_file(folder).exists():
         with one_builder(folder):
@@ -155,6 +155,28 @@ def load_blocks(
                 write_cache(folder, *cached)
     blocks, report = cached
     return CorpusBlocks(_tensor(blocks["train"]), _tensor(blocks["val"]), fingerprint, report)
+
+
+def check_read_here(
+    config: CorpusConfig, tokenizer: PreTrainedTokenizerFast, n_ctx: int, *, cache_dir: str | Path | None = None
+) -> None:
+    """Refuse a configuration's local files where this machine never tokenized them so: nobody here asked for them.
+
+    Who passes a run on writes its configuration, and could name any folder of whoever opens it.
+
+    Raises ValueError for files without cached blocks, and what opening the sources raises.
+    """
+    sources = open_sources(config, cache_dir)
+    local = [source.name for source in sources if type(source) is FileSource and not source.stdlib]
+    if local and not _cached(_fingerprint(config, sources, tokenizer, n_ctx), cache_dir).exists():
+        raise ValueError(
+            f"the corpus {', '.join(local)} has not been tokenized on this machine: if it is yours, sparse-bridges "
+            "evaluate on the run does that"
+        )
+
+
+def _cached(fingerprint: str, cache_dir: str | Path | None) -> Path:
+    return cache_folder(cache_dir) / f"blocks-{fingerprint[:24]}"
 
 
 def _build_all(

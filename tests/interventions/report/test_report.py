@@ -19,9 +19,11 @@ from support.report_runs import (
     write_training_records,
 )
 
-from bridges.run_folder import Run, update_metrics
+from bridges.run_folder import Run, open_run, update_metrics
 from interventions.bundle.channels import Channel, save_channel
 from interventions.report.page import write_report
+from sparse_model.data.corpus import load_blocks
+from sparse_model.data.prepare import corpus_config
 from sparse_model.io.reading import SEAL
 
 # The namespace of SVG, and where the plotting library says that it is from: neither is ever fetched.
@@ -148,3 +150,21 @@ def test_a_corpus_that_is_gone_is_replaced_by_generated_text(bare: Run) -> None:
     (bare.folder / "config.json").write_text(json.dumps(config))
     save_channel(bare.folder, channel())
     assert "Generated document 1" in page_of(bare).text
+
+
+def test_a_run_of_others_that_names_my_files_does_not_show_them(
+    bare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for number in range(20):
+        (mine / f"{number}.txt").write_text("my zanzibar secret\n" * 500)
+    monkeypatch.chdir(mine)
+    monkeypatch.setenv("SPARSE_BRIDGES_CACHE", str(tmp_path / "cache"))
+    path = bare.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus": "."}))
+    save_channel(bare.folder, channel())
+    page = page_of(bare)
+    assert "zanzibar" not in page.html
+    load_blocks(corpus_config(open_run(bare.folder).config), bare.tokenizer, bare.config.sparse.n_ctx, progress=False)
+    assert "zanzibar" in page_of(bare).text.replace("\n", "")  # so it would have been
