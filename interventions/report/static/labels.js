@@ -113,8 +113,8 @@ function labelForm(labels, circuit, name) {
   return el(
     "div",
     { class: "label-form screen" },
-    input("Label", "label", label, { placeholder: "what it stands for" }),
-    input("Group", "group", group, { placeholder: "drawn as one", list: `groups-${circuit.key}` }),
+    input("Label", "label", label, { placeholder: "its meaning" }),
+    input("Group", "group", group, { placeholder: "its name", list: `groups-${circuit.key}` }),
     names,
     el(
       "button",

@@ -58,6 +58,7 @@ def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     save_channel(folder, CHANNEL)
     means = {"mean_member_0": [0.25], "mean_member_1": [-0.35]}
     save_channel(folder, Channel(name=EVIL, site=1, indices=(4,), weights=(1.0,), description=EVIL, statistics=means))
+    save_channel(folder, Channel(name="loop", site=1, indices=(5,), weights=(1.0,), selection={"task": "for_while"}))
     server = serve("--run", str(folder), "--port", "0")
     assert server.stdout is not None
     assert select.select([server.stdout], [], [], HANG_SECONDS)[0], "the server does not start"
@@ -176,6 +177,17 @@ def test_mistakes_are_one_sentence_each_and_the_page_goes_on(page: Page) -> None
     choose(page, "pair")
     page.locator("#result .verdict").wait_for()
     assert error.count() == 0
+    assert prompt.input_value() == 'print("red cup'  # what a reader typed stays
+
+
+def test_a_channel_with_a_task_brings_its_first_prompt(page: Page) -> None:
+    before = page.locator("#prompt textarea").input_value()
+    choose(page, "loop")
+    page.get_by_text("at the first of its prompts").wait_for()
+    last = page.locator("#examples button").first.inner_text().strip()
+    page.wait_for_function("last => document.querySelector('#prompt textarea').value.trim().endsWith(last)", arg=last)
+    assert last.split()[0] in ("for", "while")
+    assert page.locator("#prompt textarea").input_value() != before
 
 
 def test_markup_in_a_prompt_stays_text(page: Page) -> None:

@@ -133,7 +133,8 @@ def test_the_file_is_what_the_run_takes_and_the_next_report_shows(
 
 def test_what_a_browser_kept_and_nobody_wrote_does_no_harm(page: Page, run: Run) -> None:
     key = f"sparse-bridges labels {load_circuit(run, TASK).fingerprint} {TASK}"
-    for kept in ("{", "[1]", "null", '{"__proto__": {"label": 3}, "x": null, "y": {"label": {}, "pinned": "yes"}}'):
+    odd = f'{{"__proto__": {{"label": "x"}}, "x": null, "{READ}": {{"label": {{}}, "group": 3, "pinned": "yes"}}}}'
+    for kept in ("{", "[1]", "null", odd):
         page.evaluate("([key, kept]) => localStorage.setItem(key, kept)", [key, kept])
         page.reload()
         assert page.locator(".node").count() == load_circuit(run, TASK).n_nodes
