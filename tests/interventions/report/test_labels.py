@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.helpers import make_tiny_run
 from support.report_page import Page, page_of
 from support.report_runs import EVIL, TASK, circuit
@@ -15,6 +16,8 @@ from support.report_runs import EVIL, TASK, circuit
 from bridges.run_folder import Run, fingerprint, write_digests
 from interventions import save_pretrained
 from interventions.circuits.circuit import load_circuit
+from interventions.circuits.picture_layout import place_nodes
+from interventions.report.ends import picture_ends
 from interventions.report.labels import LONGEST, label_path, read_labels
 from interventions.tasks.of_run import run_task
 
@@ -144,3 +147,20 @@ def test_the_ends_are_the_prompts_tokens_and_the_answers(full: Run, page: Page) 
         assert rows[0] >= 0
     assert sum(len(end["ties"]) for end in data["ends"]) > 4
     assert page.data["circuits"][f"{TASK}-dense"]["ends"] == []
+
+
+def test_an_answers_tie_has_the_final_norms_gain(run: Run) -> None:
+    found, batch = load_circuit(run, TASK), run_task(run, TASK).sample(8, split="evaluation", seed=0)
+    layout = place_nodes(found.to_networkx())
+
+    def weights() -> dict[tuple[str, int, int], float]:
+        ends = picture_ends(run.sparse, found, layout, batch)
+        return {(end["side"], end["token"], node): weight for end in ends for node, weight in end["ties"]}
+
+    before = weights()
+    with torch.no_grad():
+        run.sparse.ln_final.weight[3] = 2.0
+    doubled = {place for place in before if place[0] == "answer" and found.names[place[2]].endswith("resid_delta.3")}
+    changed = {place: 2 * weight if place in doubled else weight for place, weight in before.items()}
+    assert weights() == pytest.approx(changed, rel=5e-3)
+    assert changed != before
