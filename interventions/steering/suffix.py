@@ -77,9 +77,10 @@ class FamilySuffix:
     ) -> Float[Tensor, "strength edit row vocab"]:
         """As `Suffix.logits`."""
         given = torch.zeros_like(self._stream[None, :, self._start :]) if edits is None else edits
-        return torch.stack([self._edited(strength * given) for strength in strengths.to(given)])
+        return torch.stack([self.edited(strength * given) for strength in strengths.to(given)])
 
-    def _edited(self, edits: Float[Tensor, "edit row pos d_dense"]) -> Float[Tensor, "edit row vocab"]:
+    def edited(self, edits: Float[Tensor, "edit row pos d_dense"]) -> Float[Tensor, "edit row vocab"]:
+        """Logits under every edit; gradients flow to the edits where they are asked for."""
         dense, stream = self._dense, self._stream.repeat(len(edits), 1, 1)
         change = pad(edits.flatten(0, 1), (0, 0, self._start, 0))
         if self.where == "stream":
