@@ -105,7 +105,7 @@ def make_bases(
 
 
 def _coder_basis(dense: DenseModel, site: int, name: str, coder: Coder) -> Basis:
-    columns = coder.columns.detach()
+    columns = coder.directions()
     if name.startswith(TRANSCODER):
         return Basis(lambda p: write_changes(dense, site, p, coder), columns, Place(site + 1, "stream"))
     return Basis(lambda p: read_changes(dense, site, p, coder.latents), columns, Place(site, "read"))

@@ -22,7 +22,10 @@ _TOKENS = 4096  # of a step
 
 
 class Coder(nn.Module):
-    """latents = TopK(relu(encoder(x - centre))), y = latents @ columns + bias."""
+    """latents = TopK(relu(encoder(x - centre))), y = scale * (latents @ columns + bias)."""
+
+    scale: Float[Tensor, ""]
+    """The RMS of what is to be given, as the first batch has it."""
 
     def __init__(self, d_in: int, d_out: int, latents: int, kept: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -37,6 +40,7 @@ class Coder(nn.Module):
         with torch.no_grad():
             drawn = columns if d_in == d_out else torch.randn(latents, d_in, generator=generator) / d_in**0.5
             self.encoder.weight.copy_(drawn)
+        self.register_buffer("scale", torch.ones(()))
         self.centre, self.bias = nn.Parameter(torch.zeros(d_in)), nn.Parameter(torch.zeros(d_out))
 
     def latents(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token latent"]:
@@ -46,7 +50,11 @@ class Coder(nn.Module):
 
     def forward(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_out"]:
         """What the coder makes of its input."""
-        return self.latents(x) @ self.columns + self.bias
+        return self.scale * (self.latents(x) @ self.columns + self.bias)
+
+    def directions(self) -> Float[Tensor, "latent d_out"]:
+        """What one unit of each latent adds to the output."""
+        return (self.scale * self.columns).detach()
 
     @torch.no_grad()
     def normalise(self) -> None:
@@ -129,7 +137,8 @@ def _target(name: str, sample: Sample) -> Float[Tensor, "token d_dense"]:
 def _centre(coders: dict[str, Coder], sample: Sample) -> None:
     for name, coder in coders.items():
         coder.centre.copy_(sample.read.mean(0))
-        coder.bias.copy_(_target(name, sample).mean(0))
+        coder.scale.copy_(_target(name, sample).square().mean().sqrt().clamp(min=1e-30))
+        coder.bias.copy_(_target(name, sample).mean(0) / coder.scale)
 
 
 def _step(
@@ -152,7 +161,7 @@ def _step(
 @torch.no_grad()
 def _held_out(coder: Coder, name: str, sample: Sample) -> Trained:
     latents = coder.latents(sample.read)
-    error = float(nmse(latents @ coder.columns + coder.bias, _target(name, sample)))
+    error = float(nmse(coder(sample.read), _target(name, sample)))
     return Trained(coder.requires_grad_(False), error, int((latents == 0).all(0).sum()))
 
 

@@ -16,6 +16,7 @@ A norm is the mean length of an edit over the tokens that it moves. The ladder's
 dense model's own counterfactual, at the place that is edited.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
@@ -43,7 +44,7 @@ from sparse_model.io.progress import progress_bar
 
 LADDER = tuple(round(2 ** (i / 3 - 3), 4) for i in range(16))
 """Norms that are tried, .125 to 4, the exact patch's being 1."""
-EXACT, RANDOM = "exact patch", "random direction"
+EXACT = "exact patch"
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def compare_bases(dense: nn.Module, comparison: Comparison, *, progress: bool = 
             name: {"nmse": one.nmse, "unused": float(one.unused), "tokens": float(tokens)}
             for name, one in trained.items()
         },
-        comparison=asdict(replace(comparison, sizes=tuple(comparison.sizes), pairs=setting.plan.pairs)),
+        comparison=json.loads(json.dumps(asdict(replace(comparison, pairs=setting.plan.pairs)))),
         digest=setting.channel.digest,
     )
 
@@ -129,8 +130,8 @@ class _Stand:
     place: Place
     selection: SteeredPrompts
     evaluation: SteeredPrompts
-    exact: tuple[Vectors, Vectors]
-    """The exact patch, on selection and evaluation prompts."""
+    exact: tuple[Tensor, Tensor]
+    """The exact patch, on selection and evaluation prompts, whose lengths differ."""
     unit: float
     """Its norm on selection prompts."""
     bystanders: Bystanders
@@ -167,7 +168,7 @@ class _Stand:
             gradient[rows, : last + 1] = part
         return gradient
 
-    def row(self, name: str, indices: list[int], edits: tuple[Vectors, Vectors]) -> "_Pending":
+    def row(self, name: str, indices: list[int], edits: tuple[Tensor, Tensor]) -> "_Pending":
         """What is to be measured of an edit of selection and evaluation prompts."""
         return _Pending(self, name, indices, *(edit / max(mean_norm(edit), 1e-30) for edit in edits))
 
@@ -187,8 +188,8 @@ class _Pending(NamedTuple):
     stand: _Stand
     name: str
     indices: list[int]
-    selection: Vectors
-    evaluation: Vectors
+    selection: Tensor
+    evaluation: Tensor
 
     def measured(self, equal: float) -> Row:
         """The row, measured at every norm."""

@@ -102,8 +102,8 @@ def verdict(result: Bases) -> str:
         return f"{size} sparse channels never reach a P(counterfactual answer) of {TARGETS[0]:g} at these norms."
     reach = [row for row in others if target in row.at]
     said = (
-        f"{size} sparse channels reach P {target} at norm {own.at[target].factor:g}, with a KL of {own.at[target].kl:.3f} on "
-        f"other text; so do {len(reach)} of {len(others)} other bases"
+        f"{size} sparse channels reach P {target} at norm {own.at[target].factor:g}, with a KL of "
+        f"{own.at[target].kl:.3f} on other text; so do {len(reach)} of {len(others)} other bases"
     )
     if reach:
         short, quiet = (min(reach, key=lambda row: getattr(row.at[target], field)) for field in ("factor", "kl"))

@@ -105,7 +105,8 @@ def describe(result: "Bases") -> None:
             "P: P(counterfactual answer). Norms in units of the exact patch's, chosen on selection prompts: the equal "
             f"norm, {result.equal:g}, is the largest at which 95 % of random directions do nothing; P .5 and P .9 are "
             "first reached at that norm, on other prompts P is as shown. KL: nats per token of other text; others: "
-            "pairs right on other tasks. by sparse model: the search's candidates are named by the sparse model alone. A transcoder's edits are of its sublayer's output, and so are their norms."
+            "pairs right on other tasks. by sparse model: the search's candidates are named by the sparse model alone. "
+            "A transcoder's edits are of its sublayer's output, and so are their norms."
         )
     )
     coders = [
