@@ -33,6 +33,12 @@ class Effects(NamedTuple):
     pair_accuracy: dict[str, float]
     """Of the other tasks that the unsteered model solves."""
 
+    @property
+    def others(self) -> float | None:
+        """Mean accuracy on the other tasks; None where none is solved."""
+        accuracies = self.pair_accuracy.values()
+        return sum(accuracies) / len(accuracies) if accuracies else None
+
 
 class Row(NamedTuple):
     """One set of latents."""

@@ -112,13 +112,8 @@ def describe(result: "Bases") -> None:
     coders = [
         f"{name}: NMSE {one['nmse']:.3f}, {one['unused']:.0f} latents unused" for name, one in result.coders.items()
     ]
-    print(
-        paragraph(f"On held-out text, after {next(iter(result.coders.values()))['tokens']:.0f} tokens: ")
-        if coders
-        else ""
-    )
-    for line in coders:
-        print(f"  {line}")
+    if coders:
+        print(paragraph(f"trained on {next(iter(result.coders.values()))['tokens']:,.0f} tokens: {'; '.join(coders)}"))
     print(paragraph(verdict(result)))
 
 
@@ -143,7 +138,6 @@ def _row(row: "Row") -> list[str]:
         if one is None:
             cells += ["never", "", "", ""]
             continue
-        others = list(one.pair_accuracy.values())
-        mean = f"{sum(others) / len(others):.2f}" if others else "none"
-        cells += [f"{one.factor:g}", f"{one.p:.3f}", f"{one.kl:.3f}", mean]
+        others = "none" if one.others is None else f"{one.others:.2f}"
+        cells += [f"{one.factor:.3g}", f"{one.p:.3f}", f"{one.kl:.3f}", others]
     return cells

@@ -76,8 +76,9 @@ def test_coders_learn_what_they_are_for(run: Run) -> None:
     """More text and more latents are less error; every column keeps length 1; the error is that of held-out text."""
     short, long = coders(run, MLP, transcoder=True), coders(run, MLP, transcoder=True, tokens=160_000)
     assert list(long) == ["TopK autoencoder, k 2", "TopK autoencoder, k 4", "transcoder, k 4"]
-    assert all(long[name].nmse < short[name].nmse < 1.5 for name in long)
-    assert long["TopK autoencoder, k 4"].nmse < long["TopK autoencoder, k 2"].nmse < 0.9
+    assert all(long[name].nmse < short[name].nmse for name in long)
+    assert long["TopK autoencoder, k 4"].nmse < long["TopK autoencoder, k 2"].nmse < 0.6
+    assert long["transcoder, k 4"].nmse < 0.95
     text = prepare_corpus(run.config, run.tokenizer).val[:8].long()
     here, there = residuals(run.dense, text)[MLP : MLP + 2]
     read, written = torch.nn.functional.layer_norm(here, here.shape[-1:]), there - here
