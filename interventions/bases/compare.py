@@ -252,7 +252,7 @@ def _found(
         changes = (basis.changes(stand.selection.prompts), basis.changes(stand.evaluation.prompts))
         candidates = {name: candidates_of(gradients[basis.place], changes[0], basis)}
         if name == OURS:
-            candidates[f"{OURS} by sparse model"] = named
+            candidates[f"{OURS}, own"] = named
         for title, of_search in candidates.items():
             sets = greedy_sets(
                 stand.selection, changes[0], basis.columns, of_search, equal * stand.unit, comparison.sizes

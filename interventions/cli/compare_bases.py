@@ -105,7 +105,7 @@ def describe(result: "Bases") -> None:
             "P: P(counterfactual answer). Norms in units of the exact patch's, chosen on selection prompts: the equal "
             f"norm, {result.equal:g}, is the largest at which 95 % of random directions do nothing; P .5 and P .9 are "
             "first reached at that norm, on other prompts P is as shown. KL: nats per token of other text; others: "
-            "pairs right on other tasks. by sparse model: the search's candidates are named by the sparse model alone. "
+            "pairs right on other tasks. own: the search's candidates are those of the sparse model alone. "
             "A transcoder's edits are of its sublayer's output, and so are their norms."
         )
     )
@@ -123,7 +123,7 @@ def rows_of(result: "Bases") -> list[list[str]]:
 
     head = ["basis", "equal: P", "KL"]
     for target in TARGETS:
-        head += [f"P {target:g}: norm", "P", "KL", "others"]
+        head += [f"P {target:g}: at", "P", "KL", "others"]
     return [head, *(_row(row) for row in result.rows)]
 
 

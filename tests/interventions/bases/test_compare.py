@@ -24,7 +24,7 @@ def row_of(result: Bases, basis: str, latents: int = 1):
 
 
 def test_every_basis_is_compared_at_every_size(result: Bases) -> None:
-    searched = [OURS, f"{OURS} by sparse model", "ridge regression", "TopK autoencoder, k 4"]
+    searched = [OURS, f"{OURS}, own", "ridge regression", "TopK autoencoder, k 4"]
     searched += ["principal components", "rotated axes"]  # site 2 is read by an attention: no transcoder
     assert [title(row) for row in result.rows] == [
         "exact patch",
@@ -104,7 +104,7 @@ def test_sets_are_found_on_selection_prompts(result: Bases, run: Run, setting: S
     changes = basis.changes(prompts)
     for name, candidates in (
         (OURS, candidates_of(stand.gradient(), changes, basis)),
-        (f"{OURS} by sparse model", attribution(run, prompts, setting.site).candidates()),
+        (f"{OURS}, own", attribution(run, prompts, setting.site).candidates()),
     ):
         effects = {}
         for c in candidates:
