@@ -17,6 +17,7 @@ OURS = "sparse channels"
 TARGETS = (0.5, 0.9)
 """P(counterfactual answer) at which edits are compared at equal effect."""
 EQUAL_NORM = "equal norm"
+_OTHER = {"difference of means": "#9a7f4f", "difference of means, last token": "#7d6f9a", "logistic probe": "#b05a7a"}
 
 
 class Effects(NamedTuple):
@@ -125,9 +126,9 @@ def _series(rows: Iterable[Row], field: str) -> list[Series]:
     names = list(dict.fromkeys(row.basis for row in rows if row.indices))
     drawn = []
     for row in rows:
-        colour, style = (depth_colour(names.index(row.basis), len(names)), "line") if row.indices else (INK, "dash")
-        chosen: Style = "dots" if row.basis == OURS else style  # type: ignore[assignment]
-        drawn.append(Series(title(row), numbers(getattr(row, field)), colour, chosen))
+        colour = depth_colour(names.index(row.basis), len(names)) if row.indices else _OTHER.get(row.basis, INK)
+        style: Style = "dots" if row.basis == OURS else "line" if row.indices or colour == INK else "dash"
+        drawn.append(Series(title(row), numbers(getattr(row, field)), colour, style))
     return drawn
 
 
@@ -187,6 +188,9 @@ def plot_bases(result: Bases, path: Path) -> Path:
     left, right = figure.subplots(1, 2)
     draw_chart(left, effect_chart(result))
     left.set(xscale="log", ylim=(-0.02, 1.02))
+    left.set_xticks([norm for norm in result.ladder if norm.as_integer_ratio()[0] == 1 or norm % 1 == 0], minor=False)
+    left.set_xticks([], minor=True)
+    left.xaxis.set_major_formatter("{x:g}")
     draw_against_kl(right, result)
     for axes in (left, right):
         axes.grid(alpha=0.25)
