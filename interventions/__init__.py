@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from sparse_model.exports import lazy_names
 
 if TYPE_CHECKING:
+    from interventions.bases.compare import compare_bases
+    from interventions.bases.comparison_config import Comparison
+    from interventions.bases.result import Bases, plot_bases
     from interventions.bundle.bundle import load_dense, load_hf
     from interventions.bundle.channels import Channel, load_channels, save_channel
     from interventions.bundle.packaged import packaged_bundles
@@ -35,8 +38,10 @@ if TYPE_CHECKING:
     from sparse_model.version import __version__
 
 __all__ = [
+    "Bases",
     "Channel",
     "Circuit",
+    "Comparison",
     "Experiment",
     "Intervention",
     "PruneConfig",
@@ -49,6 +54,7 @@ __all__ = [
     "channel_by_circuit",
     "channel_by_patching",
     "channel_by_steering",
+    "compare_bases",
     "dense_accuracy",
     "find_channel",
     "find_circuit",
@@ -63,6 +69,7 @@ __all__ = [
     "logit_lens",
     "make_circuit",
     "packaged_bundles",
+    "plot_bases",
     "plot_effects",
     "plot_strengths",
     "prune",

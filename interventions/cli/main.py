@@ -21,6 +21,7 @@ COMMANDS = (
     "find-channel",
     "find-circuit",
     "steer",
+    "compare-bases",
     "check-task",
     "solved-tasks",
     "report",

@@ -22,6 +22,7 @@ from sparse_model.io.tables import paragraph, table
 if TYPE_CHECKING:
     from torch import nn
 
+    from interventions.bases.comparison_config import Comparison
     from interventions.bundle.channels import Channel
     from interventions.steering.result import Steering
 
@@ -79,7 +80,7 @@ def main(options: Options) -> None:
         _steer(load_dense(run, options.device), folder, options)
 
 
-def check_names(run: Path, experiment: Settings) -> None:
+def check_names(run: Path, experiment: "Experiment | Comparison") -> None:
     """Raise for an unknown channel or task before anything is loaded."""
     from interventions.bundle.channels import load_channels, resolve
     from sparse_model.config import SparseConfig, from_json

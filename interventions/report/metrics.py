@@ -104,7 +104,7 @@ class _Sizes(TypedDict):
 
 
 class Metrics(TypedDict, total=False):
-    """The parts of metrics.json; each command adds its own. A result of steering is checked where it is read."""
+    """The parts of metrics.json; each command adds its own. Steering and bases are checked where they are read."""
 
     __pydantic_config__ = _MORE  # type: ignore[misc]
 
@@ -116,6 +116,7 @@ class Metrics(TypedDict, total=False):
     paths: _Paths | None
     dense_task: dict[str, _Baseline]
     steering: dict[str, Any]
+    bases: dict[str, Any]
     tasks: dict[str, _Scored]
     task_prompts: dict[str, PromptRecord]
     circuit_size: _Sizes | None

@@ -25,6 +25,7 @@ from interventions.charts import Chart
 from interventions.circuits.circuit import failed_circuits
 from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
+from interventions.report.bases import bases_pages
 from interventions.report.channels import channel_pages
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
 from interventions.report.labels import orphan_labels
@@ -72,6 +73,7 @@ _SECTIONS = (
     ("training", "training"),
     ("bridges", "site_rows"),
     ("steering", "steering"),
+    ("bases", "bases"),
     ("tasks", "tasks"),
     ("circuits", "circuits"),
     ("channels", "channels"),
@@ -87,6 +89,7 @@ def absent_parts(shown: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
         (shown["site_rows"], "How faithful the bridges are:", f"evaluate --run {place}"),
         (shown["channels"], "A named channel:", f"find-channel --run {place}"),
         (shown["steering"], "What steering does, with its controls:", f"steer --run {place}"),
+        (shown["bases"], "The channels beside other bases:", f"compare-bases --run {place}"),
         (shown["tasks"], "Which tasks the models solve:", f"solved-tasks {place}"),
         (shown["circuits"], "A circuit, with its controls:", f"find-circuit --run {place} --controls"),
     ]
@@ -101,7 +104,7 @@ def _contents(run: Run) -> dict[str, Any]:
     """What the templates show, by the names that they give it."""
     metrics = checked_metrics(run.folder, run.bridges.n_sites)
     channels = load_channels(run.folder)
-    steering = steering_pages(run.folder, metrics)
+    steering, bases = steering_pages(run.folder, metrics), bases_pages(run.folder, metrics)
     training = training_charts(run)
     loaded = load_circuits(run)
     documents = held_out(run, HELD_OUT_TOKENS) if channels or loaded.circuits else HeldOut("", [])
@@ -112,6 +115,7 @@ def _contents(run: Run) -> dict[str, Any]:
     hybrids = hybrid_chart(metrics)
     histograms = [page.histogram for page in pages if page.histogram]
     charts = [*training, *hybrids, *(page.chart for page in steering), *histograms]
+    charts += [chart for page in bases for chart in page.charts]
     warnings = overview.warnings(run, metrics, channels, [page.result for page in steering], circuits)
     orphans = orphan_labels(run.folder, {page.key for page in circuits})
     records = _records(metrics, channels, circuits)
@@ -129,6 +133,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "site_means": site_means(metrics),
         "hybrids": hybrids,
         "steering": steering,
+        "bases": bases,
         "controls": CONTROLS,
         "tasks": task_rows(metrics, failed_circuits(run.folder)),
         "counting": counting_words(metrics),

@@ -108,19 +108,33 @@ class EqualSearch:
         selection, evaluation = self._changes
         if basis is not None:
             columns, selection, evaluation = basis.T @ columns, selection @ basis, evaluation @ basis
-        found: dict[str, float] = {}
-        grown: list[int] = []
-        for size in range(1, max(self.sizes, default=0) + 1):
-            left = [c for c in candidates if c not in grown]
-            if not left:
-                break
-            edits = _unit_edits(selection, columns, ([*grown, c] for c in left))
-            effects = self._steered[0].answers(edits, [self.norm / 2, self.norm]).target.mean(2).mean(0)
-            grown = [*grown, left[int(effects.argmax())]]
-            if size in self.sizes:
-                edits = _unit_edits(evaluation, columns, [grown])
-                found[str(size)] = float(self._steered[1].answers(edits, [self.norm]).target.mean())
-        return found
+        sets = greedy_sets(self._steered[0], selection, columns, candidates, self.norm, self.sizes)
+        edits = _unit_edits(evaluation, columns, sets.values())
+        p = self._steered[1].answers(edits, [self.norm]).target.mean(2)[0].tolist() if sets else []
+        return {str(size): value for size, value in zip(sets, p, strict=True)}
+
+
+def greedy_sets(
+    steered: SteeredPrompts,
+    changes: Changes,
+    columns: Columns,
+    candidates: Sequence[int],
+    norm: float,
+    sizes: Sequence[int],
+) -> dict[int, list[int]]:
+    """Sets by size: the candidate that steers best at half a norm and at all of it, then one more at a time."""
+    found: dict[int, list[int]] = {}
+    grown: list[int] = []
+    for size in range(1, max(sizes, default=0) + 1):
+        left = [c for c in candidates if c not in grown]
+        if not left:
+            break
+        edits = _unit_edits(changes, columns, ([*grown, c] for c in left))
+        effects = steered.answers(edits, [norm / 2, norm]).target.mean(2).mean(0)
+        grown = [*grown, left[int(effects.argmax())]]
+        if size in sizes:
+            found[size] = grown
+    return found
 
 
 def _unit_edits(changes: Changes, columns: Columns, sets: Iterable[Sequence[int]]) -> Iterator[Vectors]:

@@ -29,6 +29,7 @@ from sparse_model.model.generation import generate_steps
 
 Vector = Float[Tensor, " d_dense"]
 _TOKENS = 2048  # of a pass
+_ENTRIES = 2**25  # of the unsteered logits that are kept
 
 
 class SideEffects(NamedTuple):
@@ -82,6 +83,8 @@ class Bystanders:
         self.hf, self.prompts, self.site, self.where = hf, prompts, site, plan.where
         self.seed = plan.seed or 0
         self.text = [part.long().to(hf.device) for part in text.split(max(1, _TOKENS // text.shape[1]))]
+        room = sum(part.numel() for part in self.text) * hf.config.vocab_size <= _ENTRIES
+        self._unsteered = [hf(input_ids=part, use_cache=False).logits if room else None for part in self.text]
         self.tasks = {
             name: batch
             for name, batch in _task_batches(run, plan.task_pairs, self.seed).items()
@@ -99,7 +102,7 @@ class Bystanders:
         return SideEffects(
             norm=0.0 if vector is None else float(vector.norm()),
             p_target=float(p.gather(1, self.prompts.target[:, None]).mean()),
-            kl=self._kl(vector),
+            kl=self.kl(vector),
             pair_accuracy=accuracies,
             perplexity=self._perplexity(self.prompts.tokens, generated),
             perplexity_counterfactual=self._perplexity(self.prompts.counterfactual, generated),
@@ -108,10 +111,12 @@ class Bystanders:
     def _edited(self, vector: Vector | None) -> AbstractContextManager:
         return nullcontext() if vector is None else intervene_vector(self.hf, self.site, vector, where=self.where)
 
-    def _kl(self, vector: Vector | None) -> float:
+    @torch.no_grad()
+    def kl(self, vector: Vector | None) -> float:
+        """KL(unsteered || steered) on the text, nats per token."""
         total = 0.0
-        for tokens in self.text:
-            unsteered = self.hf(input_ids=tokens, use_cache=False).logits
+        for tokens, kept in zip(self.text, self._unsteered, strict=True):
+            unsteered = self.hf(input_ids=tokens, use_cache=False).logits if kept is None else kept
             with self._edited(vector):
                 total += float(kl(unsteered, self.hf(input_ids=tokens, use_cache=False).logits)) * len(tokens)
         return total / sum(len(tokens) for tokens in self.text)

@@ -1,7 +1,8 @@
 """P(counterfactual answer) of a task's prompts under many edits, in few passes of the dense model.
 
-1. Prompts are grouped by their length and by their first token that differs from the counterfactual. What comes before
-   that token or before the site is the same under every edit and computed once (`interventions.steering.suffix`).
+1. Prompts are grouped by the number of tokens from the first that differs from the counterfactual to the last. What
+   comes before that token or before the site is the same under every edit and computed once
+   (`interventions.steering.suffix`).
 2. Edits and strengths are further dimensions of a pass, as many as make it large enough.
 3. Only the logits behind the last token are made.
 """
@@ -90,11 +91,11 @@ def logits_at(
 
 
 class _Group(NamedTuple):
-    """Prompts of one length whose edits begin at the same token."""
+    """Prompts of which as many tokens are edited."""
 
     rows: Int[Tensor, " row"]
-    start: int
-    stop: int
+    columns: Int[Tensor, "row pos"]
+    """The tokens that an edit is given for."""
     suffix: Suffix
 
 
@@ -127,8 +128,7 @@ class SteeredPrompts:
         steered = [number for number, strength in enumerate(strengths) if strength]
         for group in self._groups:
             width = len(group.rows) * group.suffix.tokens_at_once
-            first = group.stop - group.suffix.tokens_at_once
-            group_edits = torch.stack([edit[group.rows, first : group.stop] for edit in edits])
+            group_edits = torch.stack([edit[group.rows[:, None], group.columns] for edit in edits])
             for numbers in _split(steered, max(1, _TOKENS // width)):
                 scales = torch.tensor([float(strengths[number]) for number in numbers])
                 passes = [
@@ -150,10 +150,17 @@ class SteeredPrompts:
 
     def _grouped(self) -> Iterator[_Group]:
         starts, stops = self.prompts.open.to(torch.uint8).argmax(1), self.prompts.last + 1
+        together = self.hf.config.model_type == "gpt2"
+        kinds: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for start, stop in sorted(set(zip(starts.tolist(), stops.tolist(), strict=True))):
-            rows = ((starts == start) & (stops == stop)).nonzero().flatten()
-            suffix = suffix_of(self.hf, self.prompts.tokens[rows, :stop], start, self.site, self.where)
-            yield _Group(rows, start, stop, suffix)
+            kinds.setdefault((stop - start,) if together else (start, stop), []).append((start, stop))
+        for ends in kinds.values():
+            rows = [((starts == start) & (stops == stop)).nonzero().flatten() for start, stop in ends]
+            parts = [(self.prompts.tokens[r, :stop], start) for r, (start, stop) in zip(rows, ends, strict=True)]
+            suffix = suffix_of(self.hf, parts, self.site, self.where)
+            joined = torch.cat(rows)
+            back = torch.arange(suffix.tokens_at_once, 0, -1, device=joined.device)
+            yield _Group(joined, stops[joined][:, None] - back, suffix)
 
     def _chunks(self, edits: Iterable[Vectors]) -> Iterator[list[Vectors]]:
         size = max(1, _ENTRIES // (self.prompts.tokens.numel() * self.hf.config.hidden_size))

@@ -9,9 +9,11 @@ What lies before the site, and what lies before the first edited token, is the s
 
 So it is never more than a pass over the edited tokens with a KV cache, and the later the site, the less. The sublayers
 are GPT-2's own modules; attention is written out, for edits in one pass share the keys before the first edited token.
+Prompts with as many edited tokens go in one pass, however many come before: shorter pasts are padded and not seen.
 Models of other families go whole from the site on, with the sublayers of `bridges.families`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -38,6 +40,14 @@ class _Past(NamedTuple):
     values: Float[Tensor, "row head prefix d_head"]
 
 
+class _Rows(NamedTuple):
+    """Prompts whose edits begin at the same token, as one unedited pass leaves them."""
+
+    stream: Float[Tensor, "row pos d_dense"]
+    past: dict[int, _Past]
+    start: int
+
+
 @runtime_checkable  # for the shape checks of tests
 class Suffix(Protocol):
     """Logits behind the last token of prompts of one length, under edits of the tokens from `start` on."""
@@ -52,10 +62,17 @@ class Suffix(Protocol):
         """Logits under every edit at every strength; of one unedited pass where there are no edits."""
 
 
-def suffix_of(hf: PreTrainedModel, tokens: Int[Tensor, "row pos"], start: int, site: int, where: Where) -> Suffix:
-    """The quickest way from a site on."""
-    kind = GPT2Suffix if hf.config.model_type == "gpt2" else FamilySuffix
-    return kind(hf, tokens, start, site, where)
+def suffix_of(hf: PreTrainedModel, parts: Sequence[tuple[Tensor, int]], site: int, where: Where) -> Suffix:
+    """The quickest way from a site on: tokens and their first edited one, with as many from there on in every part.
+
+    Tokens are [row, pos], as many columns as the part's prompts are long; the rows of the parts follow each other.
+    Raises ValueError for parts of another family than GPT-2, which go alone.
+    """
+    if hf.config.model_type == "gpt2":
+        return GPT2Suffix(hf, parts, site, where)
+    if len(parts) > 1:
+        raise ValueError(f"{len(parts)} parts: a {hf.config.model_type} takes prompts of one length")
+    return FamilySuffix(hf, *parts[0], site, where)
 
 
 class FamilySuffix:
@@ -77,9 +94,10 @@ class FamilySuffix:
     ) -> Float[Tensor, "strength edit row vocab"]:
         """As `Suffix.logits`."""
         given = torch.zeros_like(self._stream[None, :, self._start :]) if edits is None else edits
-        return torch.stack([self._edited(strength * given) for strength in strengths.to(given)])
+        return torch.stack([self.edited(strength * given) for strength in strengths.to(given)])
 
-    def _edited(self, edits: Float[Tensor, "edit row pos d_dense"]) -> Float[Tensor, "edit row vocab"]:
+    def edited(self, edits: Float[Tensor, "edit row pos d_dense"]) -> Float[Tensor, "edit row vocab"]:
+        """Logits under every edit; gradients flow to the edits where they are asked for."""
         dense, stream = self._dense, self._stream.repeat(len(edits), 1, 1)
         change = pad(edits.flatten(0, 1), (0, 0, self._start, 0))
         if self.where == "stream":
@@ -101,29 +119,41 @@ class GPT2Suffix:
     """A `Suffix` of GPT-2."""
 
     @torch.no_grad()
-    def __init__(
-        self, hf: PreTrainedModel, tokens: Int[Tensor, "row pos"], start: int, site: int, where: Where
-    ) -> None:
-        self._anatomy = Anatomy(hf)
-        body, unembed = self._anatomy.body, self._anatomy.head
-        self._body, self._unembed, self.where = body, unembed, where
+    def __init__(self, hf: PreTrainedModel, parts: Sequence[tuple[Tensor, int]], site: int, where: Where) -> None:
+        anatomy = Anatomy(hf)
+        sites = range(2 * hf.config.n_layer + 1)
+        self._norms = [(anatomy.norm(i), anatomy.read_norm(i)) for i in sites]
+        self._body, self._unembed, self.where = anatomy.body, anatomy.head, where
         self.site = Site(site, hf.config.n_layer)
-        self.length = tokens.shape[1] - start
-        self._past: dict[int, _Past] = {}
+        self.length = parts[0][0].shape[1] - parts[0][1]
+        rows = [self._unedited(tokens, start) for tokens, start in parts]
+        self._stream = torch.cat([one.stream for one in rows])
+        longest = max(one.start for one in rows)
+        self._past = {
+            i: _Past(*(torch.cat([_padded(one.past[i][k], longest) for one in rows]) for k in (0, 1)))
+            for i in rows[0].past
+        }
+        starts = torch.cat([torch.full((len(one.stream),), one.start) for one in rows]).to(self._stream.device)
+        places = torch.arange(longest, device=starts.device)
+        self._absent = places < longest - starts[:, None] if len(rows) > 1 else None
+        """The places of the padded pasts that are none, for every row."""
+
+    def _unedited(self, tokens: Int[Tensor, "row pos"], start: int) -> _Rows:
+        """The stream at the site and the pasts of later attentions."""
+        body, site = self._body, self.site.index
         stream = body.wte(tokens) + body.wpe.weight[: tokens.shape[1]]
-        self._stream = stream[:, start:]
-        for i in range(2 * hf.config.n_layer):
+        kept, past = stream[:, start:], {}
+        for i in range(2 * self.site.n_layers):
             if i == site:
-                self._stream = stream[:, start:]
+                kept = stream[:, start:]
             if i % 2 == 0:
                 read = body.h[i // 2].ln_1(stream)
                 if i >= site:
-                    self._past[i] = _Past(*self._keys_and_values(i, read[:, :start]))
+                    past[i] = _Past(*self._keys_and_values(i, read[:, :start]))
                 stream = stream + self._attention(i, read, None, last_only=False)
             else:
                 stream = stream + body.h[i // 2].mlp(body.h[i // 2].ln_2(stream))
-        if self.site.is_final:
-            self._stream = stream[:, start:]
+        return _Rows(stream[:, start:] if self.site.is_final else kept, past, start)
 
     @property
     def tokens_at_once(self) -> int:
@@ -158,7 +188,7 @@ class GPT2Suffix:
         return (stream[..., -1:, :] if last_layer else stream) + written
 
     def _read(self, i: int, stream: Stream, change: Stream | None) -> Stream:
-        return _read(self._anatomy.norm(i), self._anatomy.read_norm(i), stream, change)
+        return _read(*self._norms[i], stream, change)
 
     def _keys_and_values(self, i: int, read: Stream) -> tuple[Tensor, Tensor]:
         attention: Any = self._body.h[i // 2].attn
@@ -184,6 +214,8 @@ class GPT2Suffix:
             scores = scores.masked_fill(later, -torch.inf)
         if past is not None:
             before = _shared(queries, past.keys.mT)
+            if self._absent is not None:
+                before = before.masked_fill(self._absent[:, None, None, :], -torch.inf)
             scores = torch.cat([before, scores], -1)
         weights = (scores * attention.scaling).softmax(-1)
         if past is None:
@@ -192,6 +224,11 @@ class GPT2Suffix:
             n = past.keys.shape[-2]
             mixed = _shared(weights[..., :n], past.values) + weights[..., n:] @ values
         return attention.c_proj(mixed.transpose(-3, -2).flatten(-2))
+
+
+def _padded(past: Float[Tensor, "row head prefix d_head"], length: int) -> Float[Tensor, "row head longer d_head"]:
+    """A past with zeros before it, as long as the longest."""
+    return pad(past, (0, 0, length - past.shape[-2], 0))
 
 
 def _read(module: nn.Module, norm: ReadNorm, stream: Stream, change: Stream | None) -> Stream:

@@ -10,6 +10,7 @@ from support.helpers import make_tiny_run
 
 from bridges.evaluation import evaluate
 from bridges.run_folder import Run, fingerprint, update_metrics
+from interventions.bases.result import Bases, Effects, Row
 from interventions.bundle.channels import Channel, Rule, save_channel
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
@@ -81,6 +82,38 @@ def steering(task: str = TASK, *, p95: float = 0.05) -> Steering:
         search_norm=1.0,
         searched={"trained bridge": {"1": [0.42]}, "shuffled decoder": {"1": [0.1, 0.2, 0.6]}},
         digest="",
+    )
+
+
+def bases(task: str = TASK) -> Bases:
+    """Two bases at two sizes, and an edit of one direction that never reaches P .9."""
+
+    def effects(factor: float, p: float) -> Effects:
+        return Effects(factor, p, p / 10, 3.5, {"for_while": 0.5, "return_while": 1.0})
+
+    def row(basis: str, indices: list[int], p: list[float], **at: Effects) -> Row:
+        kl = [value / 10 for value in p]
+        chosen = {"equal norm": effects(1.0, p[2])} | {n.replace("p", "0."): one for n, one in at.items()}
+        return Row(basis, max(1, len(indices)), indices, 1, "read", p, kl, chosen)
+
+    return Bases(
+        task=task,
+        site=1,
+        prompts=8,
+        ladder=[0.25, 0.5, 1.0, 2.0],
+        unit={"1 read": 1.25},
+        equal=1.0,
+        unsteered=0.01,
+        random_p95=[0.01, 0.02, 0.04, 0.3],
+        rows=[
+            row("sparse channels", [5], [0.1, 0.2, 0.4, 0.6], p5=effects(2.0, 0.61)),
+            row("sparse channels", [5, 7, 9, 11], [0.3, 0.6, 0.9, 0.95], p5=effects(0.5, 0.62), p9=effects(1.0, 0.92)),
+            row("rotated axes", [1, 2, 3, 4], [0.2, 0.4, 0.8, 0.93], p5=effects(1.0, 0.81), p9=effects(2.0, 0.91)),
+            row("difference of means", [], [0.05, 0.1, 0.3, 0.7], p5=effects(2.0, 0.71)),
+        ],
+        coders={"TopK autoencoder, k 8": {"nmse": 0.123, "unused": 4.0, "tokens": 20000.0}},
+        comparison={"sizes": [1, 4]},
+        digest="0123",
     )
 
 
@@ -209,6 +242,7 @@ def full_run(folder: Path, name: str = "quote_type") -> Run:
         },
         dense_task={TASK: {"pair_accuracy": 0.97, "p_right": 0.91, "p_wrong": 0.02}},
         steering={TASK: steering()._asdict()},
+        bases={TASK: bases().plain()},
         **tasks_and_sizes(run),
     )
     write_training_records(run)

@@ -33,6 +33,7 @@ SOME = {
     "find-channel": ("--device", "--from", "--name", "--prompts", "--site", *TASK_NAMES),
     "find-circuit": ("--device", "--controls", "--prompts", "--target-loss", "--start-from", *TASK_NAMES),
     "steer": ("--device", "--anyway", "--channel", "--prompts", "--sets", "--where", *TASK_NAMES),
+    "compare-bases": ("--device", "--anyway", "--channel", "--kept", "--prompts", "--sizes", *TASK_NAMES),
     "check-task": ("--device", "--task", "--prompts", *TASK_NAMES),
     "solved-tasks": ("--device", "RUN", "--pairs", "--task", "--prompts"),
     "report": (
@@ -180,6 +181,10 @@ def test_what_cannot_be_steered_is_said_first(bundle: Path, capsys: pytest.Captu
     with pytest.raises(AssertionError, match="was begun"):
         main(["steer", *run, "--anyway"])
     assert "part of the package" in said(capsys, "steer", "--run", "demo")[2]
+    assert "part of the package" in said(capsys, "compare-bases", "--run", "demo")[2]
+    assert "a task counts as solved" in said(capsys, "compare-bases", *run)[2]
+    assert "unknown channel 'no.such'" in said(capsys, "compare-bases", *run, "--channel", "no.such")[2]
+    assert "--kept 8 2: give whole numbers from 1 on" in said(capsys, "compare-bases", *run, "--kept", "8", "2")[2]
     (bundle / "bundle.json").unlink()  # the list of a bundle's files; a run of one's own has none
     shutil.rmtree(bundle / "bridges")
     for command in ("steer", "find-channel", "find-circuit", "evaluate", "report"):

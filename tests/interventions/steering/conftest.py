@@ -1,12 +1,10 @@
 """What the tests of steering share: one run of random weights, steered once."""
 
 import pytest
-from support.steering_runs import CHANNEL, SMALL, TASK, make_run
+from support.steering_runs import SMALL, TASK, steerable_dense
 
 from bridges.run_folder import Run
-from interventions import load_dense
 from interventions.bundle.bundle import get_bundle
-from interventions.bundle.channels import save_channel
 from interventions.steering.result import Steering
 from interventions.steering.steer import steer
 from interventions.steering.steered_prompts import Prompts, prompts_of
@@ -22,13 +20,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    make_run(folder)
-    save_channel(folder, CHANNEL)
-    dense = load_dense(folder)
-    for decoder in get_bundle(dense).bridges.decoders:  # or the random decoders' edits would hardly be felt
-        decoder.weight.data *= 300
-    return dense
+    return steerable_dense(tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ def test_batched_edits_equal_one_whole_pass_each(
     monkeypatch.setattr(answers, "_ENTRIES", 3 * prompts.tokens.numel() * 16)
     edits = torch.randn(4, *prompts.tokens.shape, 16) * prompts.open[..., None]
     steered = SteeredPrompts(plain_model(dense), prompts, site, where)  # type: ignore[arg-type]
-    assert len({group.start for group in steered._groups}) > 3
-    assert {len(group.rows) for group in steered._groups} >= {1, 2}
+    assert 1 < len(steered._groups) < 8
+    assert any(group.suffix._absent is not None and group.suffix._absent.any() for group in steered._groups)
     found = steered.answers(edits, (0.4, 1))
     for number, strength in enumerate((0.4, 1)):
         for at, edit in enumerate(edits):

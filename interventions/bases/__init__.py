@@ -1,0 +1,1 @@
+"""Steering through the sparse model's channels beside other bases of the same dense site."""

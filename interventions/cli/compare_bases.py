@@ -1,0 +1,143 @@
+"""Compare the sparse model's channels with other bases of their dense site: a table, a figure, effect and side effect.
+
+Examples:
+    sparse-bridges compare-bases --run runs/demo
+    sparse-bridges compare-bases --run runs/demo --task while_return_true --kept 8 32 --coder-tokens 1000000
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from interventions.bases.comparison_config import Comparison
+from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next
+from interventions.cli.steer import check_names, check_solved
+from interventions.steering.experiment_config import Experiment
+from interventions.tasks.names import PromptKind
+from sparse_model.io.lock import one_writer
+from sparse_model.io.tables import paragraph, table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from interventions.bases.result import Bases, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Comparison):
+    """A comparison as the command line takes it."""
+
+    task: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Task whose prompts are steered, {TASK_LIST}; unset: the one that the channel was found for."
+        ),
+    ] = None
+    prompts: Annotated[PromptKind | None, tyro.conf.arg(help=f"{PROMPTS_HELP} Unset: as for the channel's search.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compare the sparse model's channels with other bases of their dense site."""
+
+    run: str = "runs/demo"
+    """Run folder, or the name of a packaged bundle, which needs --out."""
+    out: str | None = None
+    """Folder for metrics.json and the figure; unset: the run's own, which keeps one result per task."""
+    device: str = "cpu"
+    """Where the models run: cpu, cuda or cuda:N."""
+    anyway: bool = False
+    """Compare also where the dense model does not solve the task."""
+    comparison: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    """What is steered, through which bases."""
+
+
+def command(arguments: list[str]) -> None:
+    main(parse(Options, "compare-bases", arguments, __doc__))
+
+
+def main(options: Options) -> None:
+    from interventions.bundle.bundle import load_dense
+    from interventions.bundle.packaged import FOLDER, find_run
+    from sparse_model.io.atomic import check_writable
+
+    run = find_run(options.run)
+    folder = Path(options.out) if options.out else run
+    if folder.is_relative_to(FOLDER):
+        raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
+    check_names(run, options.comparison)
+    check_writable(folder)
+    with one_writer(folder):
+        _compare(load_dense(run, options.device), folder, options)
+
+
+def _compare(dense: "nn.Module", folder: Path, options: Options) -> None:
+    from bridges.run_folder import update_metrics
+    from interventions.bases.compare import compare_bases
+    from interventions.bases.result import plot_bases
+    from interventions.bundle.bundle import get_bundle
+    from interventions.steering.baseline import dense_accuracy
+
+    chosen = options.comparison
+    get_bundle(dense).bridges.check_scales()
+    prompts = Experiment(channel=chosen.channel, task=chosen.task, prompts=chosen.prompts, sets=((0,),))
+    check_solved(dense_accuracy(dense, prompts)["pair_accuracy"], anyway=options.anyway)
+    result = compare_bases(dense, chosen)
+    plot = plot_bases(result, folder / f"bases-{result.task.replace('/', '-')}.png")
+    update_metrics(folder, merge=True, bases={result.task: result.plain()})
+    describe(result)
+    print(f"plot: {plot}")
+    say_next("report", "--run", str(folder if folder == get_bundle(dense).folder else options.run))
+
+
+def describe(result: "Bases") -> None:
+    """Print the table, how good the trained coders are, and the verdict."""
+    from interventions.bases.result import verdict
+
+    print(f"{result.task}, site {result.site}, {result.prompts} evaluation prompts, unsteered {result.unsteered:.4f}")
+    print(f"\n{table(rows_of(result))}")
+    print(
+        paragraph(
+            "P: P(counterfactual answer). Norms in units of the exact patch's, chosen on selection prompts: the equal "
+            f"norm, {result.equal:g}, is the largest at which 95 % of random directions do nothing; P .5 and P .9 are "
+            "first reached at that norm, on other prompts P is as shown. KL: nats per token of other text; others: "
+            "pairs right on other tasks. own: the search's candidates are those of the sparse model alone. "
+            "A transcoder's edits are of its sublayer's output, and so are their norms."
+        )
+    )
+    coders = [
+        f"{name}: NMSE {one['nmse']:.3f}, {one['unused']:.0f} latents unused" for name, one in result.coders.items()
+    ]
+    if coders:
+        print(paragraph(f"trained on {next(iter(result.coders.values()))['tokens']:,.0f} tokens: {'; '.join(coders)}"))
+    print(paragraph(verdict(result)))
+
+
+def rows_of(result: "Bases") -> list[list[str]]:
+    """The table: each set at the equal norm and at equal effects."""
+    from interventions.bases.result import TARGETS
+
+    head = ["basis", "equal: P", "KL"]
+    for target in TARGETS:
+        head += [f"P {target:g}: at", "P", "KL", "others"]
+    return [head, *(_row(row) for row in result.rows)]
+
+
+def _row(row: "Row") -> list[str]:
+    from interventions.bases.result import EQUAL_NORM, TARGETS, title
+
+    cells = [title(row)]
+    equal = row.at.get(EQUAL_NORM)
+    cells += [f"{equal.p:.3f}", f"{equal.kl:.3f}"] if equal else ["", ""]
+    for target in TARGETS:
+        one = row.at.get(f"{target:g}")
+        if one is None:
+            cells += ["never", "", "", ""]
+            continue
+        others = "none" if one.others is None else f"{one.others:.2f}"
+        cells += [f"{one.factor:.3g}", f"{one.p:.3f}", f"{one.kl:.3f}", others]
+    return cells
