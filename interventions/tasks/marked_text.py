@@ -81,11 +81,17 @@ def _different(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _rows(task: str, text: str, tokenizer: PreTrainedTokenizerFast, n_ctx: int, of_file: int) -> list[_Row]:
+@lru_cache(maxsize=256)
+def _pieces(text: str) -> list[Piece]:
+    """The tokens of Python of a file; none where it is no Python. Kept, for every task and channel asks again."""
     try:
-        pieces = python_pieces(text)
+        return python_pieces(text)
     except (SyntaxError, tokenize.TokenError):
         return []
+
+
+def _rows(task: str, text: str, tokenizer: PreTrainedTokenizerFast, n_ctx: int, of_file: int) -> list[_Row]:
+    pieces = _pieces(text)
     where, known = places(PREDICATES[task], text, pieces), template_contexts(task)
     parts = _cut(text, pieces, tokenizer, n_ctx - 1, of_file)
     rows = [_row(start, ids, ends, where, known) for start, ids, ends in parts]

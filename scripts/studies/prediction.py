@@ -126,7 +126,9 @@ def _text(run: Run, rows: int, generator: torch.Generator) -> tuple[Int[Tensor, 
     None of the two tokens ends a document.
     """
     n_ctx, end_of_text = run.config.sparse.n_ctx, run.tokenizer.eos_token_id
-    text = blocks(held_out(run, 32 * rows * n_ctx), n_ctx)
+    documents = held_out(run, 32 * rows * n_ctx)
+    require(documents.kind == "held-out", "run", run.folder, "its corpus cannot be read any more: put it back")
+    text = blocks(documents, n_ctx)
     length = 3 * n_ctx // 4
     text = text[(text[:, length - 1] != end_of_text) & (text[:, length] != end_of_text)]
     text = text[torch.randperm(len(text), generator=generator)]

@@ -1,6 +1,7 @@
 """The prediction study: predicted from the sparse model alone, registered, and compared with the right null."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,14 @@ OPTIONS = prediction.Options(channels=10, rows=4, draws=5)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_tiny_run(tmp_path_factory.mktemp("prediction") / "run")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_sets() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction, "_SETS", 1)
+        patch.setattr(prediction, "_SIZES", (1, 4))
+        yield
 
 
 @pytest.fixture(scope="module")
