@@ -22,7 +22,7 @@ PRIMARY = ("last", "top")
 """Edit and quantity that the claim stands on; settled before anything was measured."""
 QUANTITIES = {"top": "the token predicted to move most", "next": "the text's next token", "vocabulary": "every token"}
 """Whose logits are compared."""
-_FIGURES = ("correlation", "rank_correlation", "slope", "same_sign")
+_FIGURES = ("correlation", "rank_correlation", "slope", "same_sign", "same_sign_of_large")
 _DRAWS_OF_ALL = 20
 
 Changes = Float[Tensor, "edit row vocab"]
@@ -40,15 +40,25 @@ def top_token(predicted: Changes) -> Int[Tensor, "edit row"]:
 
 
 def agreement(x: Tensor, y: Tensor, *, ranks: bool = True) -> dict[str, float]:
-    """How well predicted changes x foretell measured ones y; signs where a change is predicted at all."""
+    """How well predicted changes x foretell measured ones y.
+
+    Signs are compared where a change is predicted at all, and in the quarter of the pairs with the largest predictions.
+    """
     x, y = x.flatten().double(), y.flatten().double()
     said = x != 0
+    large = said & (x.abs() >= x.abs().sort().values[-max(1, len(x) // 4)])
     return {
         "correlation": _correlation(x, y),
         **({"rank_correlation": _correlation(_ranks(x), _ranks(y))} if ranks else {}),
         "slope": float((x @ y) / (x @ x).clamp(min=1e-30)),
-        "same_sign": float((x.sign() == y.sign())[said].double().mean()) if said.any() else 0.5,
+        "same_sign": _same_sign(x[said], y[said]),
+        "same_sign_of_large": _same_sign(x[large], y[large]),
     }
+
+
+def _same_sign(x: Tensor, y: Tensor) -> float:
+    """A half where there is nothing to compare."""
+    return float((x.sign() == y.sign()).double().mean()) if len(x) else 0.5
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

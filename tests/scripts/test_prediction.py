@@ -83,6 +83,7 @@ def test_figures_of_agreement_by_hand() -> None:
     x, y = torch.tensor([1.0, -2.0, 0.0, 3.0]), torch.tensor([2.0, -1.0, 5.0, -6.0])
     found = prediction_figures.agreement(x, y)
     assert found["same_sign"] == pytest.approx(2 / 3)  # nothing is said of the third
+    assert found["same_sign_of_large"] == 0  # the last one alone
     assert found["slope"] == pytest.approx((2 + 2 - 18) / (1 + 4 + 9))
     assert found["correlation"] == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1]), abs=1e-6)
     ranks = torch.tensor([[2.0, 0, 1, 3], [2.0, 1, 3, 0]])
