@@ -198,15 +198,19 @@ def test_evaluation_files_choose_nothing(run: Run, evidence: Evidence) -> None:
 def test_a_feature_of_member_1_turns_the_values_round(run: Run) -> None:
     code = tuple(f"{file}while {'a' * n} < 1 and b < {n}:\n    return {n}\n" * 2 for n, file in enumerate(files()))
     channel = replace(CHANNEL, selection={"task": "while_return_true"})
-    turned, plain = (
-        channel_evidence(run, replace(channel, weights=weights), tokens=100_000, texts=HeldOutTexts("x", code))
-        for weights in (CHANNEL.weights, tuple(-w for w in CHANNEL.weights))
-    )
-    assert turned is not None
-    assert plain is not None
-    assert turned.sign == -1
-    assert turned.new.sparse.inside == pytest.approx(-plain.new.sparse.inside, abs=1e-6)
-    assert turned.new.sparse.auc == pytest.approx(1 - plain.new.sparse.auc, abs=1e-6)
+    found = channel_evidence(run, channel, tokens=100_000, texts=HeldOutTexts("x", code))
+    assert found is not None
+    assert found.sign == -1
+    text = marked_texts("while_return_true", code, tiny_tokenizer(), 64, 400_000, 8192)["evaluation"]
+    inside = text.label == INSIDE
+    assert found.evaluation.inside == int(inside.sum())
+    dense = load_dense(run.folder)
+    for source in ("encoder", "sparse"):
+        values = torch.cat([activations(dense, rows, channel, source=source) for rows in text.tokens.split(32)])  # type: ignore[arg-type]
+        assert getattr(found.all, source).inside == pytest.approx(-float(values[inside].mean()), abs=1e-5)
+    highest = min(float(activations(dense, rows, channel, source="encoder")[mask >= 0].min())
+                  for rows, mask in zip(text.tokens.split(32), text.label.split(32), strict=True))  # fmt: skip
+    assert found.top[0].value == pytest.approx(-highest, abs=1e-5)
 
 
 def better(evidence: Evidence, **figures: float) -> Evidence:
