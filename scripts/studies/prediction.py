@@ -105,8 +105,10 @@ def make_plan(run: Run, options: Options) -> Plan:
         sites.append(torch.full_like(drawn, site.index))
         channels.append(drawn.sort().values)
         for size in (*(size for size in _SIZES if size < run.sparse.d_model), run.sparse.d_model):
-            for _ in range(_SETS):
+            for number in range(_SETS):
                 chosen = torch.randperm(run.sparse.d_model, generator=generator)[:size]
+                if number and size == run.sparse.d_model:
+                    continue  # there is one set of all
                 members.append(torch.zeros(run.sparse.d_model, dtype=torch.bool).index_fill(0, chosen, True))
                 set_sites.append(site.index)
     return Plan(

@@ -37,6 +37,19 @@ def plan(run: Run) -> prediction.Plan:
     return prediction.make_plan(run, OPTIONS)
 
 
+def test_the_plan_counts_nothing_twice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "_SETS", 3)
+    plan = prediction.make_plan(run, OPTIONS)
+    pairs = list(zip(plan.site.tolist(), plan.channel.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs) >= OPTIONS.channels
+    sets = [(site, tuple(members)) for site, members in zip(plan.set_site.tolist(), plan.members.tolist(), strict=True)]
+    assert sum(all(members) for _, members in sets) == 5  # once a site
+    assert sorted(sum(members) for site, members in sets if site == 2) == [1, 1, 1, 4, 4, 4, 32]
+    assert len({tuple(row) for row in plan.tokens.tolist()}) == OPTIONS.rows
+    assert plan.tokens[::2, -1].tolist() == plan.tokens[1::2, -1].tolist()
+    assert run.tokenizer.eos_token_id not in (*plan.tokens[:, -1].tolist(), *plan.following.tolist())
+
+
 @torch.no_grad()
 def test_the_prediction_is_the_sparse_models_own_change(run: Run, plan: prediction.Plan) -> None:
     """By whole passes, one channel after the other; the dense model, the encoders and the decoders are gone."""
