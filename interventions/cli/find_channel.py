@@ -1,7 +1,8 @@
 """Find the sparse channel that carries a task's feature and name it in RUN/channels.json.
 
 It is searched for by what steers the dense model, by patching the sparse model alone, or taken from the task's circuit
-(sparse-bridges find-circuit). Only selection prompts are looked at; their strengths are kept with it.
+(sparse-bridges find-circuit). Only selection prompts are looked at; their strengths are kept with it. What the name is
+worth on natural text is measured last, and kept too.
 
 Examples:
     sparse-bridges find-channel --run runs/demo
