@@ -2,7 +2,7 @@
 
 1. A row is a piece of a file from the line on where a statement begins, so that whatever is open was opened in the row.
 2. No two rows share text, and no row is among those of another split.
-3. A token is marked by the place behind its last character. One whose opening stands before its row is not marked.
+3. A token is marked by the place behind its last character.
 """
 
 import tokenize
@@ -31,7 +31,7 @@ class MarkedText(NamedTuple):
 
     tokens: Int[Tensor, "row pos"]
     label: Int[Tensor, "row pos"]
-    """OUTSIDE, INSIDE or TWIN (`interventions.tasks.predicates`); UNMARKED for padding and what cannot be known."""
+    """OUTSIDE, INSIDE or TWIN (`interventions.tasks.predicates`); UNMARKED for end-of-text and padding."""
     new: Bool[Tensor, "row pos"]
     """Whether a token's context is none that the task's templates have; outside it is."""
     files: int
@@ -94,14 +94,14 @@ def _rows(task: str, text: str, tokenizer: PreTrainedTokenizerFast, n_ctx: int, 
     pieces = _pieces(text)
     where, known = places(PREDICATES[task], text, pieces), template_contexts(task)
     parts = _cut(text, pieces, tokenizer, n_ctx - 1, of_file)
-    rows = [_row(start, ids, ends, where, known) for start, ids, ends in parts]
+    rows = [_row(ids, ends, where, known) for ids, ends in parts]
     return list({row.tokens: row for row in rows}.values())
 
 
 def _cut(
     text: str, pieces: list[Piece], tokenizer: PreTrainedTokenizerFast, room: int, of_file: int
-) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Parts of a text that share nothing: characters before it, its tokens, and the place behind each."""
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Parts of a text that share nothing: their tokens, and the place behind each."""
     starts = [text.rfind("\n", 0, piece.start) + 1 for piece in pieces if piece.statement and piece.text]
     rows = max(1, of_file // room)
     free = 0
@@ -116,16 +116,13 @@ def _cut(
         )
         ids, ends = encoded["input_ids"][:room], [start + end for _, end in encoded["offset_mapping"][:room]]
         if ids:
-            yield start, ids, ends
+            yield ids, ends
             free = ends[-1]
 
 
-def _row(start: int, ids: list[int], ends: list[int], where: Places, known: frozenset[str]) -> _Row:
-    label, new = [], []
-    for end in ends:
-        decidable = int(where.opener[end]) >= start
-        label.append(int(where.label[end]) if decidable else UNMARKED)
-        new.append(label[-1] == OUTSIDE or (decidable and where.context(end) not in known))
+def _row(ids: list[int], ends: list[int], where: Places, known: frozenset[str]) -> _Row:
+    label = [int(where.label[end]) for end in ends]
+    new = [of == OUTSIDE or where.context(end) not in known for of, end in zip(label, ends, strict=True)]
     return _Row(tuple(ids), label, new)
 
 

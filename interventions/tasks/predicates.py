@@ -68,8 +68,6 @@ class Places(NamedTuple):
 
     label: np.ndarray
     """By place."""
-    opener: np.ndarray
-    """Characters before what opened the span of a place; the place itself outside."""
     spans: np.ndarray
     """Index of the place's span; -1 outside all."""
     found: list[Span]
@@ -84,12 +82,10 @@ def places(predicate: Predicate, text: str, pieces: list[Piece]) -> Places:
     """The places of a text with the pieces given, labelled."""
     found = list(predicate.spans(pieces))
     label, spans = np.zeros(len(text) + 1, dtype=np.int8), np.full(len(text) + 1, -1)
-    opener = np.arange(len(text) + 1)
     for number, span in enumerate(found):
         label[span.first : span.end] = span.label
-        opener[span.first : span.end] = pieces[span.opened_by].start
         spans[span.first : span.end] = number
-    return Places(label, opener, spans, found, pieces)
+    return Places(label, spans, found, pieces)
 
 
 def context(pieces: Sequence[Piece], span: Span, place: int) -> str:

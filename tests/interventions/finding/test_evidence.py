@@ -128,12 +128,13 @@ def test_files_that_resemble_each_other_are_one() -> None:
     assert [text.files for text in once.values()] == [text.files for text in both.values()]
 
 
-def test_what_was_opened_before_a_row_is_not_marked() -> None:
-    long = 'x = "' + "red cup " * 60 + '"\ny = 1\n'
-    texts = [long + "# " + str(n) + " ".join(str(n * i) for i in range(200)) for n in range(12)]
+def test_a_row_begins_where_nothing_is_open() -> None:
+    """A long string and a long list are cut off; no row begins in them."""
+    lines = 'x = "' + "red cup " * 60 + '"\ny = [\n' + "    'old',\n" * 60 + "]\n"
+    texts = [lines + f"z = {n}\n" + "".join(f"w = {n * i}\n" for i in range(99)) for n in range(12)]
     text = marked_texts(TASK, texts, tiny_tokenizer(), 16, 10_000, 8192)["selection"]
-    assert (text.label[:, 1:] == INSIDE).sum(1).max() < 15
-    assert text.files > 0
+    starts = {tiny_tokenizer().decode(row[1:3]) for row in text.tokens.tolist()}
+    assert starts == {"x =", "y =", "z =", "w ="}
 
 
 @pytest.mark.parametrize("source", ["encoder", "sparse"])

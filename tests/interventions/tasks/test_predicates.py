@@ -121,10 +121,3 @@ def test_contexts_that_templates_do_not_have() -> None:
     assert not of('f("""red cup""")\n', "d c")
     assert of("f(1)\nwhile x:\n    pass\n", "x", "for_while")
     assert not of("f(1)\nwhile x < 1:\n    pass\n", "1:", "for_while")
-
-
-def test_a_place_knows_what_opened_it() -> None:
-    code = "f(1)\nx = [2, (3, 4)]\n"
-    marked = places(PREDICATES["bracket_counting"], code, python_pieces(code))
-    assert [int(marked.opener[code.index(at) + 1]) for at in ("1", "2", "4")] == [1, 9, 13]
-    assert marked.opener[code.index("x") + 1] == code.index("x") + 1
