@@ -199,9 +199,8 @@ def test_a_circuit_without_the_reads_asked_for_is_refused(run: Run, batch: TaskB
 
 
 def test_the_scripts_name_a_circuit_s_channel_and_compare_runs(
-    run: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("interventions.finding.evidence._PLENTY", 1)  # a little of each held-out file will do
     task, folder = "bracket_brace", str(run.folder)
     with pytest.raises(FileNotFoundError, match=rf"sparse-bridges find-circuit --run {folder} --task {task}"):
         main(Options(run=folder, task=task, source="circuit"))
