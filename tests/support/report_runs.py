@@ -12,6 +12,7 @@ from bridges.evaluation import evaluate
 from bridges.run_folder import Run, fingerprint, update_metrics
 from interventions.bases.result import Bases, Effects, Row
 from interventions.bundle.channels import Channel, Rule, save_channel
+from interventions.bundle.evidence import Detection, Evidence, Excerpt, MarkedTokens, Readings
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.controls import validate
@@ -150,6 +151,35 @@ def selection(task: str, share: float) -> dict[str, Any]:
         "single_effect_nats": {"3": 1.375, "7": -0.625},
         "site_effects": [{"site": i, "label": of, "p_stream": s, "p_read": r} for i, of, s, r in sites],
     }
+
+
+def evidence(*, auc: float = 0.91) -> Evidence:
+    """What a search measures of its channel's name; no two figures are alike."""
+
+    def detection(auc: float, by: float) -> Detection:
+        return Detection(
+            auc=auc, auc_twin=auc - 0.05, threshold=0.25 + by, precision=0.61 + by, recall=0.31 + by,
+            inside=1.5 + by, twin=-0.5 - by, outside=-1.25 - by,
+        )  # fmt: skip
+
+    def readings(auc: float, by: float) -> Readings:
+        return Readings(
+            encoder=detection(auc, by), sparse=detection(auc + 0.02, by + 0.01), probe=detection(0.97, by + 0.02)
+        )
+
+    return Evidence(
+        task=TASK,
+        inside="in a double-quoted string",
+        twin="in a single-quoted string",
+        sign=1,
+        text="held-out files of <stdlib>",
+        selection=MarkedTokens(files=17, inside=3001, twin=402, outside=20003, new_inside=304, new_twin=205),
+        evaluation=MarkedTokens(files=19, inside=4001, twin=502, outside=30003, new_inside=404, new_twin=305),
+        new=readings(auc, 0.0),
+        all=readings(0.93, 0.1),
+        top=(Excerpt(value=3.25, label="inside", before=(5, 6), token=7, behind=(8,)),),
+        bottom=(Excerpt(value=-2.75, label="outside", before=(), token=9, behind=(10, 11)),),
+    )
 
 
 def training_records(count: int, n_sites: int) -> list[dict[str, Any]]:
