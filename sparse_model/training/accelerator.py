@@ -44,8 +44,8 @@ def make_accelerator(
     if processes not in (None, accelerator.num_processes):
         raise ValueError(
             f"processes={processes}: {accelerator.num_processes} took part. On CPUs `accelerate launch --cpu "
-            "--num_processes N` starts a single one; use torchrun --nproc_per_node N, or ACCELERATE_USE_CPU=true "
-            "accelerate launch --multi_gpu --num_processes N"
+            "--num_processes N` starts a single one; use torchrun --nproc_per_node N -- SCRIPT, or "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.is_main_process:
         logger.warning("mixed precision fp16 does nothing on a CPU: training in float32; bf16 works there too")

@@ -28,7 +28,5 @@ def test_a_slip_in_the_name_of_a_run_is_not_asked_for_on_the_hub(
     Path("runs/demo").mkdir(parents=True)
     assert local_path("runs/dmeo") == Path("runs/dmeo")
     assert local_path("dmeo") is None
-    with pytest.raises(
-        FileNotFoundError, match=r"no run at runs/dmeo: train one .* or use a packaged bundle .*\)$"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no run at runs/dmeo: train one .* or use a packaged bundle .*\)$"):
         load_dense("runs/dmeo")
