@@ -5,11 +5,11 @@
     python tests/doc_commands.py --every 12               # a spread of those that need no process of their own
     python tests/doc_commands.py --list                   # what each is cut down to, or why it is not run
 
-RULES says what each kind of command is cut down to, NOT_RUN what is left out and why. The commands of a page run in order
-in a folder of its own, with `./my-model`, `./my-code` and what else pages name, all small and real. A run that a command
-reads is a copy of the packaged bundle; one that a command trains must be new, and is removed again, since there is
-nothing to look at after three steps. Before a --resume the same command is started without it and killed. Names on the
-hub are those of the stand-in. A command is right when it ends with 0 and prints no traceback.
+RULES says what each kind of command is cut down to, NOT_RUN what is left out and why. The commands of a page run in
+order in a folder of its own, with `./my-model`, `./my-code` and what else pages name, all small and real. A run that a
+command reads is a copy of the packaged bundle; one that a command trains must be new, and is removed again, since there
+is nothing to look at after three steps. Before a --resume the same command is started without it and killed. Names on
+the hub are those of the stand-in. A command is right when it ends with 0 and prints no traceback.
 """
 
 import argparse
