@@ -112,7 +112,7 @@ def main(options: Options) -> None:
             save_circuit(run.folder, circuit)
     if circuit.controls is None:
         print(UNCONTROLLED)
-        say_next("find-circuit", "--run", options.run, "--task", options.task, "--controls")
+        say_next("find-circuit", "--run", options.run, "--task", options.task, "--model", options.model, "--controls")
         return
     print(format_validation(Validation.from_dict(circuit.controls)))
     print(f"{time.perf_counter() - start:.0f} s with controls, kept in {path}")

@@ -1,5 +1,7 @@
 """The report's head: key figures, claims with their controls, and what a reader should know before trusting them."""
 
+import shlex
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridges.evaluation import RECOVERED
@@ -79,11 +81,11 @@ def warnings(
     for result in steering:
         sentences += _steering_warnings(result, channels)
     for page in circuits:
-        sentences += _circuit_warnings(page)
+        sentences += _circuit_warnings(page, run.folder)
     return sentences
 
 
-def _circuit_warnings(page: CircuitPage) -> list[str]:
+def _circuit_warnings(page: CircuitPage, folder: Path) -> list[str]:
     name = f"{page.circuit.task} in the {page.circuit.model} model"
     faithfulness = page.circuit.faithfulness
     failed = []
@@ -92,19 +94,21 @@ def _circuit_warnings(page: CircuitPage) -> list[str]:
             f"The circuit for {name} failed: on evaluation prompts its task loss is {faithfulness.loss:.3f}, its "
             f"target {page.circuit.config['target_loss']:g}. Find it again with more --steps or a higher --target-loss."
         ]
-    return failed + _control_warnings(page, name)
+    return failed + _control_warnings(page, name, folder)
 
 
-def _control_warnings(page: CircuitPage, name: str) -> list[str]:
+def _control_warnings(page: CircuitPage, name: str, folder: Path) -> list[str]:
+    command = f"sparse-bridges find-circuit --run {shlex.quote(str(folder))} --task {page.circuit.task} --controls"
+    command += " --model dense" * (page.circuit.model == "dense")
     if page.stale:
         return [
             f"The controls of the circuit for {name} were written by another version and do not read: run them again "
-            f"with `sparse-bridges find-circuit --task {page.circuit.task} --controls`."
+            f"with `{command}`."
         ]
     if not page.controls:
         return [
             f"The circuit for {name} is uncontrolled: pruning also finds small circuits where there is nothing. "
-            f"Add controls with `sparse-bridges find-circuit --task {page.circuit.task} --controls`."
+            f"Add controls with `{command}`."
         ]
     failed = [control.control for control in page.controls if not control.survived]
     if not failed:
