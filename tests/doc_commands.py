@@ -13,7 +13,6 @@ the hub are those of the stand-in. A command is right when it ends with 0 and pr
 """
 
 import argparse
-import itertools
 import os
 import re
 import runpy
@@ -37,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pytest  # noqa: E402
 from support.hub import local_hub  # noqa: E402
 from support.pages import Line, command_lines  # noqa: E402
-from support.scratch import furnish, furnish_hub, has_run, provide  # noqa: E402
+from support.scratch import alone, furnish, furnish_hub, has_run, provide  # noqa: E402
 
 BIN = Path(sys.executable).parent
 
@@ -278,15 +277,6 @@ def trained_folder(words: list[str]) -> str | None:
     found = re.search(r"--run (\S+)", command)
     preset = re.search(r"train[-_]\w+(?:\.py)? (\w+)", command)
     return found[1] if found else f"runs/{'sparse-' * ('train-sparse' in command)}{preset[1] if preset else 'demo'}"
-
-
-def alone(words: list[str]) -> list[tuple[str, float]]:
-    """The runs of train-sparse that a command reads, with the share of their weights."""
-    found = []
-    for option, fraction in (("--sparse-runs", 0.25), ("--dense-runs", 1)):
-        after = words[words.index(option) + 1 :] if option in words else []
-        found += [(run, fraction) for run in itertools.takewhile(lambda word: not word.startswith("-"), after)]
-    return found
 
 
 def chosen(options: argparse.Namespace) -> list[Line]:

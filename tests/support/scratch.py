@@ -1,5 +1,6 @@
 """A folder as the pages' commands find it: a clone's scripts, a user's model and text, and finished runs, all small."""
 
+import itertools
 import json
 import random
 import re
@@ -72,3 +73,12 @@ def make_run(folder: Path) -> None:
     shutil.copytree(BUNDLE, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus_tokens": 20_000, "eval_tokens": 512}))
+
+
+def alone(words: list[str]) -> list[tuple[str, float]]:
+    """The runs of train-sparse that a command reads, with the share of their weights."""
+    found = []
+    for option, fraction in (("--sparse-runs", 0.25), ("--dense-runs", 1)):
+        after = words[words.index(option) + 1 :] if option in words else []
+        found += [(run, fraction) for run in itertools.takewhile(lambda word: not word.startswith("-"), after)]
+    return found
