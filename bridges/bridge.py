@@ -1,6 +1,7 @@
 """The bridges themselves: one encoder and one decoder per residual site (paper 3.3)."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from bridges.families import ReadNorm
 from sparse_model.io.atomic import recover_folder, replace_folder
-from sparse_model.io.tensors import load_checked, read_tensors
+from sparse_model.io.reading import NOTHING_ELSE, read_typed
+from sparse_model.io.tensors import check_finite, check_sizes, load_checked, read_shapes, read_tensors
 from sparse_model.sparsity.abs_topk import abs_topk
 
 DenseResid = Float[Tensor, "batch pos d_dense"]
@@ -86,6 +88,25 @@ class BridgeSet(nn.Module):
         return weight.detach().T
 
 
+@dataclass(frozen=True)
+class BridgeShape:
+    """The sizes of a `BridgeSet`, as its config.json has them."""
+
+    __pydantic_config__ = NOTHING_ELSE
+
+    n_sites: int
+    d_dense: int
+    d_sparse: int
+    encoder_k: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.encoder_k > self.d_sparse:
+            raise ValueError(f"encoder_k={self.encoder_k}: must lie in 1 .. d_sparse={self.d_sparse}")
+
+
 def _linear_sites(
     layers: nn.ModuleList, resids: list[Float[Tensor, "batch pos d_in"]]
 ) -> Float[Tensor, "site batch pos d_out"]:
@@ -98,8 +119,8 @@ def _linear_sites(
 def save_bridges(bridges: BridgeSet, folder: Path) -> None:
     """Write a BridgeSet: shape in config.json, weights and scales in safetensors."""
     with replace_folder(folder) as temporary:
-        shape = {n: getattr(bridges, n) for n in ("n_sites", "d_dense", "d_sparse", "encoder_k")}
-        (temporary / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+        shape = BridgeShape(bridges.n_sites, bridges.d_dense, bridges.d_sparse, bridges.encoder_k)
+        (temporary / "config.json").write_text(json.dumps(asdict(shape), indent=2) + "\n")
         save_file(
             {n: t.cpu().contiguous() for n, t in bridges.state_dict().items()},
             temporary / "bridges.safetensors",
@@ -115,9 +136,14 @@ def load_bridges(folder: Path) -> BridgeSet:
             f"{folder.parent} has no bridges ({path} does not exist): finish its training with sparse-bridges "
             f"train-bridge --run {folder.parent} --resume, or name another run"
         )
-    try:
-        bridges = BridgeSet(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    load_checked(bridges, read_tensors(folder / "bridges.safetensors"), folder / "bridges.safetensors")
+    shape, weights = read_typed(BridgeShape, path, "copy it again"), folder / "bridges.safetensors"
+    stored = read_shapes(weights)
+    check_sizes(weights, {"n_sites": (shape.n_sites, sum(n.endswith(".weight") for n in stored) // 2)})
+    first = stored.get("encoders.0.weight", ())
+    if len(first) == 2:
+        check_sizes(weights, {"d_sparse": (shape.d_sparse, first[0]), "d_dense": (shape.d_dense, first[1])})
+    state = read_tensors(weights)
+    bridges = BridgeSet(**asdict(shape))
+    load_checked(bridges, state, weights)
+    check_finite({name: t for name, t in state.items() if name not in SCALES}, weights)
     return bridges

@@ -6,15 +6,17 @@ in place of its files: a hub name, a commit, and a digest of the weights.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired
 
 import torch
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from bridges.dense import cast_parameters
 from bridges.loading import load_lm
 from sparse_model.io.atomic import write_text
 from sparse_model.io.hub import download
+from sparse_model.io.reading import read_typed
 from sparse_model.training.identity import digest_of
 from sparse_model.version import __version__
 
@@ -22,6 +24,10 @@ FILE = "bundle.json"
 FORMAT = 1
 """Raised when a bundle that was written before would be read wrongly."""
 _REFERENCE = Path("dense", "reference.json")
+_AGAIN = "download or copy the bundle again"
+
+_Bundle = TypedDict("_Bundle", {"format": int | str, "sparse-bridges": NotRequired[str], "files": list[str]})
+_Bundle.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]  # another format may have more
 
 
 class DenseReference(NamedTuple):
@@ -50,22 +56,16 @@ def check_format(folder: Path) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-        version, files = stated["format"], [str(name) for name in stated["files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): download or copy the bundle again") from error
-    if version != FORMAT:
+    stated = read_typed(_Bundle, path, _AGAIN)
+    if stated["format"] != FORMAT:
         by = f"sparse-bridges {stated.get('sparse-bridges', 'of an unknown version')}"
         raise ValueError(
-            f"{folder} is a bundle of format {version!r}, written by {by}, and sparse-bridges {__version__} reads "
-            f"format {FORMAT}: install the version that wrote it, or ask its owner to push it again with this one"
+            f"{folder} is a bundle of format {stated['format']!r}, written by {by}, and sparse-bridges {__version__} "
+            f"reads format {FORMAT}: install the version that wrote it, or ask its owner to push it again with this one"
         )
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in stated["files"] if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {missing[0]}, which its {FILE} lists: download or copy the bundle again"
-        )
+        raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {FILE} lists: {_AGAIN}")
 
 
 def pin(name: str, digest: str) -> DenseReference:
@@ -83,12 +83,7 @@ def write_reference(folder: Path, reference: DenseReference) -> None:
 def read_reference(folder: Path) -> DenseReference | None:
     """The dense model that a folder names; None where it holds one. A damaged file is a ValueError."""
     path = folder / _REFERENCE
-    if not path.is_file():
-        return None
-    try:
-        return DenseReference(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): download or copy the bundle again") from error
+    return read_typed(DenseReference, path, _AGAIN) if path.is_file() else None
 
 
 def dense_files(folder: Path) -> Path:

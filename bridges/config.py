@@ -5,12 +5,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, require
+from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, check_choices, require
+from sparse_model.io.reading import NOTHING_ELSE
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """Weights of the joint loss' terms, each a sum over all sites (paper 3.3 gives none)."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     ce: float = 1.0
     """Cross-entropy of the sparse model."""
@@ -33,6 +36,8 @@ class LossWeights:
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
     """Bridges and the hybrid losses."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     encoder_topk: float = 0.25
     """Share of the sparse width that an encoder's AbsTopK keeps."""
@@ -73,6 +78,8 @@ class BridgeConfig:
 class DenseTrainConfig:
     """The small GPT-2 trained where no dense model is named; depth, context and vocabulary are the sparse model's."""
 
+    __pydantic_config__ = NOTHING_ELSE
+
     d_model: int = 64
     """Width of the residual stream."""
     n_heads: int = 4
@@ -93,6 +100,7 @@ class DenseTrainConfig:
     """Seeds initial weights and batch order of the dense model."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.d_model % self.n_heads == 0, "dense_train.n_heads", self.n_heads, "must divide d_model")
         require(self.steps >= 1, "dense_train.steps", self.steps, "must be at least 1")
         require(self.lr > 0, "dense_train.lr", self.lr, "must be positive")
@@ -101,6 +109,8 @@ class DenseTrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How the corpus source `self` draws documents from the dense model."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     temperature: float = 1.0
     """What the dense model's logits are divided by; 1 samples from what it learned."""
@@ -126,6 +136,9 @@ class RunConfig(TrainConfig):
     dense: str | None = None
     """Local folder or hub name of the model to bridge (GPT-2, Llama, ...), from which on the command line the sparse
     model's shape follows; unset: a small GPT-2 is trained on the corpus."""
+    start_from: str | None = None
+    """Run of a sparse model trained alone (train-sparse), of this shape and tokenizer, with whose weights the joint
+    training begins; unset: random ones."""
     dense_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the frozen dense model's sublayers run during training."""
     samples: SampleConfig = field(default_factory=SampleConfig)
@@ -175,6 +188,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             steps=10_000,
             batch_size=8,
             tf32=True,
+            bigram_init="counts",
             sparse=SparseConfig(n_layers=4, d_model=512, d_mlp=2048, n_heads=32, n_ctx=256, d_vocab=2048),
             sparsity=SparsityConfig(nonzero_fraction=1 / 32),
             dense_train=DenseTrainConfig(

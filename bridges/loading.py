@@ -1,6 +1,5 @@
 """Loading a dense model so that what loads is that model: nothing missing, nothing left over, every number finite."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +10,29 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
+from typing_extensions import TypedDict
 
 from bridges.dense import DenseModel
 from bridges.families import refusal
 from sparse_model.io.copied import check_copied
 from sparse_model.io.local import local_path
+from sparse_model.io.reading import read_json, read_typed
+from sparse_model.io.tensors import Shape, read_shapes
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FEW_LAYERS = 128
+"""Takes no time to build without numbers, so that another check may say what is missing."""
 _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "a parallel wrapper"}
 # Constants that earlier versions of transformers saved and later ones make anew.
 _CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")
+
+
+class _Index(TypedDict):
+    """Which file holds which tensor of a model in several files."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    weight_map: dict[str, str]
 
 
 def load_lm(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -32,6 +44,7 @@ def load_lm(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -> P
     """
     config = read_config(name_or_folder)
     name, source = _name(name_or_folder), _weights(name_or_folder)
+    _check_sizes(config, Path(source))
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -64,6 +77,8 @@ def read_config(name_or_folder: str | Path) -> PretrainedConfig:
                 f"no model at {path}: the folder needs config.json and model.safetensors, as save_pretrained writes"
             )
         check_copied(path / "config.json")
+        if not isinstance(read_json(path / "config.json", "copy it again", finite=False), dict):
+            raise ValueError(f"{path / 'config.json'} is damaged (it holds no object): copy it again")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -101,11 +116,47 @@ def _weights(name_or_folder: str | Path) -> str:
 
 
 def _shards(index: Path) -> list[Path]:
+    listed = read_typed(_Index, index, "copy it again")["weight_map"]
+    for name in listed.values():
+        if Path(name).name != name:
+            raise ValueError(f"{index} lists {name!r}, which is no file beside it: copy it again")
+    return [index.parent / name for name in sorted(set(listed.values()))]
+
+
+def _check_sizes(config: PretrainedConfig, source: Path) -> None:
+    """Refuse sizes that are not those of the weights before anything as large is allocated.
+
+    Only of safetensors files, whose header says the shapes; others hold at least what they say.
+    """
+    if not source.is_file() or source.suffix == ".bin" or source.name.endswith(".bin.index.json"):
+        return
+    stored: dict[str, Shape] = {}
+    for path in _shards(source) if source.suffix == ".json" else [source]:
+        stored |= read_shapes(path)
+    layers = getattr(config, "num_hidden_layers", None)
+    if type(layers) is not int or not 0 < layers <= max(len(stored), _FEW_LAYERS):
+        raise ValueError(
+            f"{source.parent / 'config.json'}: {layers!r} layers, but {source} holds {len(stored)} tensors: take both "
+            "from the same model"
+        )
     try:
-        listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [index.parent / name for name in sorted(set(listed.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged ({type(error).__name__}): copy it again") from error
+        with torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise ValueError(
+            f"could not make the model of {source.parent / 'config.json'}: {_first_line(error)}"
+        ) from error
+    for name, t in sorted(model.state_dict().items()):
+        found = stored.get(name, stored.get(name.removeprefix(f"{model.base_model_prefix}."), tuple(t.shape)))
+        if found != tuple(t.shape):
+            raise _misfit(str(source), name, found, tuple(t.shape))
+
+
+def _misfit(source: str, name: str, found: Any, wanted: Any) -> ValueError:
+    return ValueError(
+        f"{source} does not fit config.json: {name} has shape {tuple(found)} instead of {tuple(wanted)}; take both "
+        "from the same model"
+    )
 
 
 def _check_info(info: dict[str, Any], model: PreTrainedModel, source: str) -> None:
@@ -120,10 +171,7 @@ def _check_info(info: dict[str, Any], model: PreTrainedModel, source: str) -> No
             "puts before them, so that no weight would be found: take the prefix off, or save the model inside it"
         )
     for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise ValueError(
-            f"{source} does not fit config.json: {name} has shape {tuple(found)} instead of {tuple(wanted)}; take both "
-            "from the same model"
-        )
+        raise _misfit(source, name, found, wanted)
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} of the tensors of a {kind} ({_few(missing)}), which would be random: copy "

@@ -25,11 +25,13 @@ from sparse_model.config import check_folder, claim_folder
 from sparse_model.data.prepare import prepare_corpus, say_what_is_left_out
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.lock import one_writer
+from sparse_model.io.manifest import FILE as MANIFEST
 from sparse_model.model.device import default_device
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.model.weight_files import write_measured
 from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers, training_in
+from sparse_model.training.bigram_counts import count_bigrams
 from sparse_model.training.identity import digest_of, keep_identity, run_identity
 from sparse_model.training.interrupts import NOTHING_WRITTEN, RESUMES, interruptible
 from sparse_model.training.losses import next_token_loss
@@ -70,7 +72,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     main = accelerator.is_main_process
     with interruptible(RESUMES), accelerator.main_process_first():
         with interruptible(NOTHING_WRITTEN):
-            parts = run_folder.check_parts(config, folder, progress=progress)
+            parts = run_folder.check_parts(config, folder, accelerator.device, progress=progress)
         if main:
             say_what_is_left_out(parts.blocks)
             claim_folder(config, folder, resume)
@@ -89,7 +91,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     blocks = parts.blocks
     torch.manual_seed(config.seed)
     cast_parameters(hf, getattr(torch, config.dense_dtype))
-    dense, sparse = DenseModel(hf), SparseTransformer(config.sparse)
+    dense, sparse = DenseModel(hf), parts.sparse or _new_sparse(config, blocks.train)
     bridges = run_folder.new_bridges(config, dense.d_model)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if (folder / "bridges").exists():  # written last
@@ -120,6 +122,12 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     return _finish(trainer, run, blocks.val, progress)
 
 
+def _new_sparse(config: RunConfig, blocks: Int[Tensor, "block pos"]) -> SparseTransformer:
+    sparse = SparseTransformer(config.sparse)
+    count_bigrams(sparse, config, blocks)
+    return sparse
+
+
 def make_dense(
     config: RunConfig, folder: Path, *, resume: bool = False, device: str | None = None, progress: bool = True
 ) -> float:
@@ -130,7 +138,7 @@ def make_dense(
     where = default_device(device)
     with training_in(folder, None, lambda: run_folder.check_unfinished(folder, resume)):
         with interruptible(NOTHING_WRITTEN):
-            parts = run_folder.check_parts(config, folder, progress=progress)
+            parts = run_folder.check_parts(config, folder, where, progress=progress)
             say_what_is_left_out(parts.blocks)
             if not (folder / "tokenizer").exists():
                 save_tokenizer(parts.tokenizer, folder / "tokenizer")
@@ -157,6 +165,8 @@ def held_out_blocks(config: RunConfig, val: Int[Tensor, "block pos"]) -> Int[Ten
 def _finish(trainer: JointTrainer, run: run_folder.Run, val: Int[Tensor, "block pos"], progress: bool) -> dict:
     """What follows once sparse/ and bridges/ are written; a run that was killed meanwhile comes here again."""
     trainer.remove_checkpoint()
+    if not (run.folder / MANIFEST).exists():
+        run_folder.write_digests(run.folder)
     with interruptible(f"{run.folder} is trained, and not evaluated: --resume does that"):
         metrics = evaluate_run(run, blocks=val, text=run.config.corpus, progress=progress)
         run.sparse.measured = card_figures(metrics) | {"corpus": run.config.corpus, "steps": run.config.steps}

@@ -1,11 +1,10 @@
 """A run folder: what a run is made of, how it is prepared, saved and opened.
 
-config.json  identity.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json  channels.json
-report.html; self.jsonl (what `self` in its corpus stands for); while it trains: dense-checkpoint/  checkpoint/; while
-a command writes into it: .lock
+config.json  identity.json  digests.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json
+channels.json  report.html; self.jsonl (what `self` in its corpus stands for); while it trains: dense-checkpoint/
+checkpoint/; while a command writes into it: .lock
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +19,20 @@ from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
 from bridges.lens_view import boot
 from bridges.loading import load_lm, read_config
 from bridges.self_text import SAMPLES, sample_documents, share_of_self
-from sparse_model.config import from_json
+from sparse_model.config import SparseConfig, differing, from_json
 from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, remove_folder, write_text
 from sparse_model.io.local import local_path
 from sparse_model.io.lock import one_writer
-from sparse_model.io.tensors import digest
+from sparse_model.io.manifest import check_manifest, write_manifest
+from sparse_model.io.reading import read_sealed, sealed
+from sparse_model.io.tensors import check_finite, digest
 from sparse_model.model.checkpoint import load_sparse, save_sparse
 from sparse_model.model.device import check_device
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.training.checkpoints import CHECKPOINT
 from sparse_model.training.trainer import check_budgets_of
 
 
@@ -64,13 +66,17 @@ class Parts(NamedTuple):
     blocks: CorpusBlocks
     samples: Path | None = None
     """What `self` in the corpus stands for."""
+    sparse: SparseTransformer | None = None
+    """The sparse model that the joint training begins with; None for a new one."""
 
 
-def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Parts:
+def check_parts(config: RunConfig, folder: Path, device: torch.device, *, progress: bool = True) -> Parts:
     """Make or read all that a run starts from, so that a start is refused before it writes into its folder.
 
+    device: where text is sampled from the dense model, if any is.
+
     Raises ValueError for a budget that cannot hold the minimum per neuron, for tokenizers that differ and for a dense
-    model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
+    or a sparse model that does not fit; what reading the tokenizer, the dense model and the corpus raises.
     """
     check_corpus(config, folder / SAMPLES if config.dense else None)
     check_budgets_of(config)
@@ -83,11 +89,12 @@ def check_parts(config: RunConfig, folder: Path, *, progress: bool = True) -> Pa
     if dense is not None:
         check_fit(DenseModel(dense), config.sparse)
         boot(dense, tokenizer)  # what cannot be steered afterwards is refused before it is trained
+    sparse = _sparse(config, folder, tokenizer)
     samples = samples_in(folder)
     if samples is None and dense is not None and share_of_self(config.corpus):
-        samples = sample_documents(config, dense, tokenizer, progress=progress)
+        samples = sample_documents(config, dense, tokenizer, device, progress=progress)
     blocks = prepare_corpus(config, tokenizer, samples=samples, progress=progress)
-    return Parts(tokenizer, dense, blocks, samples)
+    return Parts(tokenizer, dense, blocks, samples, sparse)
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
@@ -130,6 +137,28 @@ def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) 
             f"{largest}: name the one that it was trained with by --tokenizer"
         )
     return model
+
+
+def _sparse(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> SparseTransformer | None:
+    """The model that the configuration names to begin with; None where none is, or the training has begun."""
+    if config.start_from is None or any((folder / part).exists() for part in (CHECKPOINT, "sparse")):
+        return None
+    start = Path(config.start_from).expanduser()
+    if not (start / "sparse").is_dir():
+        raise FileNotFoundError(
+            f"start_from={config.start_from}: no trained sparse model is in {start / 'sparse'}; train one with "
+            f"sparse-bridges train-sparse --run {config.start_from}"
+        )
+    sparse = load_sparse(start / "sparse")
+    if different := differing(sparse.cfg, config.sparse):
+        values = ", ".join(f"sparse.{name}={getattr(sparse.cfg, name)!r}" for name in different)
+        raise ValueError(f"the sparse model of start_from={config.start_from} has {values}: give the same shape")
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(load_tokenizer(start / "tokenizer")):
+        raise ValueError(
+            f"the sparse model of start_from={config.start_from} has another tokenizer than this run: token ids would "
+            f"mean different text; use the one in {start / 'tokenizer'} for both models"
+        )
+    return sparse
 
 
 def check_same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast, name_a: str, name_b: str) -> None:
@@ -178,6 +207,13 @@ def save_trained(folder: Path, sparse: SparseTransformer, bridges: BridgeSet) ->
     save_bridges(bridges, folder / "bridges")
 
 
+def write_digests(folder: Path) -> None:
+    """Write RUN/digests.json, by which `open_run` notices damage to any part."""
+    write_manifest(
+        folder, ("config.json", "tokenizer", "dense", "sparse/config.json", "sparse/model.safetensors", "bridges")
+    )
+
+
 def _check_bridged(folder: Path) -> None:
     """Raise FileNotFoundError, with what to do, for the folder of a training that makes no bridges."""
     for part in ("bridges", "dense", "sparse"):
@@ -207,8 +243,12 @@ def open_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
     _check_bridged(folder)
     check_format(folder)
     config = from_json(RunConfig, folder / "config.json")
+    if (folder / "bridges").exists():  # otherwise it is not finished, which load_bridges says
+        check_manifest(folder)
     bridges = load_bridges(folder / "bridges")
     sparse = load_sparse(folder / "sparse").eval()
+    check_finite(sparse.state_dict(), folder / "sparse")
+    check_sparse_config(folder, config.sparse, sparse.cfg)
     dense, source = DenseModel(load_dense_part(folder)), dense_files(folder)
     tokenizer = sparse.tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, load_tokenizer(source), str(folder / "tokenizer"), str(source))
@@ -219,10 +259,22 @@ def open_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
         ("sparse layers", sparse.n_layers, dense.n_layers),
     ):
         if found != wanted:
-            raise ValueError(f"{folder / 'bridges'} does not fit the run's models: {name} {found}, expected {wanted}")
+            raise ValueError(
+                f"{folder / 'bridges'} does not fit the run's models: {name} {found}, expected {wanted}; copy the "
+                "parts of one run"
+            )
     for part in (dense, sparse, bridges):
         part.to(device)
     return Run(folder, config, tokenizer, dense, sparse, bridges)
+
+
+def check_sparse_config(folder: Path, of_run: SparseConfig, of_model: SparseConfig) -> None:
+    """Raise ValueError where sparse/ is another model than the one that the run's config.json describes."""
+    for name in differing(of_run, of_model):
+        raise ValueError(
+            f"{folder / 'sparse' / 'config.json'}: {name}={getattr(of_model, name)!r}, but sparse.{name}="
+            f"{getattr(of_run, name)!r} in {folder / 'config.json'}: copy the parts of one run"
+        )
 
 
 def fingerprint(run: Run) -> str:
@@ -242,6 +294,15 @@ def update_metrics(folder: Path, *, merge: bool = False, **parts: Any) -> None:
     """
     path = folder / "metrics.json"
     with one_writer(folder):
-        metrics = json.loads(path.read_text()) if path.exists() else {}
+        metrics = read_metrics(folder)
         metrics |= {name: metrics.get(name, {}) | part if merge else part for name, part in parts.items()}
-        write_text(path, json.dumps(metrics, indent=1) + "\n")
+        write_text(path, sealed(metrics))
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """RUN/metrics.json; empty where there is none. Raises ValueError where it is damaged."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return {}
+    # A figure that is not defined, such as a share of nothing, is NaN.
+    return read_sealed(path, f"remove it and run sparse-bridges evaluate --run {folder} again", finite=False)

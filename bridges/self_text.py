@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.config import RunConfig, SampleConfig
@@ -30,6 +29,8 @@ from sparse_model.data.encoding import encode_text
 from sparse_model.data.sources import SELF, parse_spec
 from sparse_model.data.tokenizer import tokenizer_fingerprint
 from sparse_model.io.atomic import failed_writes_named, replace_file, replace_folder
+from sparse_model.io.progress import progress_bar
+from sparse_model.io.reading import typed_line
 from sparse_model.training.identity import digest_of
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,16 @@ def share_of_self(spec: str) -> float:
 
 
 def sample_documents(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, progress: bool = True
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device | None = None,
+    *,
+    progress: bool = True,
 ) -> Path:
     """The file of documents that a run's corpus takes from its dense model, sampled now where it is not there yet.
+
+    device: where it is sampled; None: where the model is, and where it is again afterwards.
 
     Raises ValueError for a tokenizer without end-of-text token and for prompts that are empty or too long.
     """
@@ -79,7 +87,12 @@ def sample_documents(
     if not folder.exists():
         with one_builder(folder):
             if not folder.exists():
-                _sample(options, model, tokenizer, prompts, longest, wanted, folder, progress)
+                own = model.device
+                try:
+                    model.to(device or own)  # type: ignore[arg-type]
+                    _sample(options, model, tokenizer, prompts, longest, wanted, folder, progress)
+                finally:
+                    model.to(own)  # type: ignore[arg-type]
     _warn(folder / SAMPLES, longest)
     return folder / SAMPLES
 
@@ -135,23 +148,20 @@ def _sample(
     tokens, batch = sum(document.tokens for document in drawn), len(drawn) // options.batch_size
     if drawn:
         logger.info("going on with the sampling from the dense model at %d of %d tokens", tokens, wanted)
-    bar = tqdm(total=wanted, initial=tokens, unit=" tokens", unit_scale=True, desc="sampling", disable=not progress)
-    device = next(model.parameters()).device
+    bar = progress_bar(
+        total=wanted, initial=tokens, unit=" tokens", unit_scale=True, desc="sampling", disable=not progress
+    )
     with bar, failed_writes_named(part), part.open("a", encoding="utf-8") as file:
-        try:
-            model.to("cuda" if torch.cuda.is_available() else device)  # type: ignore[arg-type]
-            while tokens < wanted:
-                numbers = range(batch * options.batch_size, (batch + 1) * options.batch_size)
-                begun = [prompts[number % len(prompts)] for number in numbers]
-                documents = list(_draw(options, model, tokenizer, begun, longest, batch))
-                file.write("".join(json.dumps(document._asdict()) + "\n" for document in documents))
-                file.flush()
-                os.fsync(file.fileno())
-                new = sum(document.tokens for document in documents)
-                tokens, batch = tokens + new, batch + 1
-                bar.update(new)
-        finally:
-            model.to(device)  # type: ignore[arg-type]
+        while tokens < wanted:
+            numbers = range(batch * options.batch_size, (batch + 1) * options.batch_size)
+            begun = [prompts[number % len(prompts)] for number in numbers]
+            documents = list(_draw(options, model, tokenizer, begun, longest, batch))
+            file.write("".join(json.dumps(document._asdict()) + "\n" for document in documents))
+            file.flush()
+            os.fsync(file.fileno())
+            new = sum(document.tokens for document in documents)
+            tokens, batch = tokens + new, batch + 1
+            bar.update(new)
     with replace_folder(folder) as temporary:
         shutil.copy2(part, temporary / SAMPLES)
     part.unlink()
@@ -166,8 +176,8 @@ def _whole_batches(part: Path, batch_size: int) -> list[Document]:
     with part.open("rb") as lines:
         for line in lines:
             try:
-                documents.append(Document(**json.loads(line)))
-            except (ValueError, TypeError):
+                documents.append(typed_line(Document, line.decode("utf-8"), str(part), ""))
+            except ValueError:
                 break
             if not line.endswith(b"\n"):
                 documents.pop()
@@ -220,7 +230,8 @@ def _draw(
 
 def _warn(samples: Path, longest: int) -> None:
     with samples.open(encoding="utf-8") as rows:
-        if not any(json.loads(row)["ended"] for row in rows):
+        again = "remove it, and it is sampled again"
+        if not any(typed_line(Document, row, str(samples), again).ended for row in rows):
             logger.warning(
                 "no document that the dense model sampled ended by itself, as with a model that was trained without "
                 "end-of-text: each is cut at %d tokens, the held-out ones too",

@@ -1,8 +1,6 @@
 """Run the README's first block of Python, as a new user would, and compare what it prints with the block below it.
 
 With the installed package, in an empty directory: `make newest` does so from a plain install.
-
-    python scripts/first_block.py
 """
 
 import re

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sparse_model.io.atomic import write_text
+from sparse_model.io.reading import NOTHING_ELSE, read_typed
 
 TOPK_LOCATIONS = ("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "mlp_in", "mlp_neuron", "mlp_out")
 """The paper's eight AbsTopK locations: residual reads, q, k, v, residual writes, MLP neurons."""
+
+_LARGEST_SIZE = 2**24
+"""Of a width or a count; the product of two is still a number of weights that torch can name."""
 
 T = TypeVar("T")
 
@@ -37,6 +40,8 @@ def check_choices(config: Any) -> None:
 @dataclass(frozen=True, kw_only=True)
 class SparseConfig:
     """Architecture of the weight-sparse transformer (paper 2.1, A.1)."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     n_layers: int = 2
     """Transformer layers; a bridged model has as many as its dense model."""
@@ -77,6 +82,9 @@ class SparseConfig:
         check_choices(self)
         for name in ("n_layers", "d_model", "d_mlp", "n_heads", "d_head", "n_ctx", "d_vocab"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+            require(getattr(self, name) <= _LARGEST_SIZE, name, getattr(self, name), "no model is that large")
+        require(self.n_heads * self.d_head <= _LARGEST_SIZE, "n_heads", self.n_heads, "no model is that large")
+        require(self.n_ctx * self.d_pos <= 2**28, "d_pos", self.d_pos, "no model is that large")
         require(0 < self.topk_fraction <= 1, "topk_fraction", self.topk_fraction, "must lie in (0, 1]")
         known = (*TOPK_LOCATIONS, "resid_post_attn", "resid_post_mlp")
         for location in self.topk_locations:
@@ -104,6 +112,8 @@ class SparseConfig:
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
     """Weight sparsity and its annealing (paper A.2)."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     nonzero_fraction: float = 1 / 64
     """Share of each matrix's entries that stay nonzero at the end."""
@@ -138,6 +148,8 @@ class SparsityConfig:
 class OptimConfig:
     """AdamW as the paper runs it for sparse parameters (A.2)."""
 
+    __pydantic_config__ = NOTHING_ELSE
+
     lr: float = 4e-3
     """Learning rate at a kept fraction of 1."""
     sharkfin: bool = True
@@ -165,6 +177,8 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What training a sparse model takes, alone or beside a dense one."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     tokenizer: str | None = None
     """Local folder or hub name; unset: the dense model's own where there is one, or a BPE trained on the corpus."""
@@ -194,6 +208,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    bigram_init: Literal["zeros", "counts"] = "zeros"
+    """Where a learned bigram table begins: at zero, or at what counting pairs of tokens in the training text gives."""
     eval_tokens: int = 32_768
     """Held-out tokens of the evaluation."""
     sparse: SparseConfig = field(default_factory=SparseConfig)
@@ -230,34 +246,12 @@ def to_json(config: Any, path: Path) -> None:
 def from_json(cls: type[T], path: Path) -> T:
     """Read a config back, strictly.
 
-    Raises FileNotFoundError for a missing file and ValueError, naming file and key, for anything unknown.
+    Raises FileNotFoundError for a missing file and ValueError, naming file, key and value, for anything unknown, of
+    another type or out of range.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: is {path.parent} a run or model folder?")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict(cls, data)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a valid {cls.__name__}: {error}") from error
-
-
-def from_dict(cls: type[T], data: dict[str, Any]) -> T:
-    """Build a (nested) config dataclass; an unknown key is a ValueError, lists become tuples."""
-    if not isinstance(data, dict):
-        raise ValueError(f"expected an object, found {data!r}")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise ValueError(f"unknown key {', '.join(unknown)}; known are {', '.join(hints)}")
-    return cls(**{name: _convert(hints[name], value) for name, value in data.items()})
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
-        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type, hint), value)
-    return tuple(value) if isinstance(value, list) else value
+    return read_typed(cls, path, "correct it, or copy it again from where the folder came")
 
 
 def check_folder(config: TrainConfig, folder: Path, resume: bool) -> None:

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from bridges.bridge import BridgeSet, load_bridges
 from bridges.bundle_format import check_format, load_dense_part, read_reference
 from bridges.families import Anatomy
+from interventions.bundle.channels import FILE as CHANNELS
 from interventions.bundle.channels import Channel, load_channels
 from interventions.bundle.generating import AnnouncedGenerate
 from interventions.bundle.generation_check import check_generation
 from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
-from sparse_model.io.tensors import digest
+from sparse_model.io.manifest import check_manifest
+from sparse_model.io.tensors import digest, read_tensors
 from sparse_model.model.device import check_device
 
 
@@ -32,8 +33,20 @@ class Bundle:
         self.folder, self.hf, self.bridges, self.calls = folder, hf, bridges, calls
         self.anatomy = Anatomy(hf)
         self.channels: dict[str, Channel] = load_channels(folder)
-        self.shape = from_json(SparseConfig, folder / "sparse" / "config.json")
+        self.shape = run.sparse.cfg if run else from_json(SparseConfig, folder / "sparse" / "config.json")
         self._run = run
+        if (self.shape.d_model, self.shape.n_sites) != (bridges.d_sparse, bridges.n_sites):
+            raise ValueError(
+                f"{folder / 'sparse' / 'config.json'} has {self.shape.n_sites} sites of width {self.shape.d_model}, "
+                f"{folder / 'bridges'} {bridges.n_sites} of {bridges.d_sparse}: copy the parts of one run"
+            )
+        for channel in self.channels.values():
+            if channel.site >= bridges.n_sites or max(channel.indices) >= bridges.d_sparse:
+                raise ValueError(
+                    f"{folder / CHANNELS}: channel {channel.name!r} ({channel}) is not of this run, which has "
+                    f"{bridges.n_sites} sites of {bridges.d_sparse} channels: run sparse-bridges find-channel --run "
+                    f"{folder} again"
+                )
 
     def __repr__(self) -> str:
         return f"<bundle {self}>"
@@ -84,7 +97,7 @@ class Bundle:
     def _sparse_digest(self) -> str:
         """Of the nonzeros, so that the file will do where the model was not built."""
         if self._run is None and "sparse" not in self.__dict__:
-            return digest(load_file(self.folder / "sparse" / "model.safetensors"))
+            return digest(read_tensors(self.folder / "sparse" / "model.safetensors"))
         state = self.sparse.state_dict()
         if self.shape.tied:  # stored once
             del state["unembedding.weight"]
@@ -146,6 +159,7 @@ def load_hf(
     for part in (*held, "bridges/config.json", "bridges/bridges.safetensors", "sparse/config.json"):
         if not (folder / part).is_file():
             raise FileNotFoundError(f"{folder / part} does not exist: is {folder} a run whose training has finished?")
+    check_manifest(folder, ("dense/", "bridges/", "sparse/"))
     hf: Any = load_dense_part(folder, dtype).eval()
     hf.requires_grad_(False)
     hf.to(device)

@@ -15,15 +15,17 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NotRequired, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from bridges.sites import Site, all_sites
 from sparse_model.io.atomic import write_text
 from sparse_model.io.lock import one_writer
+from sparse_model.io.reading import NOTHING_ELSE, read_json, typed
 
 FILE = "channels.json"
 
@@ -45,6 +47,8 @@ class SparseShape(Protocol):
 class Rule:
     """A condition that a channel was chosen by, and what it reached. The threshold belongs to this rule alone."""
 
+    __pydantic_config__ = NOTHING_ELSE
+
     quantity: str
     """What is compared, in words."""
     bound: Literal["at least", "more than", "at most"]
@@ -65,9 +69,49 @@ class Rule:
         return f"{quantity}: {self.reached:.3g} reached, {self.bound} {self.threshold:.3g} asked for"
 
 
+class _Record(TypedDict, total=False):
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    prompts: str
+    file: str
+    sha256: str
+
+
+class _Dose(TypedDict):
+    strength: float
+    p: NotRequired[float]
+    random_p95: NotRequired[float]
+
+
+class _SiteEffect(TypedDict):
+    site: int
+    label: str
+    p_stream: float
+    p_read: float
+
+
+class Selection(TypedDict, total=False):
+    """`Channel.selection` as far as anything reads it."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    task: str | None
+    prompts: _Record
+    criterion: str
+    pairs: int
+    sets: dict[str, list[int]]
+    share: dict[str, float]
+    doses: dict[str, _Dose]
+    site_effects: list[_SiteEffect]
+    single_effect_nats: dict[str, float]
+    whole_effect_nats: float
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Channel:
     """A named direction of the sparse model's read at one site."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     name: str
     site: int
@@ -93,13 +137,6 @@ class Channel:
                 "and at least one"
             )
 
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> "Channel":
-        """From JSON, as `dataclasses.asdict` gives it."""
-        lists = {name: tuple(entry[name]) for name in ("indices", "weights")}
-        entry = {name: value for name, value in entry.items() if name != "digest"}
-        return cls(**entry | lists | {"rules": tuple(Rule(**rule) for rule in entry.get("rules", ()))})
-
     def value(self, reads: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch"]:
         """The channel's activation, sum_c w_c x_c / sum_c w_c^2, in the unit in which `delta` moves it."""
         weights = torch.tensor(self.weights).to(reads)
@@ -108,8 +145,7 @@ class Channel:
     @property
     def digest(self) -> str:
         """Of everything that was chosen: a result that names it was steered with this very channel."""
-        chosen = json.loads(json.dumps(asdict(self)))
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(asdict(self))
 
     @property
     def strength(self) -> float:
@@ -144,21 +180,30 @@ def load_channels(folder: Path) -> dict[str, Channel]:
     path = folder / FILE
     if not path.exists():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        entries = {name: (Channel.from_dict(entry), entry.get("digest")) for name, entry in data.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): run sparse-bridges find-channel again") from error
-    return {name: _checked(path, channel, digest) for name, (channel, digest) in entries.items()}
+    remedy = f"remove it and run sparse-bridges find-channel --run {folder} again"
+    data = typed(dict[str, dict[str, Any]], read_json(path, remedy), path, remedy)
+    digests = {name: entry.pop("digest", None) for name, entry in data.items()}
+    channels = typed(dict[str, Channel], data, path, remedy)
+    typed(dict[str, Selection], {name: c.selection for name, c in channels.items()}, path, remedy)
+    typed(dict[str, dict[str, list[float]]], {name: c.statistics for name, c in channels.items()}, path, remedy)
+    for name, channel in channels.items():
+        if name != channel.name:
+            raise ValueError(f"{path} is damaged (the channel {channel.name!r} stands under {name!r}): {remedy}")
+        if digests[name] not in (None, _digest(data[name])):
+            raise ValueError(
+                f"{path}: channel {name!r} was changed after it was chosen: {remedy}, or remove its digest to keep it "
+                "as your own"
+            )
+    return {name: _checked(path, channel) for name, channel in channels.items()}
 
 
-def _checked(path: Path, channel: Channel, digest: str | None) -> Channel:
-    """A channel as it was chosen; without strengths where those are in the units of an earlier version."""
-    if digest is not None and digest != channel.digest:
-        raise ValueError(
-            f"{path}: channel {channel.name!r} was changed after it was chosen: remove it and run sparse-bridges "
-            "find-channel again, or remove its digest to keep it as your own"
-        )
+def _digest(entry: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(entry))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _checked(path: Path, channel: Channel) -> Channel:
+    """A channel without strengths where those are in the units of an earlier version."""
     if "doses" in channel.selection and "units" not in channel.selection:
         logger.warning(
             "%s: the strengths of channel %r are of an earlier version's units and are left out: run sparse-bridges "

@@ -8,7 +8,6 @@ counts their meeting in the attention scores.
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from bridges.run_folder import Run, fingerprint
 from interventions.circuits.ablation import Ablation, Calibration
+from interventions.circuits.circuit_file import CircuitFile, KeptNodes
 from interventions.circuits.draw import draw_circuit
 from interventions.circuits.faithfulness import Faithfulness
 from interventions.circuits.node_model import (
@@ -39,6 +39,7 @@ from interventions.circuits.node_model import (
 from interventions.circuits.pruning_seeds import SeedSummary
 from sparse_model.config import SparseConfig
 from sparse_model.io.atomic import replace_file, write_text
+from sparse_model.io.reading import read_json, read_sealed, sealed, typed
 from sparse_model.io.tensors import read_tensors
 
 FOLDER = "circuits"
@@ -227,7 +228,7 @@ def save_circuit(folder: Path, circuit: Circuit) -> Path:
         "ngram_floor": circuit.ngram_floor,
         "tensors_sha256": digest,
     }
-    write_text(path, json.dumps(plain | counts | rest, indent=1) + "\n")
+    write_text(path, sealed(plain | counts | rest))
     return path
 
 
@@ -235,10 +236,10 @@ def failed_circuits(folder: Path) -> dict[str, str]:
     """Circuits in a run folder that were saved as failed: what is wrong in words, by file name without .json."""
     failed = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # loading says what is wrong with a damaged file
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["failed"]:
-                loss, target = data["faithfulness"]["loss"], data["config"]["target_loss"]
+        with contextlib.suppress(ValueError, OSError):  # loading says what is wrong with a damaged file
+            stored = read_circuit_file(path, "")
+            if stored.failed and stored.faithfulness:
+                loss, target = stored.faithfulness.loss, stored.config["target_loss"]
                 failed[path.stem] = f"its circuit failed: task loss {loss:.3f} on evaluation prompts, target {target:g}"
     return failed
 
@@ -254,20 +255,24 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: find it with {command}")
     again = f"find the circuit again with {command}"
+    stored, of_this_run = read_circuit_file(path, again), fingerprint(run)
+    if stored.fingerprint != of_this_run:
+        raise ValueError(
+            f"{path} is the circuit of another run ({stored.fingerprint}; {run.folder} is {of_this_run}): {again}"
+        )
+    if (stored.task, stored.model) != (task, model):
+        raise ValueError(f"{path} says that it is the {stored.model} model's circuit for {stored.task}: {again}")
+    nodes = as_nodes(run.sparse if model == "sparse" else run.dense)
+    values = _read_values(tensors, stored, nodes.shape, again)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        belongs = data["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): {again}") from error
-    of_this_run = fingerprint(run)
-    if belongs != of_this_run:
-        raise ValueError(f"{path} is the circuit of another run ({belongs}; {run.folder} is {of_this_run}): {again}")
-    shape = as_nodes(run.sparse if model == "sparse" else run.dense).shape
-    values = _read_values(tensors, data, shape, again)
-    try:
-        return _from_json(data, shape, values)
-    except (ValueError, KeyError, TypeError) as error:
+        return _circuit(stored, nodes.shape, values)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {again}") from error
+
+
+def read_circuit_file(path: Path, remedy: str) -> CircuitFile:
+    """The JSON file of a circuit. Raises FileNotFoundError, and ValueError that names file, key and value."""
+    return typed(CircuitFile, read_sealed(path, remedy), path, remedy)
 
 
 def read_kept_nodes(path: str | Path, shape: SparseConfig) -> Kept:
@@ -275,45 +280,40 @@ def read_kept_nodes(path: str | Path, shape: SparseConfig) -> Kept:
 
     Raises FileNotFoundError without the file; ValueError where it is damaged or has a node that the model has not.
     """
+    remedy = "name the .json file of a circuit"
+    names = typed(KeptNodes, read_json(Path(path), remedy), path, remedy)["nodes"]
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))["nodes"]
         masks = {location.name: torch.zeros(location.width, dtype=torch.bool) for location in locations(shape)}
         for name in names:
             for place, channel in find_node(shape, name):
                 masks[place][channel] = True
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: name the .json file of a circuit") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no circuit for this model: {error}") from error
     return masks
 
 
-def _read_values(path: Path, data: dict[str, Any], shape: SparseConfig, again: str) -> dict[str, Tensor]:
+def _read_values(path: Path, stored: CircuitFile, shape: SparseConfig, again: str) -> dict[str, Tensor]:
     values = read_tensors(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != data.get("tensors_sha256"):
+    if hashlib.sha256(path.read_bytes()).hexdigest() != stored.tensors_sha256:
         raise ValueError(f"{path} does not belong to the .json beside it (other digest): {again}")
     wanted = {location.name: location.width for location in locations(shape)}
-    if {name: t.shape[-1] for name, t in values.items()} != wanted:
+    fits = all(t.ndim == 2 and len(t) and t.dtype == torch.float32 for t in values.values())
+    if not fits or {name: t.shape[-1] for name, t in values.items()} != wanted:
         raise ValueError(f"{path} does not have the model's node locations: {again}")
     return values
 
 
-def _from_json(data: dict[str, Any], shape: SparseConfig, values: dict[str, Tensor]) -> Circuit:
+def _circuit(stored: CircuitFile, shape: SparseConfig, values: dict[str, Tensor]) -> Circuit:
     nodes: dict[str, set[int]] = {location.name: set() for location in locations(shape)}
-    for name in data["nodes"]:
+    for name in stored.nodes:
         for place, channel in find_node(shape, name):
             nodes[place].add(channel)
-    calibration = data["calibration"]
+    for token in stored.calibration.shift:
+        if not 0 <= token < shape.d_vocab:
+            raise ValueError(f"calibration.shift has the token {token}, the vocabulary {shape.d_vocab}")
     return Circuit(
-        **{n: data[n] for n in ("task", "model", "fingerprint", "tied_qk", "loss", "unpruned_loss", "config")},
+        **stored.arguments(),
         shape=shape,
         nodes={place: tuple(sorted(channels)) for place, channels in nodes.items()},
-        edges=tuple(Edge(**edge) for edge in data["edges"]),
-        calibration=Calibration(calibration["scale"], {int(i): s for i, s in calibration["shift"].items()}),
-        ablation=Ablation(data["ablation"], values),
-        prompts=data.get("prompts", {}),
-        controls=data["controls"],
-        faithfulness=Faithfulness.from_dict(data["faithfulness"]) if data.get("faithfulness") else None,
-        seeds=tuple(SeedSummary(**summary) for summary in data.get("seeds", ())),
-        ngram_floor=data.get("ngram_floor"),
+        ablation=Ablation(stored.ablation, values),
     )

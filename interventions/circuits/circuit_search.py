@@ -1,14 +1,13 @@
 """A task's circuit in a run, in one call: prompts, ablated values, pruning, and on request the controls."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
 
-from bridges.run_folder import Run, fingerprint
+from bridges.run_folder import Run, fingerprint, read_metrics
 from interventions.bundle.channels import load_channels
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import FOLDER, Circuit, make_circuit, read_kept_nodes
@@ -24,8 +23,10 @@ from interventions.tasks.base import Task
 from interventions.tasks.catalogue import TaskName
 from interventions.tasks.names import PromptKind
 from interventions.tasks.of_run import recorded_task, run_task
+from interventions.tasks.record import TaskFigures
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.io.progress import Bar, progress_bar
+from sparse_model.io.reading import typed
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +152,12 @@ def _fitted(config: PruneConfig, task: Task) -> PruneConfig:
 
 def _floor(folder: Path, task: str) -> float | None:
     """Pair accuracy of a table of trigrams on the evaluation prompts, where `solved-tasks` has counted it."""
-    path = folder / "metrics.json"
-    tasks = json.loads(path.read_text(encoding="utf-8")).get("tasks", {}) if path.is_file() else {}
+    tasks = typed(
+        dict[str, TaskFigures],
+        read_metrics(folder).get("tasks", {}),
+        folder / "metrics.json",
+        "run sparse-bridges solved-tasks again",
+    )
     return tasks.get(task, {}).get("floors", {}).get("evaluation", {}).get("trigram")
 
 

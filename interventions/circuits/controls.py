@@ -93,13 +93,6 @@ class Validation(NamedTuple):
             **{name: getattr(self, name)._asdict() for name in _parts()},
         }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Validation":
-        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
-        parts: dict[str, Any] = {name: part(**data[name]) for name, part in _parts().items()}
-        channels = {name: Interchange(**exchanged) for name, exchanged in data["channels"].items()}
-        return cls(**{**data, **parts, "channels": channels})
-
 
 def _parts() -> dict[str, Any]:
     kinds = (Sufficiency, Necessity, Interchange, Repruned)

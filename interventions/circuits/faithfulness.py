@@ -5,7 +5,6 @@ anew on the same prompts (could the answer still be read off?). The paper's own 
 circuit's calibration applied, stands beside them.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -88,13 +87,6 @@ class Faithfulness(NamedTuple):
         plain = {name: getattr(self, name)._asdict() for name in ("whole", "alone", "worst")}
         drawn = [{"rate": of.rate, "draws": [draw._asdict() for draw in of.draws]} for of in self.random]
         return self._asdict() | plain | {"random": drawn}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Faithfulness":
-        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
-        plain = {name: AnswerScore(**data[name]) for name in ("whole", "alone", "worst")}
-        drawn = [RandomAblation(of["rate"], [AnswerScore(**draw) for draw in of["draws"]]) for of in data["random"]]
-        return cls(**{**data, **plain, "random": drawn})
 
 
 @torch.no_grad()

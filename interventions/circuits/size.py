@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bridges.run_folder import check_same_tokenizer, open_run
+from bridges.run_folder import check_same_tokenizer, open_run, read_metrics
 from interventions.circuits.ablation import Ablation
 from interventions.circuits.circuit import FOLDER
 from interventions.circuits.gates import fit_gates
@@ -35,6 +35,7 @@ from sparse_model.config import from_json
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.io.atomic import write_text
+from sparse_model.io.reading import read_json, typed
 from sparse_model.io.tensors import digest
 from sparse_model.model.checkpoint import load_sparse
 from sparse_model.training.pretrain import PretrainConfig
@@ -118,8 +119,7 @@ def contest_of_pretrained(sparse: str | Path, dense: str | Path) -> Contest:
 
 
 def _figures(folder: Path, script: str, *names: str) -> dict[str, Any]:
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path, metrics = folder / "metrics.json", read_metrics(folder)
     if not all(name in metrics for name in names):
         raise ValueError(f"{path} has no held-out loss: run {script} --run {folder}")
     return metrics
@@ -232,15 +232,9 @@ def _plain(measured: Measured) -> dict[str, Any]:
 def _read(path: Path, key: dict[str, Any]) -> Measured | None:
     """A measurement whose key is this one; None for any other, or none, or a damaged file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, "it is measured again")
         if data["key"] != key:
             return None
-        measured = data["measured"]
-        return Measured(
-            measured["whole_loss"],
-            [Size(**size) for size in measured["sizes"]],
-            measured["necessity"] and Necessity(**measured["necessity"]),
-            measured["redrawn"] and Repruned(**measured["redrawn"]),
-        )
+        return typed(Measured, data["measured"], path, "it is measured again")
     except (OSError, ValueError, KeyError, TypeError):
         return None

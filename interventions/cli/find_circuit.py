@@ -83,6 +83,7 @@ def main(options: Options) -> None:
     from interventions.circuits.circuit import save_circuit
     from interventions.circuits.circuit_search import circuit_bar, find_circuit, with_controls
     from interventions.circuits.controls import Validation, format_validation
+    from sparse_model.io.reading import typed
 
     start, run = time.perf_counter(), open_run(options.run, options.device)
     with circuit_bar(options.config, options.seeds, controls=options.controls) as bar:
@@ -114,7 +115,7 @@ def main(options: Options) -> None:
         print(UNCONTROLLED)
         say_next("find-circuit", "--run", options.run, "--task", options.task, "--model", options.model, "--controls")
         return
-    print(format_validation(Validation.from_dict(circuit.controls)))
+    print(format_validation(typed(Validation, circuit.controls, "controls", "run them again")))
     print(f"{time.perf_counter() - start:.0f} s with controls, kept in {path}")
     say_next("report", "--run", options.run)
 

@@ -151,7 +151,7 @@ def as_typed(message: str) -> str:
 
     What a file holds keeps its own names.
     """
-    if " is not a valid " in message:
+    if " is not a valid " in message or " is damaged (" in message:
         return message
 
     def flag(match: re.Match[str]) -> str:
@@ -166,8 +166,8 @@ def as_typed(message: str) -> str:
 def loss_verdict(loss: float, d_vocab: int) -> str:
     """A model's loss beside that of a guess at random, in words."""
     guess = math.log(d_vocab)
-    words = "it has learned little so far: raise --steps" if loss > guess / 2 else "it has learned the text"
-    return f"a guess among the {d_vocab} tokens would cost {guess:.2f} nats: {words}"
+    words = ": it has learned little so far, raise --steps" if loss > guess / 2 else ""
+    return f"a guess among the {d_vocab} tokens would cost {guess:.2f} nats{words}"
 
 
 def say_next(command: str, *arguments: str) -> None:

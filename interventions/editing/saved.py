@@ -4,15 +4,15 @@ An activation's unit and the decoder's direction mean nothing in another model, 
 digests of the weights it was made with, and a model that differs is refused.
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from interventions.bundle.bundle import Bundle
 from interventions.bundle.channels import Channel
@@ -20,10 +20,65 @@ from interventions.editing.arguments import check_channel, site
 from interventions.editing.build import acting, make_fixed, make_source
 from interventions.editing.hooks import Edit
 from interventions.editing.positions import Positions
+from interventions.editing.units import Units
 from interventions.editing.vectors import Delta, Fixed, SetTo, Toward
+from interventions.editing.where import Where
 from sparse_model.io.atomic import recover_folder, replace_folder
+from sparse_model.io.manifest import digest_file
+from sparse_model.io.reading import NOTHING_ELSE, read_sealed, sealed, typed
+from sparse_model.io.tensors import read_tensors
 
 SETTINGS, TENSORS = "intervention.json", "intervention.safetensors"
+
+
+_Models = TypedDict(
+    "_Models", {"layers": int, "dense": str, "dense dtype": str, "sparse": str, "bridges": str}
+)  # `Bundle.identity`
+
+
+class _Slice(TypedDict):
+    __pydantic_config__ = NOTHING_ELSE  # type: ignore[misc]
+
+    slice: tuple[int | None, int | None, int | None]
+
+
+class _InTensors(TypedDict):
+    __pydantic_config__ = NOTHING_ELSE  # type: ignore[misc]
+
+    tensor: None
+
+
+class _Entry(TypedDict):
+    """An edit; a number that is None is a tensor."""
+
+    __pydantic_config__ = NOTHING_ELSE  # type: ignore[misc]
+
+    site: int
+    reads: str
+    where: Where
+    steps: Literal["all", "prompt", "generated"]
+    prompt_length: NotRequired[int | None]
+    positions: int | list[int] | _Slice | _InTensors | None
+    channel: Channel | None
+    rms_sparse: NotRequired[float]
+    kind: Literal["delta", "set_to", "toward", "vector"]
+    strength: int | float | None
+    units: NotRequired[Units]
+    delta: NotRequired[int | float | None]
+    set_to: NotRequired[int | float | None]
+    toward: NotRequired[None]
+    vector: NotRequired[None]
+
+
+class _Stored(TypedDict):
+    """What intervention.json holds."""
+
+    __pydantic_config__ = NOTHING_ELSE  # type: ignore[misc]
+
+    run: str
+    models: _Models
+    edits: list[_Entry]
+    tensors_sha256: NotRequired[str]
 
 
 def save_edits(path: Path, bundle: Bundle, edits: tuple[Edit, ...]) -> None:
@@ -35,7 +90,8 @@ def save_edits(path: Path, bundle: Bundle, edits: tuple[Edit, ...]) -> None:
     settings = {"run": str(bundle.folder), "models": bundle.identity(), "edits": entries}
     with replace_folder(path) as temporary:
         save_file(tensors, temporary / TENSORS)
-        (temporary / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        settings["tensors_sha256"] = digest_file(temporary / TENSORS)
+        (temporary / SETTINGS).write_text(sealed(settings), encoding="utf-8")
 
 
 def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
@@ -49,29 +105,29 @@ def load_edits(path: Path, bundle: Bundle) -> tuple[Edit, ...]:
             raise FileNotFoundError(
                 f"{path / name} does not exist: save an intervention with handle.save({str(path)!r})"
             )
-    here = bundle.identity()
-    try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        tensors = load_file(path / TENSORS)
-        models, run = settings["models"], settings["run"]
-        differences = _differences(models, here)
-        earlier = any(entry["kind"] != "vector" and "units" not in entry for entry in settings["edits"])
-        if not differences and not earlier:
-            return tuple(_unpack(entry, f"{i}.", tensors, bundle) for i, entry in enumerate(settings["edits"]))
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): save the intervention again") from error
-    if not differences:
+    again = "save the intervention again"
+    stored = typed(_Stored, read_sealed(path / SETTINGS, again), path / SETTINGS, again)
+    tensors = read_tensors(path / TENSORS)
+    differences = _differences(stored["models"], bundle.identity())
+    if differences:
+        raise ValueError(
+            f"{path} was saved for other models: {'; '.join(differences)}. Load it onto those of {stored['run']}, or "
+            "build the intervention again on this model"
+        )
+    if any(entry["kind"] != "vector" and "units" not in entry for entry in stored["edits"]):
         raise ValueError(
             f"{path} is of an earlier version, which moved channels by the sparse stream's mean scale and not by "
             "each token's own: build the intervention again and save that"
         )
-    raise ValueError(
-        f"{path} was saved for other models: {'; '.join(differences)}. Load it onto those of {run}, or build the "
-        "intervention again on this model"
-    )
+    if "tensors_sha256" in stored and stored["tensors_sha256"] != digest_file(path / TENSORS):
+        raise ValueError(f"{path / TENSORS} does not belong to the {SETTINGS} beside it (other digest): {again}")
+    try:
+        return tuple(_unpack(entry, f"{i}.", tensors, bundle) for i, entry in enumerate(stored["edits"]))
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {again}") from error
 
 
-def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What differs, in words."""
     differences = []
     if saved["layers"] != here["layers"]:
@@ -133,18 +189,23 @@ def _pack_positions(positions: Positions, number: Any) -> Any:
     return [int(p) for p in positions]
 
 
-def _unpack(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor], bundle: Bundle) -> Edit:
+def _unpack(entry: "_Entry", prefix: str, tensors: dict[str, Tensor], bundle: Bundle) -> Edit:
     """Invert `_pack`."""
-    positions, kind, strength = entry["positions"], entry["kind"], entry["strength"]
+    positions: Any = entry["positions"]
+    kind, strength = entry["kind"], entry["strength"]
     if isinstance(positions, dict):
         positions = slice(*positions["slice"]) if "slice" in positions else tensors[prefix + "positions"]
     device = bundle.bridges.rms_sparse.device
     given: Any = tensors[prefix + kind].to(device) if prefix + kind in tensors else entry.get(kind)
     acts = acting(bundle, positions, entry["steps"], entry["where"], entry.get("prompt_length"))
     place = site(entry["site"], bundle.shape.n_layers)
+    if entry["reads"] != place.label:
+        raise ValueError(f"the edit {prefix.rstrip('.')} reads {entry['reads']}, but its site is {place.label}")
     if kind == "vector":
         return acts(place, make_fixed(bundle, given, strength))
-    channel = Channel.from_dict(entry["channel"])
+    channel = entry["channel"]
+    if channel is None:
+        raise ValueError(f"the edit {prefix.rstrip('.')} has no channel")
     check_channel(channel, bundle.shape)
     if channel.site != place.index:
         raise ValueError(f"the edit is at {place.label}, its channel at site {channel.site}")

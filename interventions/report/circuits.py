@@ -1,23 +1,23 @@
 """The report's circuits: which there are, what the page says of each, and the results of its controls."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
 
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
-from interventions.circuits.circuit import FOLDER, Circuit, circuit_paths, load_circuit
+from interventions.circuits.circuit import FOLDER, Circuit, circuit_paths, load_circuit, read_circuit_file
 from interventions.circuits.controls import ControlResult, Validation, control_results
-from interventions.circuits.node_model import ModelKind, as_nodes
+from interventions.circuits.node_model import as_nodes
 from interventions.report.explorer import MOST_EDGES, explorer_data
 from interventions.report.importance import by_importance, effects_of, size_curve
 from interventions.report.nodes import NodeWords, words
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.of_run import recorded_task
+from sparse_model.io.reading import typed
 
 DETAILED = 400
 """Nodes of all circuits together that get examples and prompts, the most important of each; it bounds the file."""
@@ -74,17 +74,11 @@ def load_circuits(run: Run) -> Loaded:
 
 
 def _load(run: Run, path: Path) -> Circuit:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        task, model = data["task"], data["model"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): find it again with sparse-bridges find-circuit") from error
-    if model not in get_args(ModelKind) or circuit_paths(path.parent.parent, task, model)[0] != path:
+    stored = read_circuit_file(path, "find it again with sparse-bridges find-circuit")
+    task, model = stored.task, stored.model
+    if circuit_paths(path.parent.parent, task, model)[0] != path:
         raise ValueError(f"{path} says that it is the {model} model's circuit for {task}, which has another file name")
-    circuit = load_circuit(run, task, model)
-    if not {end for edge in circuit.edges for end in edge[:2]} <= set(circuit.names):
-        raise ValueError(f"{path} is damaged: it has edges between nodes that it does not have")
-    return circuit
+    return load_circuit(run, task, model)
 
 
 def circuit_pages(
@@ -139,8 +133,8 @@ def circuit_control_results(circuit: Circuit) -> list[ControlResult]:
     if circuit.controls is None:
         return []
     try:
-        return control_results(Validation.from_dict(circuit.controls))
-    except (KeyError, TypeError):
+        return control_results(typed(Validation, circuit.controls, "controls", "run them again"))
+    except ValueError:
         return []
 
 

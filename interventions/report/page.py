@@ -18,7 +18,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
-from bridges.evaluation import SiteReport
 from bridges.run_folder import Run, open_run
 from interventions.bundle.bundle import load_dense
 from interventions.bundle.channels import Channel, load_channels
@@ -28,6 +27,7 @@ from interventions.circuits.task_scores import SOLVED
 from interventions.report import overview
 from interventions.report.channels import channel_pages
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
+from interventions.report.metrics import checked_metrics
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages
 from interventions.report.tasks import changed_files, counting_words, size_ratio, size_warnings, task_rows
@@ -98,7 +98,7 @@ def absent_parts(shown: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
 
 def _contents(run: Run) -> dict[str, Any]:
     """What the templates show, by the names that they give it."""
-    metrics = read_results(run.folder)
+    metrics = checked_metrics(run.folder, run.bridges.n_sites)
     channels = load_channels(run.folder)
     steering = steering_pages(run.folder, metrics)
     training = training_charts(run)
@@ -217,32 +217,3 @@ def _joined(names: Iterable[str]) -> str:
 
 def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-_NEEDED = {
-    "dense": ("ce",),
-    "sparse": ("ce", "nonzeros", "nonzero_fraction", "matrices", "activation_l0", "dead_channels"),
-    "paths": ("kl", "n"),
-    "training": ("dense_seconds", "joint_seconds", "processes", "device", "threads", "corpus"),
-    "circuit_size": ("target_loss", "ce"),
-}
-"""What the page shows of each part of metrics.json."""
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """What RUN/metrics.json holds, none where it does not exist; a damaged one is a ValueError."""
-    path = folder / "metrics.json"
-    again = f"evaluate again with sparse-bridges evaluate --run {shlex.quote(str(folder))}"
-    if not path.exists():
-        return {}
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        metrics["sites"] = [SiteReport(**site)._asdict() for site in metrics["sites"]] if "sites" in metrics else None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {again}") from error
-    whole = ("dense", "sparse") if metrics["sites"] else ()
-    for part, names in _NEEDED.items():
-        missing = [name for name in names if name not in metrics.get(part, {})]
-        if missing and (part in metrics or part in whole):
-            raise ValueError(f"{path} is incomplete: {part} has no {', '.join(missing)}; {again}")
-    return {name: part for name, part in metrics.items() if part is not None}

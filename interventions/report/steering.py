@@ -18,6 +18,7 @@ from interventions.steering.result import (
     strength_chart,
 )
 from interventions.steering.side_effects import SideEffects
+from sparse_model.io.reading import typed
 
 
 class Claim(NamedTuple):
@@ -75,7 +76,7 @@ def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
         result = Steering.from_metrics(metrics, task, folder)
         try:
             pages.append(_page(result, number))
-        except (TypeError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError) as error:
             raise ValueError(
                 f"{folder / 'metrics.json'}: the steering of {task} is damaged ({error!r}), steer again: "
                 f"sparse-bridges steer --run {folder} --task {task}"
@@ -92,7 +93,9 @@ def _page(result: Steering, number: int) -> SteeringPage:
         searches=searches(result),
         rows=[*named_curves(result).items(), ("random directions, 5th percentile", result.random_p05)],
         two_way=[(set_name(name), curve) for name, curve in result.two_way.items()],
-        side_effects=[_side_row(name, SideEffects(**one)) for name, one in result.side_effects.items()],
+        side_effects=[
+            _side_row(name, typed(SideEffects, one, name, "steer again")) for name, one in result.side_effects.items()
+        ],
     )
 
 

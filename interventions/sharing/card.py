@@ -12,7 +12,7 @@ from interventions.bundle.channels import load_channels
 from interventions.circuits.circuit import Circuit
 from interventions.report import overview
 from interventions.report.circuits import circuit_control_results, load_circuits
-from interventions.report.page import read_results
+from interventions.report.metrics import checked_metrics
 from interventions.report.steering import steering_pages
 from interventions.steering.result import FROM_SPARSE, Curve, Steering, chosen_strength, place_of, set_name
 
@@ -46,7 +46,8 @@ def bundle_card(run: Run, name: str, reference: DenseReference | None) -> str:
 
     Raises ValueError for figures, channels or circuits that do not read, each naming the file.
     """
-    metrics, channels, loaded = read_results(run.folder), load_channels(run.folder), load_circuits(run)
+    metrics = checked_metrics(run.folder, run.bridges.n_sites)
+    channels, loaded = load_channels(run.folder), load_circuits(run)
     if loaded.problems:
         raise ValueError(f"not shared: {loaded.problems[0].removesuffix('.')}; or remove the file")
     steering = [page.result for page in steering_pages(run.folder, metrics)]

@@ -11,7 +11,7 @@ from typing import Literal
 from bridges import bundle_format
 from bridges.bundle_format import DenseReference, dense_files, pin, read_reference, write_format, write_reference
 from bridges.config import RunConfig
-from bridges.run_folder import Run, open_run
+from bridges.run_folder import Run, open_run, write_digests
 from interventions.bundle.channels import FILE as CHANNELS
 from interventions.bundle.channels import load_channels
 from interventions.bundle.packaged import find_run
@@ -94,6 +94,7 @@ def _written(run: Run, out: Path, reference: DenseReference | None) -> Iterator[
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copy(path, copy)
         write_format(temporary)
+        write_digests(temporary)  # not among the bundle's files, so that it may be removed
         yield temporary
 
 

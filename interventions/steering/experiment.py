@@ -14,7 +14,8 @@ from interventions.tasks.catalogue import task_spec
 from interventions.tasks.files import is_task_file
 from interventions.tasks.names import NATURAL
 from interventions.tasks.of_run import change_of, run_task
-from sparse_model.config import from_dict, require
+from sparse_model.config import require
+from sparse_model.io.reading import typed
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,8 @@ STRENGTHS = tuple(round(0.1 * i, 1) for i in range(11))
 
 
 def read_experiment(data: dict[str, Any]) -> Experiment:
-    """An experiment from JSON. Raises ValueError for an unknown key."""
-    return from_dict(Experiment, {name: _tuples(value) for name, value in data.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    """An experiment from JSON. Raises ValueError for an unknown key and for a value of another type."""
+    return typed(Experiment, data, "the experiment", "correct it, or steer again")
 
 
 def resolved(experiment: Experiment, bundle: Bundle) -> Experiment:

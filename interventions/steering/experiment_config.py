@@ -6,6 +6,7 @@ from typing import get_args
 from interventions.editing.where import Where
 from interventions.tasks.names import PromptKind
 from sparse_model.config import check_choices, require
+from sparse_model.io.reading import NOTHING_ELSE
 
 _COUNTS = ("pairs", "draws", "maps", "searches", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
 
@@ -13,6 +14,8 @@ _COUNTS = ("pairs", "draws", "maps", "searches", "resamples", "ridge_tokens", "t
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What is steered, and what it is compared with. No control can be left out."""
+
+    __pydantic_config__ = NOTHING_ELSE
 
     channel: str | None = None
     """Named channel, as sparse-bridges find-channel wrote it, or an address such as attn.1.read.7; unset: the name that

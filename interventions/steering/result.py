@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from interventions.charts import GREY, INK, Band, Chart, Series, Style, depth_colour, draw_chart, numbers
+from sparse_model.io.reading import typed
 
 Curve = list[float]
 _COLOURS = {"random_channels": GREY, "shuffled": "#9a7f4f", "untrained": "#7d6f9a"}
@@ -91,14 +92,24 @@ class Steering(NamedTuple):
     def from_metrics(cls, metrics: dict[str, Any], task: str, folder: Path) -> "Steering":
         """A task's result in metrics.json of a folder. A result that is not of this version is a ValueError."""
         fields = metrics["steering"][task]
+        again = f"sparse-bridges steer --run {shlex.quote(str(folder))} --task {task}"
         if not isinstance(fields, dict) or set(fields) != set(cls._fields):
             raise ValueError(
                 f"{folder / 'metrics.json'}: the steering of {task} is of another version or damaged, steer again: "
-                f"sparse-bridges steer --run {shlex.quote(str(folder))} --task {task}"
+                f"{again}"
             )
-        return cls(**fields)
+        result = typed(cls, fields, f"{folder / 'metrics.json'}: the steering of {task}", f"steer again: {again}")
+        curves = [curve for name, kind in cls.__annotations__.items() if kind is Curve for curve in [fields[name]]]
+        curves += [c for name in _CURVES_BY_SET for c in fields[name].values()]
+        if not all(len(curve) in (0, len(result.strength)) for curve in curves):
+            raise ValueError(
+                f"{folder / 'metrics.json'}: the steering of {task} has curves that are not as long as its strengths, "
+                f"steer again: {again}"
+            )
+        return result
 
 
+_CURVES_BY_SET = ("channels", "two_way", "channels_low", "channels_high", "ridge", "random_own_p95")
 DRAWN = {
     "random": "random directions",
     "random_channels": "random channels",

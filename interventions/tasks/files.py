@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import itertools
-import json
 import math
 import random
 import re
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 from interventions.tasks.base import PROMPT_SPLITS, PromptSplit, Strings, TaskSpec
 from interventions.tasks.names import TASK_FILES, TASK_NAMES
 from interventions.tasks.stock import StockPair, StockTask
+from sparse_model.io.reading import parse_json
 
 EXAMPLES = tuple(sorted((Path(__file__).parent / "examples").glob("*.jsonl")))
 """Two tasks of Drori's criticism of weight-sparse circuits, in our words, for models of English."""
@@ -116,7 +116,7 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}); fix or remove it") from error
         if not isinstance(row, dict):

@@ -1,8 +1,8 @@
 """A run's tasks: for its tokenizer and context, with natural prompts from what its corpus holds out."""
 
 import hashlib
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,12 @@ from interventions.tasks.base import Task
 from interventions.tasks.catalogue import TaskName, get_task
 from interventions.tasks.files import is_task_file
 from interventions.tasks.names import NATURAL, PromptKind
+from sparse_model.config import TrainConfig
 from sparse_model.data.corpus import CorpusConfig, open_sources
 from sparse_model.data.pieces import head_of
 from sparse_model.data.prepare import corpus_config
 from sparse_model.data.sources import GeneratedSource, Source, parse_spec
+from sparse_model.io.reading import read_typed
 
 _MOST_CHARACTERS = 3_000_000
 _SHARE_OF_STDLIB = 0.25
@@ -66,20 +68,20 @@ class TrainingText(NamedTuple):
     """Length of its blocks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trained(TrainConfig):
+    """What all trainings' config.json have in common; a run's has more."""
+
+    __pydantic_config__ = {"extra": "ignore"}  # noqa: RUF012
+
+
 def training_text(folder: Path) -> TrainingText | None:
     """What the training in a folder read, whatever it trained; None where no config.json says."""
     path = folder / "config.json"
     if not path.is_file():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    samples = samples_in(folder)
-    names = {"spec": "corpus", "max_tokens": "corpus_tokens", "seed": "seed", "text_field": "text_field"}
-    corpus = CorpusConfig(
-        **{field: config[name] for field, name in names.items()},
-        special_tokens=config.get("special_tokens", "text"),
-        samples=None if samples is None else str(samples),
-    )
-    return TrainingText(corpus, config["sparse"]["n_ctx"])
+    config = read_typed(_Trained, path, "correct it, or copy it again from where the folder came")
+    return TrainingText(corpus_config(config, samples_in(folder)), config.sparse.n_ctx)
 
 
 def task_for(
@@ -127,6 +129,8 @@ def change_of(record: Mapping[str, Any]) -> str:
     """A sentence that says how the file of a result's prompts is not what it was; empty where it is."""
     if record.get("prompts") != "file":
         return ""
+    if not isinstance(record.get("file"), str) or "sha256" not in record:
+        return "the record of its task file is incomplete: find and steer again"
     path = Path(record["file"])
     if not path.is_file():
         return f"the task file {path} is gone: put it back, or find and steer with another"

@@ -215,7 +215,7 @@ def _config_for(options: argparse.Namespace) -> RunConfig:
         config = dataclasses.replace(PRESETS["tiny"][1], corpus_tokens=20_000, steps=5, eval_tokens=256)
         config = dataclasses.replace(config, dense_train=dataclasses.replace(config.dense_train, steps=5))
     folder = options.out / "code"
-    save_tokenizer(check_parts(config, folder, progress=False).tokenizer, folder / "tokenizer")
+    save_tokenizer(check_parts(config, folder, options.device, progress=False).tokenizer, folder / "tokenizer")
     n = 2 if options.quick else 30
     trainer = _trainer(config, _gpt2_shape(config.sparse, config.dense_train.d_model), options, "no")
     for _ in range(n):

@@ -5,7 +5,6 @@ path, its file and line, its number), so it stays on its side whatever the order
 """
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
+
+from typing_extensions import TypedDict
 
 from sparse_model.data.cache import cache_folder
 from sparse_model.data.packages import open_packages
@@ -27,6 +28,7 @@ from sparse_model.data.text_files import (
     text_of_row,
 )
 from sparse_model.io.local import local_path
+from sparse_model.io.reading import typed_line
 
 SELF = "self"
 """Name of the source of documents that the dense model samples."""
@@ -177,14 +179,24 @@ class GeneratedSource:
         return f"{self.seed} {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()}"
 
 
+class _Sampled(TypedDict):
+    """What a row of samples says beside its text."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    ended: bool
+    same: bool
+
+
 class SampledSource(FileSource):
     """Documents that the dense model sampled: rows of a file that say how each was drawn."""
 
     def report(self) -> SourceReport:
         report, ended, same, count = super().report(), 0, 0, 0
         with self.root.open(encoding="utf-8") as rows:
-            for row in map(json.loads, rows):
-                ended, same, count = ended + row["ended"], same + row["same"], count + 1
+            for count, line in enumerate(rows, start=1):
+                row = typed_line(_Sampled, line, f"{self.root}, line {count}", "copy the file again")
+                ended, same = ended + row["ended"], same + row["same"]
         return report._replace(
             note=f"sampled from the dense model: of {count} documents {ended} ended by themselves, the others were cut,"
             f" and the text of {count - same} is tokenized otherwise than it was sampled; {report.note}"

@@ -24,6 +24,7 @@ from sparse_model.data.pieces import parts_of
 from sparse_model.io.atomic import temporary_folder
 from sparse_model.io.copied import check_copied
 from sparse_model.io.local import local_path
+from sparse_model.io.reading import read_json, typed
 
 QUOTE_TOKENS = ('("', "('", '")', "')")
 EOT = "<|endoftext|>"
@@ -195,7 +196,9 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
             check_copied(path)
     try:
         tokenizer = _from_folder(folder)
-    except Exception as error:  # transformers and tokenizers raise a dozen types
+    except BaseException as error:  # transformers and tokenizers raise a dozen types, Rust's panics among them
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"the tokenizer in {folder} cannot be loaded: {first[0]}") from error
     return _fast(tokenizer, name)
@@ -214,7 +217,9 @@ def _from_hub(name: str) -> Any:
 def _from_folder(folder: Path) -> Any:
     named = folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file() and named.is_file():
-        kind = json.loads(named.read_text(encoding="utf-8")).get("tokenizer_class")
+        kind = typed(dict[str, Any], read_json(named, "copy it again", finite=False), named, "copy it again").get(
+            "tokenizer_class"
+        )
         if kind in _GENERIC:  # transformers would put the class that config.json's model usually has in its place
             return PreTrainedTokenizerFast.from_pretrained(str(folder))
     elif not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():

@@ -2,22 +2,49 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+Shape = tuple[int, ...]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; FileNotFoundError or ValueError (damaged, truncated) name the file."""
+    with _damage_named(path):
+        return load_file(path)
+
+
+def read_shapes(path: Path) -> dict[str, Shape]:
+    """The shapes of the tensors in a safetensors file, from its header, which is checked against the file's size.
+
+    Raises as `read_tensors`.
+    """
+    with _damage_named(path), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: is {path.parent} a complete model folder?")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        yield
+    except (SafetensorError, TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or truncated ({error}): copy or train it again") from error
+
+
+def check_sizes(source: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError where sizes of a config, by key, are not those of the weights beside it: (said, stored)."""
+    for key, (said, found) in sizes.items():
+        if said != found:
+            raise ValueError(
+                f"{source}: {key}={said} in the config, {found} in these weights: take both from the same model"
+            )
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -40,9 +67,21 @@ def load_checked(module: nn.Module, state: dict[str, Tensor], source: Path, *, a
         for name, t in expected.items()
         if name in state and state[name].shape != t.shape
     ]
+    problems += [
+        f"{name} holds {str(state[name].dtype).removeprefix('torch.')}, not numbers like {t.dtype}"
+        for name, t in expected.items()
+        if name in state and state[name].is_floating_point() != t.is_floating_point()
+    ]
     if problems:
         raise ValueError(f"{source} does not fit its config: {'; '.join(problems[:5])}")
     module.load_state_dict(state, assign=assign)
+
+
+def check_finite(state: Mapping[str, Tensor], source: Path) -> None:
+    """Raise ValueError for weights that are not finite."""
+    for name, t in state.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise ValueError(f"{source}: {name} holds numbers that are not finite: copy the file again")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

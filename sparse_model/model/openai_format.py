@@ -21,8 +21,10 @@ from torch import Tensor
 
 from sparse_model.config import SparseConfig, require
 from sparse_model.io.atomic import replace_folder
-from sparse_model.io.tensors import load_checked, read_tensors
+from sparse_model.io.reading import read_typed, typed
+from sparse_model.io.tensors import check_finite, load_checked, read_tensors
 from sparse_model.model.transformer import SparseTransformer, sinusoidal_table
+from sparse_model.model.weight_files import check_layers
 
 CONFIG, WEIGHTS, SAFE_WEIGHTS = "beeg_config.json", "final_model.pt", "model.safetensors"
 
@@ -61,6 +63,7 @@ _KNOWN = {
     "activation_type", "residual_activation_type", "afrac", "afrac_loctypes", "tied_unembed", "enable_bigram_table",
     "learnable_bigram_table", "d_pos_emb", "sinusoidal_cat_pos_emb", "sink", "bias", "ln_bias",
 }  # fmt: skip
+_SIZES = {"block_size", "vocab_size", "n_layer", "n_head", "d_head", "d_model"}
 _DEFAULT_LOCATIONS = "attn_in,attn_out,mlp_in,mlp_out"
 
 # Longer names first: they are replaced in this order.
@@ -94,18 +97,18 @@ def from_openai(folder: str | Path) -> SparseTransformer:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: a folder in OpenAI's format holds {CONFIG} and {WEIGHTS}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    raw = read_typed(dict[str, Any], path, "copy it again")
     try:
         cfg = config_from_openai(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     weights = folder / SAFE_WEIGHTS if (folder / SAFE_WEIGHTS).exists() else folder / WEIGHTS
+    state = {our_name(name): t for name, t in _read_weights(weights).items()}
+    if cfg.tied and _equal(state.get("unembedding.weight"), state.get("token_embed.weight")):
+        del state["unembedding.weight"]  # torch saves it under both names
+    check_layers(cfg, {name: tuple(t.shape) for name, t in state.items()}, weights)
     with torch.device("meta"):
         model = SparseTransformer(cfg)
-    state = {our_name(name): t for name, t in _read_weights(weights).items()}
     state.setdefault("logits_bias", torch.zeros(cfg.d_vocab))
     if cfg.tied and "token_embed.weight" in state:
         state["unembedding.weight"] = state["token_embed.weight"]
@@ -113,6 +116,7 @@ def from_openai(folder: str | Path) -> SparseTransformer:
         table = state.pop("pos_embed.weight", None)
         state["pos_table"] = sinusoidal_table(cfg.n_ctx, cfg.d_pos) if table is None else table
     load_checked(model, state, weights, assign=True)
+    check_finite(state, weights)
     if cfg.tied:
         model.unembedding.weight = model.token_embed.weight
     return model
@@ -143,9 +147,10 @@ def config_from_openai(raw: dict[str, Any]) -> SparseConfig:
         raise ValueError(f"unknown field {', '.join(unknown)}: it could change what the model computes")
     for name, wanted in (("rms_norm", True), ("residual_activation_type", "identity")):
         require(raw.get(name, wanted) == wanted, name, raw.get(name), f"only {wanted!r} is supported")
-    missing = sorted({"block_size", "vocab_size", "n_layer", "n_head", "d_head", "d_model"} - set(raw))
+    missing = sorted(_SIZES - set(raw))
     if missing:
         raise ValueError(f"missing field {', '.join(missing)}")
+    typed(dict[str, int], {name: raw[name] for name in sorted(_SIZES)}, "the config", "copy it again")
     d_pos = raw.get("d_pos_emb") or 0
     positions = "learned"
     if d_pos:
@@ -154,25 +159,26 @@ def config_from_openai(raw: dict[str, Any]) -> SparseConfig:
     if raw.get("enable_bigram_table"):
         bigram = "learned" if raw.get("learnable_bigram_table") else "fixed"
     fraction = raw.get("afrac")
-    locations = raw.get("afrac_loctypes", _DEFAULT_LOCATIONS) if fraction is not None else ""
-    return SparseConfig(
-        n_layers=raw["n_layer"],
-        d_model=raw["d_model"],
-        d_mlp=raw.get("d_mlp") or raw.get("n_mlp") or 4 * raw["d_model"],
-        n_heads=raw["n_head"],
-        d_head=raw["d_head"],
-        n_ctx=raw["block_size"],
-        d_vocab=raw["vocab_size"],
-        positions=positions,  # type: ignore[arg-type]
-        d_pos=d_pos,
-        sink=raw.get("sink", False),
-        bigram=bigram,  # type: ignore[arg-type]
-        act_fn=raw.get("activation_type", "gelu"),
-        topk_fraction=1.0 if fraction is None else fraction,
-        topk_locations=tuple(x for x in locations.split(",") if x),
-        bias=raw.get("bias", True),
-        tied=raw.get("tied_unembed", True),
-    )
+    locations = str(raw.get("afrac_loctypes", _DEFAULT_LOCATIONS)) if fraction is not None else ""
+    fields: dict[str, Any] = {
+        "n_layers": raw["n_layer"],
+        "d_model": raw["d_model"],
+        "d_mlp": raw.get("d_mlp") or raw.get("n_mlp") or 4 * raw["d_model"],
+        "n_heads": raw["n_head"],
+        "d_head": raw["d_head"],
+        "n_ctx": raw["block_size"],
+        "d_vocab": raw["vocab_size"],
+        "positions": positions,
+        "d_pos": d_pos,
+        "sink": raw.get("sink", False),
+        "bigram": bigram,
+        "act_fn": raw.get("activation_type", "gelu"),
+        "topk_fraction": 1.0 if fraction is None else fraction,
+        "topk_locations": tuple(x for x in locations.split(",") if x),
+        "bias": raw.get("bias", True),
+        "tied": raw.get("tied_unembed", True),
+    }
+    return typed(SparseConfig, fields, "their config, in our words,", "copy it again")
 
 
 def config_to_openai(cfg: SparseConfig) -> dict[str, Any]:
@@ -216,6 +222,10 @@ def their_name(name: str) -> str:
     return name
 
 
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)
@@ -224,7 +234,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a cut zip, a foreign pickle and an I/O error are of many kinds
-        raise ValueError(f"{path} is damaged, truncated or no plain state dict: {error}") from error
+        raise ValueError(f"{path} is damaged, truncated or no plain state dict ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path} is no plain state dict")
     return state

@@ -5,7 +5,7 @@ folder is about as large as its L0; others are stored whole. Loading restores ev
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from sparse_model.config import SparseConfig, from_json, to_json
 from sparse_model.io.atomic import recover_folder, replace_file, write_text
-from sparse_model.io.tensors import load_checked, read_tensors
+from sparse_model.io.reading import read_typed
+from sparse_model.io.tensors import Shape, check_sizes, load_checked, read_shapes, read_tensors
 
 WEIGHTS, MEASURED = "model.safetensors", "measured.json"
 
 Model = TypeVar("Model", bound=nn.Module)
+_FEW, _LARGEST_EMPTY = 64, 2**28
+"""Nonzeros from which on they show how large their tensor is; with fewer it has at most so many entries."""
 
 
 def write_files(
@@ -45,19 +48,35 @@ def read_model(build: Callable[[SparseConfig], Model], folder: Path) -> Model:
     """The model that `build` makes of the config in a folder, with the weights and figures that are there.
 
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged or truncated one or for tensors
-    that do not fit the config, naming the file and the tensor.
+    that do not fit the config, naming the file and the tensor. Nothing as large as the config says is allocated before
+    it is compared with the weights.
     """
     recover_folder(folder)
-    cfg = from_json(SparseConfig, folder / "config.json")
+    cfg, weights = from_json(SparseConfig, folder / "config.json"), folder / WEIGHTS
+    check_layers(cfg, read_shapes(weights), weights)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in build(cfg).state_dict().items()}
+    state = unpack_nonzeros(read_tensors(weights), shapes, weights)
     model = build(cfg)
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    state = unpack_nonzeros(read_tensors(folder / WEIGHTS), shapes, folder / WEIGHTS)
     if cfg.tied and "token_embed.weight" in state:
         state["unembedding.weight"] = state["token_embed.weight"]
-    load_checked(model, state, folder / WEIGHTS)
+    load_checked(model, state, weights)
     if (folder / MEASURED).exists():
-        model.measured = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
+        remedy = "remove it, only the model's card shows it"
+        setattr(model, "measured", read_typed(dict[str, int | float | str | None], folder / MEASURED, remedy))  # noqa: B010
     return model
+
+
+def check_layers(cfg: SparseConfig, stored: Mapping[str, Shape], weights: Path) -> None:
+    """Raise ValueError where the layers, the width or the tying of a config are not those of the weights."""
+    numbers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
+    width = stored.get("ln_final.weight", ())
+    untied = any(name.startswith("unembedding.weight") for name in stored)
+    sizes = {"n_layers": (cfg.n_layers, len(numbers))}
+    sizes |= {"d_model": (cfg.d_model, width[0])} if len(width) == 1 else {}
+    check_sizes(weights, sizes)
+    if cfg.tied and untied:
+        raise ValueError(f"{weights}: tied=True in the config, but there is an unembedding of its own: set it to false")
 
 
 def pack_nonzeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,15 +105,26 @@ def unpack_nonzeros(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], s
         if base == name or f"{base}.indices" not in tensors:
             state[name] = t
             continue
-        indices = tensors[f"{base}.indices"].long()
         if base not in shapes:
             raise ValueError(f"{source}: unknown tensor {base}")
+        indices = tensors[f"{base}.indices"]
+        _check_indices(indices, t, shapes[base], f"{source}: the indices of {base}")
         full = torch.zeros(shapes[base].numel(), dtype=t.dtype)
-        if indices.shape != t.shape or (len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(full)):
-            raise ValueError(f"{source}: the indices of {base} do not fit its shape {tuple(shapes[base])}")
-        full[indices] = t
+        full[indices.long()] = t
         state[base] = full.view(shapes[base])
     return state
+
+
+def _check_indices(indices: Tensor, values: Tensor, shape: torch.Size, words: str) -> None:
+    """Before the whole tensor is allocated; nonzeros that all lie in its first hundredth are another shape's."""
+    entries, count = shape.numel(), values.numel()
+    whole = indices.dtype in (torch.int32, torch.int64) and indices.shape == values.shape == (count,)
+    if whole and count:
+        last = int(indices.max())
+        whole = int(indices.min()) >= 0 and last < entries and bool((indices[1:] > indices[:-1]).all())
+        whole = whole and (count < _FEW or entries < 100 * last)
+    if not whole or (count < _FEW and entries > _LARGEST_EMPTY):
+        raise ValueError(f"{words} do not fit its shape {tuple(shape)}: take config.json and weights from one model")
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_model.config import differing, from_json, to_json
 from sparse_model.io.atomic import remove_folder, replace_folder
+from sparse_model.io.reading import read_json
 from sparse_model.io.tensors import load_checked, read_tensors
 from sparse_model.training.identity import Identity, check_identity
 
@@ -111,10 +112,7 @@ def _step(path: Path) -> int:
 def _facts(folder: Path, config: Any, steps: int) -> tuple[Any, dict[str, Any]]:
     """The configuration and the state of a checkpoint; ValueError and OSError for damaged ones name the file."""
     made, path = from_json(type(config), folder / "config.json"), folder / "step.json"
-    try:
-        state = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    state = read_json(path, "it is left out")
     whole = isinstance(state, dict) and isinstance(state.get("identity"), dict)
     if not whole or type(state.get("step")) is not int or state["step"] != _step(folder) or state["step"] > steps:
         raise ValueError(f"{path} is damaged: no step from 0 to {steps} with what it was made from")

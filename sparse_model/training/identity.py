@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.tokenizer import tokenizer_fingerprint
 from sparse_model.io.atomic import write_text
+from sparse_model.io.reading import read_typed
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,10 @@ def check_identity(begun: Identity, now: Identity, folder: Path) -> None:
 
 def keep_identity(folder: Path, now: Identity) -> None:
     """Check what a run was begun with, and keep what it has not kept so far. Raises as `check_identity`."""
-    path, begun = folder / FILE, {}
+    path = folder / FILE
+    begun: Identity = {}
     if path.exists():
-        try:
-            begun = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it to go on with what the run has now") from error
+        begun = read_typed(dict[str, str | int], path, "remove it to go on with what the run has now")
         check_identity(begun, now, folder)
     if now.keys() - begun.keys():
         write_text(path, json.dumps(now | begun, indent=1) + "\n")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from sparse_model.io.atomic import failed_writes_named, write_text
+from sparse_model.io.reading import parse_json
 
 
 class MetricsLog:
@@ -21,12 +22,17 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines():
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: remove it")
+    records: list[dict] = []
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = parse_json(line.decode("utf-8"), finite=False)
+        except ValueError:
             break
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path} is damaged (line {len(records) + 1} holds no step): remove it")
+        records.append(record)
     return records
 
 

@@ -24,10 +24,12 @@ from sparse_model.data.prepare import (
 )
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
+from sparse_model.io.reading import read_json
 from sparse_model.model.checkpoint import save_sparse
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.projection import prove_sparsity
 from sparse_model.training.accelerator import ending, make_accelerator, start_trackers, training_in
+from sparse_model.training.bigram_counts import count_bigrams
 from sparse_model.training.identity import keep_identity, run_identity
 from sparse_model.training.interrupts import NOTHING_WRITTEN, RESUMES, interruptible
 from sparse_model.training.losses import next_token_loss
@@ -104,10 +106,11 @@ def _pretrain(config: PretrainConfig, folder: Path, accelerator: Accelerator, re
     validation = blocks.val[: max(1, config.eval_tokens // config.sparse.n_ctx)]
     torch.manual_seed(config.seed)
     model = SparseTransformer(config.sparse)
+    count_bigrams(model, config, blocks.train)
     trainer = ValidatedTrainer(config, model, blocks.train, folder, accelerator, validation=validation)
     if trained.exists():  # written last
         trainer.remove_checkpoint()
-        return json.loads((folder / "metrics.json").read_text()) if main else {}
+        return read_json(folder / "metrics.json", "train in another folder", finite=False) if main else {}
     if resume and trainer.load_checkpoint() and main:
         logger.info("resuming at step %d of %d", trainer.step, config.steps)
     with ending(accelerator):

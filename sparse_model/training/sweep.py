@@ -26,6 +26,7 @@ from sparse_model.data.prepare import prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sparse_model.io.atomic import write_text
 from sparse_model.io.progress import progress_bar
+from sparse_model.io.reading import read_json, typed
 from sparse_model.model.checkpoint import load_sparse
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.finite import TrainingDiverged
@@ -117,12 +118,19 @@ def _run_jobs(jobs: list[Job], processes: int, title: str) -> list[Outcome]:
     return [future.result() for future in futures]
 
 
+def _read_outcome(path: Path) -> Outcome:
+    again = "remove it, and the model is measured again"
+    data = read_json(path, again, finite=False)
+    if isinstance(data, dict) and data.get("loss", 0) is None:  # diverged
+        data |= {"loss": math.inf, "kurtosis": math.nan}
+    return typed(Outcome, data, path, again)
+
+
 def run_job(job: Job) -> Outcome:
     """Train and measure one model, or read what an earlier call found."""
     path = job.folder / "outcome.json"
     if path.exists():
-        outcome = Outcome(**json.loads(path.read_text()))
-        return outcome._replace(loss=math.inf) if outcome.loss is None else outcome
+        return _read_outcome(path)
     config = job.config
     neurons = config.sparse.n_layers * config.sparse.d_mlp
     try:

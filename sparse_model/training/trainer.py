@@ -135,11 +135,10 @@ class SparseTrainer:
         writing a checkpoint on SIGINT, SIGTERM or SIGHUP.
         """
         config, main = self.config, self.accelerator.is_main_process
+        shown = main and progress
         metrics = MetricsLog(self.folder / "metrics.jsonl", self.step) if main else None
         start = time.monotonic()
-        bar = progress_bar(
-            total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not (main and progress)
-        )
+        bar = progress_bar(total=config.steps, initial=self.step, desc=self.title, unit="step", disable=not shown)
         with stop_signals() as stop_asked, bar:
             while self.step < config.steps:
                 losses = self.train_step()

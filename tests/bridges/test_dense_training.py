@@ -93,3 +93,12 @@ def test_muon_in_bf16_goes_on_from_its_checkpoint_to_the_same_weights(
     if bf16:
         assert exact != losses[0].item()
     assert exact == pytest.approx(losses[0].item(), rel=1e-3)
+
+
+def test_an_unknown_optimizer_is_no_other_one() -> None:
+    # Past the check of types that the tests add to every call.
+    options = object.__new__(DenseTrainConfig)
+    for field in dataclasses.fields(DenseTrainConfig):
+        object.__setattr__(options, field.name, "sgd" if field.name == "optimizer" else field.default)
+    with pytest.raises(ValueError, match="optimizer='sgd': use one of adamw, muon"):
+        options.__post_init__()

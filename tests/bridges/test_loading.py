@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "pointer for a config": (lambda f: (f / "config.json").write_text(POINTER), r"config\.json is a Git LFS pointer"),
     "truncated": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:900]),
-        r"could not load a language model from .*model\.safetensors: ",
+        r"model\.safetensors is damaged or truncated",
     ),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
@@ -157,6 +157,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: set_config(f, n_embd=32),
         r"does not fit config\.json: transformer\.h\.0\.attn\.c_attn\.bias has shape \(48,\) instead of \(96,\)",
     ),
+    "a billion layers": (lambda f: set_config(f, n_layer=10**9), r"1000000000 layers, but .* holds \d\d tensors"),
+    "a width that no memory holds": (lambda f: set_config(f, n_embd=2**22), r"does not fit config\.json"),
     "a number that is none": (
         lambda f: rewrite(f, set_nan),
         r"model\.safetensors: 1 of the 1024 values of transformer\.h\.1\.mlp\.c_fc\.weight are not finite",
@@ -171,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: set_config(f, model_type="mine", auto_map={"AutoConfig": "mine.C"}),
         r"could not load a language model",
     ),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), r"could not load a language model"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is damaged"),
 }
 
 

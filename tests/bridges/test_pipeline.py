@@ -68,7 +68,7 @@ def test_the_main_job_leaves_a_complete_run(tiny: Path, cache: Path) -> None:
     for name, *few in (("find-channel",), ("steer", "--pairs", "8", "--anyway"), ("report",)):
         done = call(cache, *COMMAND, name, "--run", str(tiny), *few)
         assert done.returncode == 0, done.stderr
-    parts = {"config.json", "identity.json", "dense", "sparse", "bridges", "tokenizer", "channels.json",
+    parts = {"config.json", "identity.json", "digests.json", "dense", "sparse", "bridges", "tokenizer", "channels.json",
              "metrics.jsonl", "metrics.json", "report.html", "steering.png"}  # fmt: skip
     assert {p.name for p in tiny.iterdir()} == parts
     written = {name for name, found in digests(tiny).items() if found != files.get(name)}

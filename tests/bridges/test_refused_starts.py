@@ -65,7 +65,7 @@ DENSE: list[tuple[dict[str, Any], str]] = [
     ({"dense": "./nowhere"}, "nowhere"),
     ({"dense": "no-such-model"}, "could not load a language model from 'no-such-model'"),
     ({"dense": "bare", "tokenizer": None}, "bare has no tokenizer \\(no tokenizer.json"),
-    ({"dense": "damaged"}, "could not load a language model from damaged/model.safetensors"),
+    ({"dense": "damaged"}, "damaged/model.safetensors is damaged or truncated"),
     ({"dense": "deep/dense"}, "sparse.n_layers=2: the dense model has 3 layers"),
     ({"dense": "good/dense", "sparse": dataclasses.replace(SHAPE, d_vocab=400)}, "vocabulary has 384 tokens: use 384"),
     ({"dense": "good/dense", "sparse": dataclasses.replace(SHAPE, n_ctx=128)}, "context holds 64 tokens"),

@@ -50,6 +50,13 @@ def test_every_family_samples(kind: str) -> None:
         assert not row["same"] or len(encode_text(tiny_tokenizer(), row["text"])) == row["tokens"]
 
 
+def test_it_is_sampled_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none: what moved there would fail
+    model = tiny_lm("gpt2")
+    sample_documents(config(), model, tiny_tokenizer(), torch.device("cpu"), progress=False)
+    assert model.device.type == "cpu"
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_have_the_models_distribution(temperature: float) -> None:
     model, tokenizer = tiny_lm("gpt2"), tiny_tokenizer()

@@ -14,10 +14,10 @@ from sparse_model.config import (
     OptimConfig,
     SparseConfig,
     SparsityConfig,
-    from_dict,
     from_json,
     to_json,
 )
+from sparse_model.io.reading import typed
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,19 @@ def test_json_round_trip_of_unset_and_set_fractions(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ('{"n_layers": 2, "n_layer": 3, "width": 1}', "unknown key n_layer, width"),
-        ('{"n_layers": 2', "not a valid SparseConfig"),
-        ("", "not a valid SparseConfig"),
+        ('{"n_layers": 2', "is damaged"),
+        ("", "is damaged"),
         ("[1, 2]", "not a valid SparseConfig"),
         ('{"n_layers": 0}', "n_layers=0"),
         ('{"n_layers": "two"}', "not a valid SparseConfig"),
         ('{"topk_locations": null}', "not a valid SparseConfig"),
+        ('{"n_layers": true}', "n_layers=True"),
+        ('{"n_layers": 1000000000}', "n_layers=1000000000"),
+        ('{"n_layers": 2, "n_layers": 3}', "'n_layers' twice"),
+        ('{"embed_std": NaN}', "NaN is not finite"),
+        ('{"embed_std": 1e999}', "1e999 is not finite"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 60 + "]" * 60, "nested deeper"),
     ],
 )
 def test_a_bad_config_file_is_an_error_that_names_the_file(tmp_path: Path, text: str, named: str) -> None:
@@ -148,4 +155,4 @@ def test_a_missing_config_file_is_an_error_that_names_it(tmp_path: Path) -> None
 
 
 def test_missing_keys_take_their_defaults() -> None:
-    assert from_dict(SparseConfig, {"n_layers": 3}) == SparseConfig(n_layers=3)
+    assert typed(SparseConfig, {"n_layers": 3}, "config", "") == SparseConfig(n_layers=3)

@@ -16,6 +16,7 @@ import pytest
 from support.browser import FLAGS, chromium, sync_api
 from support.helpers import CHANNEL, HANG_SECONDS, make_tiny_run
 
+from bridges.run_folder import write_digests
 from interventions.bundle.channels import Channel, save_channel
 
 if not importlib.util.find_spec("gradio"):
@@ -53,6 +54,7 @@ def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     """Of a run with random weights and a channel whose name is markup. Ctrl-C ends the server, without a word."""
     folder = tmp_path_factory.mktemp("serve") / "run"
     make_tiny_run(folder)
+    write_digests(folder)
     save_channel(folder, CHANNEL)
     means = {"mean_member_0": [0.25], "mean_member_1": [-0.35]}
     save_channel(folder, Channel(name=EVIL, site=1, indices=(4,), weights=(1.0,), description=EVIL, statistics=means))

@@ -22,7 +22,15 @@ from interventions.circuits.circuit import (
     make_circuit,
     save_circuit,
 )
-from interventions.circuits.node_model import NodeModel, as_nodes, count_edges, edges_between, find_node, locations
+from interventions.circuits.node_model import (
+    Kept,
+    NodeModel,
+    as_nodes,
+    count_edges,
+    edges_between,
+    find_node,
+    locations,
+)
 from interventions.circuits.prune_config import PruneConfig
 from interventions.cli.find_circuit import Options, main
 from sparse_model.model.checkpoint import save_sparse
@@ -59,7 +67,7 @@ def random_kept(model: NodeModel, share: int | float = 0.3, seed: int = 4) -> di
     return {at.name: torch.rand(at.width, generator=generator) < share for at in locations(model.shape)}
 
 
-def some_circuit(run: Run, model: NodeModel, **changes: Any) -> Circuit:
+def some_circuit(run: Run, model: NodeModel, kept: Kept | None = None, **changes: Any) -> Circuit:
     fields: dict[str, Any] = {
         "tied_qk": False,
         "task": "single_double_quote",
@@ -70,7 +78,7 @@ def some_circuit(run: Run, model: NodeModel, **changes: Any) -> Circuit:
         "ablation": measure_ablation(model, BLOCKS),
         "config": {"seed": 0, "steps": 3},
     }
-    return make_circuit(model, random_kept(model), **fields | changes)
+    return make_circuit(model, kept or random_kept(model), **fields | changes)
 
 
 def brute_force(model: NodeModel, kept: dict[str, Tensor]) -> list[tuple[str, str, float]]:
@@ -238,8 +246,7 @@ def test_saving_and_loading(run: Run, model: NodeModel, kind: str, tied: bool) -
     kept = random_kept(model)
     if tied:
         kept = {n: kept[n.replace("hook_k", "hook_q")] for n in kept}
-    circuit = some_circuit(run, model, tied_qk=tied, ablation=measure_ablation(model, BLOCKS, kind))
-    circuit = replace(circuit, nodes={n: tuple(m.nonzero().flatten().tolist()) for n, m in kept.items()})
+    circuit = some_circuit(run, model, kept, tied_qk=tied, ablation=measure_ablation(model, BLOCKS, kind))
     save_circuit(run.folder, circuit)
     back = load_circuit(run, circuit.task, model.kind)
     same = ("task", "model", "nodes", "edges", "tied_qk", "loss", "unpruned_loss", "calibration", "config", "controls")
@@ -284,7 +291,14 @@ def test_damaged_files_are_named(run: Run) -> None:
     data = json.loads(path.read_text())
     data["nodes"][0] = "0.attn.act_in.999"
     path.write_text(json.dumps(data))
+    refused("is not as it was written")
+    del data["sha256"]
+    path.write_text(json.dumps(data))
+    refused("an edge ends at .*which is none of the nodes")
+    path.write_text(json.dumps(data | {"edges": [], "n_edges": 0}))
     refused("is damaged .*index 999 is out of range")
+    path.write_text(json.dumps(data | {"tied_qk": 1}))
+    refused("tied_qk=1: input should be a valid boolean")
 
 
 def test_nodes_are_found_by_either_name(run: Run) -> None:

@@ -1,6 +1,5 @@
 """Controls of a circuit: each against a model or a rule whose answer is known, and the table they end up in."""
 
-import json
 import math
 import random
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from interventions.tasks.base import TaskBatch, log_odds
 from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.data.generated_python import generate_document
 from sparse_model.data.tokenizer import train_tokenizer
+from sparse_model.io.reading import typed
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +293,9 @@ def test_validation_of_a_known_circuit(validated: tuple[Circuit, Validation]) ->
 
 def test_controls_come_back_from_json(validated: tuple[Circuit, Validation]) -> None:
     _, result = validated
-    assert Validation.from_dict(json.loads(json.dumps(result.to_dict()))) == result
-    with pytest.raises((KeyError, TypeError)):
-        Validation.from_dict({"target_loss": 0.15})
+    assert typed(Validation, result.to_dict(), "controls", "") == result
+    with pytest.raises(ValueError, match="controls is not a valid Validation: key n_nodes is missing"):
+        typed(Validation, {"target_loss": 0.15}, "controls", "")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "nonsense_rule", "redrawn", "redrawn_frozen"])

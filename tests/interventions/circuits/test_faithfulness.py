@@ -22,6 +22,7 @@ from interventions.circuits.pruning import Ranking
 from interventions.circuits.worst_case import plot_worst_case, worst_case_curve
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import get_task
+from sparse_model.io.reading import typed
 from sparse_model.model.transformer import SparseTransformer
 
 NEURON = "blocks.0.mlp.hook_post"
@@ -89,7 +90,7 @@ def test_scores_are_those_of_ablation_by_hand(run: Run) -> None:
         assert drawn.worst.loss == max(draw.loss for draw in drawn.draws) > drawn.mean.loss
         assert drawn.worst.accuracy == min(draw.accuracy for draw in drawn.draws)
     assert got.worst.loss > max(got.alone.loss, got.whole.loss)
-    assert Faithfulness.from_dict(got.to_dict()) == got
+    assert typed(Faithfulness, got.to_dict(), "faithfulness", "") == got
 
 
 def only(model: NodeModel, *neurons: int) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ def test_a_failed_circuit_says_so_everywhere(
     assert "FAILED" in str(failed.plot().texts) + str([a.get_title() for a in failed.plot().axes])
     # A circuit of an earlier version has none of it, and loads.
     data = json.loads(path.read_text())
-    for name in ("faithfulness", "seeds", "ngram_floor", "failed"):
+    for name in ("faithfulness", "seeds", "ngram_floor", "failed", "sha256"):
         del data[name]
     path.write_text(json.dumps(data))
     old = load_circuit(run, failed.task)

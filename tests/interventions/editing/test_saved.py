@@ -99,7 +99,7 @@ def test_saving_refuses_what_it_cannot_keep(dense, tmp_path: Path, tokens: torch
         or {"x": torch.ones(1)},
         path / "intervention.safetensors",
     )
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="does not belong to the intervention"):
         Intervention.load(path, dense)
     (path / "intervention.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):

@@ -91,10 +91,19 @@ def test_study_gives_medians_and_ranges_by_group(tmp_path: Path, capsys) -> None
         steering_study.main(steering_study.Options(runs=tuple(runs)))
 
 
+def shortened(result: Steering, count: int) -> Steering:
+    """A result of the first strengths alone."""
+    whole = result._asdict()
+    by_set = ("channels", "two_way", "channels_low", "channels_high", "ridge", "random_own_p95", "paper", "by_patching")
+    cut: dict = {name: value[:count] for name, value in whole.items() if isinstance(value, list)}
+    cut |= {name: {n: curve[:count] for n, curve in whole[name].items()} for name in by_set}
+    return result._replace(**cut)
+
+
 def test_study_shows_each_set_at_its_chosen_strength(tmp_path: Path, capsys) -> None:
     import steering_study
 
-    one = steering()._replace(
+    one = shortened(steering(), 3)._replace(
         strength=[0.0, 0.5, 1.0],
         channels={"1": [0.01, 0.1, 0.2], "2": [0.01, 0.5, 0.95]},
         ridge={"1": [0.01, 0.11, 0.21], "2": [0.01, 0.51, 0.91]},
@@ -132,11 +141,8 @@ def test_study_shows_each_set_at_its_chosen_strength(tmp_path: Path, capsys) -> 
     }
     assert expected.items() <= rows.items()
     # An experiment that stops short of 1 has its table, without what is read there.
-    short = {name: curve[:2] for name, curve in one.channels.items()}
-    chosen = one.chosen | {"2": 0.5}
-    update_metrics(
-        tmp_path, steering={TASK: one._replace(strength=[0.0, 0.5], channels=short, chosen=chosen)._asdict()}
-    )
+    short = shortened(one, 2)._replace(chosen=one.chosen | {"2": 0.5})
+    update_metrics(tmp_path, steering={TASK: short._asdict()})
     steering_study.main(steering_study.Options(runs=(str(tmp_path),)))
     printed = capsys.readouterr().out
     assert "exact patch" not in printed

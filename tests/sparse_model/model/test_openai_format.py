@@ -90,7 +90,7 @@ def test_missing_misshaped_and_truncated_weights_are_named(folder: Path) -> None
     with pytest.raises(ValueError, match=r"final_model\.pt does not fit its config: missing ln_final\.weight"):
         from_openai(folder)
     torch.save(state | {"transformer.ln_f.weight": torch.ones(5)}, path)
-    with pytest.raises(ValueError, match=r"ln_final\.weight has shape \(5,\) instead of \(32,\)"):
+    with pytest.raises(ValueError, match=r"d_model=32 in the config, 5 in these weights"):
         from_openai(folder)
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:5000])

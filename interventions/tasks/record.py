@@ -1,0 +1,24 @@
+"""Where a result's prompts came from, as its file keeps it (`Task.record`)."""
+
+from typing_extensions import TypedDict
+
+
+class PromptRecord(TypedDict, total=False):
+    """The keys that are read; others are kept."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    prompts: str
+    file: str
+    sha256: str
+
+
+class TaskFigures(TypedDict, total=False):
+    """An entry of `tasks` in metrics.json, as solved-tasks writes it: as far as it is read anywhere."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    unsupported: str
+    prompts: PromptRecord
+    floors: dict[str, dict[str, float]]
+    """By split, then by table."""
