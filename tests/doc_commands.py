@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pytest  # noqa: E402
 from support.hub import local_hub  # noqa: E402
 from support.pages import Line, command_lines  # noqa: E402
-from support.scratch import alone, furnish, furnish_hub, has_run, provide  # noqa: E402
+from support.scratch import alone, furnish, furnish_hub, has_run, make_sparse_run, provide  # noqa: E402
 
 BIN = Path(sys.executable).parent
 
@@ -195,8 +195,7 @@ class Folder:
                 self.begin([word for word in words if word != "--resume"], self.place / trained)
         for run, fraction in alone(words):
             if not (self.place / run).exists():
-                train = f"sparse-bridges train-sparse demo --run {run} --tokenizer ./genera --sparsity.nonzero-fraction"
-                self.wait(self.start(shlex.split(f"{train} {fraction} {TRAINING}")), serves=False)
+                make_sparse_run(self.place / run, fraction)
         provide(self.place, words, trained)
         code, said = self.wait(self.start(words), serves=words[:2] == ["sparse-bridges", "serve"])
         after = os.times()

@@ -1,5 +1,6 @@
 """A folder as the pages' commands find it: a clone's scripts, a user's model and text, and finished runs, all small."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -12,6 +13,7 @@ from support.hub import Hub
 from support.task_files import GOOD, write
 
 from interventions.bundle.packaged import FOLDER
+from sparse_model.config import TrainConfig
 from sparse_model.data.generated_python import generate_document
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +75,18 @@ def make_run(folder: Path) -> None:
     shutil.copytree(BUNDLE, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus_tokens": 20_000, "eval_tokens": 512}))
+    (folder / "digests.json").unlink()  # changed on purpose
+
+
+def make_sparse_run(folder: Path, fraction: float) -> None:
+    """The bundle's sparse model as one that train-sparse has trained with a share of its weights."""
+    for part in ("sparse", "tokenizer"):
+        shutil.copytree(BUNDLE / part, folder / part)
+    config = json.loads((BUNDLE / "config.json").read_text()) | {"corpus_tokens": 20_000, "eval_tokens": 512}
+    kept = {field.name: config[field.name] for field in dataclasses.fields(TrainConfig) if field.name in config}
+    kept["sparsity"]["nonzero_fraction"] = fraction
+    (folder / "config.json").write_text(json.dumps(kept))
+    (folder / "metrics.json").write_text('{"val_ce": 1.0}')
 
 
 def alone(words: list[str]) -> list[tuple[str, float]]:
