@@ -87,7 +87,7 @@ RULES = (
     Rule(
         r"sparse-bridges steer",
         "--pairs 2 --draws 2 --maps 2 --searches 2 --resamples 5 --ridge-tokens 256 --text-tokens 64 --task-pairs 1 "
-        "--new-tokens 2 --strengths 0 1",
+        "--new-tokens 2",
     ),
     Rule(r"sparse-bridges find-circuit", f"--evaluation-pairs 4 --draws 2 --target-loss 0.5 {PRUNING}"),
     Rule(r"sparse-bridges find-circuit.*--search", replacing(r"--search \d+", "--search 1 --seeds 1")),
@@ -124,7 +124,6 @@ NOT_RUN = {
     r"sparse-bridges package-bundle": "writes into the package itself",
     r"python scripts/bench/released\.py": "a gigabyte of weights: the shapes are those of released checkpoints",
     r"python scripts/studies/compare_objectives\.py": "starts whole trainings, which no option of it cuts",
-    r"python scripts/first_block\.py": "for a plain install; tests/test_docs.py runs the README's blocks",
 }
 """By what a command begins with: why it is not run."""
 

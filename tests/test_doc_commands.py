@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import doc_commands
@@ -14,8 +14,9 @@ from support.pages import ROOT, Line, command_lines
 from test_docs import parse
 
 from interventions.cli import main
+from sparse_model.io.commands import command_line
 
-PACKAGES = ("sparse_model", "bridges", "interventions")
+PACKAGES = ("sparse_model", "bridges", "interventions", "scripts")
 VALUES = {"--prompts": "generated", "--model": "sparse", "--channel": "quote_type", "--task": "single_double_quote"}
 
 
@@ -46,18 +47,25 @@ def test_torchrun_reads_no_option_of_ours() -> None:
 
 
 class Named(ast.NodeVisitor):
-    """The commands in a file's strings and in its calls of say_next, with something in place of what is filled in."""
+    """The commands in a file's strings and calls, with something in place of what is filled in."""
 
     def __init__(self) -> None:
         self.found: list[list[str]] = []
+        self.unquoted: list[str] = []
+        """Into which something is filled that a shell may take apart."""
 
     def visit_Call(self, node: ast.Call) -> None:
-        if isinstance(node.func, ast.Name) and node.func.id == "say_next":
-            self.found.append(filled([arg.value if isinstance(arg, ast.Constant) else "{}" for arg in node.args]))
+        if isinstance(node.func, ast.Name) and node.func.id in ("say_next", "command_line"):
+            words = [arg for arg in node.args if not isinstance(arg, ast.Starred)]
+            if words and isinstance(words[0], ast.Constant):  # not of say_next itself
+                self.found.append(filled([arg.value if isinstance(arg, ast.Constant) else "{}" for arg in words]))
         self.generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        self.text("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
+        text = "".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values)
+        self.text(text)
+        self.unquoted += re.findall(r"sparse-bridges [a-z]+-?[a-z]+(?: --[a-z.-]+)* \{\}.*", text)
+        self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:
         if isinstance(node.value, str) and "\nExample" not in node.value:  # those are run
@@ -80,20 +88,29 @@ def filled(words: list[str]) -> list[str]:
     return values + ([needs, "name"] if needs and needs not in values else [])
 
 
-def named_commands() -> Iterator[tuple[str, list[str]]]:
-    for package in PACKAGES:
-        for file in sorted((ROOT / package).rglob("*.py")):
-            visitor = Named()
-            visitor.visit(ast.parse(file.read_text()))
-            yield from ((file.relative_to(ROOT).as_posix(), words) for words in visitor.found)
+@cache
+def named() -> dict[str, Named]:
+    """By file."""
+    found = {}
+    for file in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        found[file.relative_to(ROOT).as_posix()] = visitor = Named()
+        visitor.visit(ast.parse(file.read_text()))
+    return found
 
 
 def test_the_commands_that_messages_name_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    named = list(named_commands())
-    assert len(named) > 30
-    for words in {tuple(words) for _, words in named}:
+    commands = [tuple(words) for file in named().values() for words in file.found]
+    assert len(commands) > 35
+    for words in set(commands):
         command, *options = words
         if command == "solved-tasks" and not options:
             options = ["runs/demo"]
         with monkeypatch.context() as patch:
             parse(f"sparse-bridges {command}", options, patch)
+
+
+def test_messages_quote_what_they_fill_into_a_command() -> None:
+    assert {file: visitor.unquoted for file, visitor in named().items() if visitor.unquoted} == {}
+    templates = (ROOT / "interventions" / "report" / "templates").glob("*.jinja")
+    assert [path.name for path in templates if re.search(r"sparse-bridges [a-z-]+ [^<]*\{\{", path.read_text())] == []
+    assert command_line("steer", "--run", Path("my runs/it's")) == "sparse-bridges steer --run 'my runs/it'\"'\"'s'"
