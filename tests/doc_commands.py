@@ -108,7 +108,7 @@ RULES = (
     ),
     Rule(
         r"python scripts/bench/step\.py",
-        "--layers 1 --d-dense 16 --d-sparse 32 --d-head 8 --vocab 64 --ctx 16 --batch 2 --sites 1",
+        "--layers 1 --d-dense 16 --d-sparse 128 --d-head 16 --vocab 64 --ctx 16 --batch 2 --sites 1",
     ),
     Rule(r"python scripts/bench/kernels\.py", "--repeats 1"),
     Rule(r"python scripts/bench/kernels\.py", replacing("--device cuda", "--device cpu")),
