@@ -1,8 +1,8 @@
 """Every command line of the pages, and of the programs' own help, run as it is written but cut down by options.
 
-    python tests/doc_commands.py                          # all: ten minutes of one core
+    python tests/doc_commands.py                          # all: a quarter of an hour of one core
     python tests/doc_commands.py --only docs/circuits.md  # places that begin so
-    python tests/doc_commands.py --every 12               # a spread of those that need no process of their own
+    python tests/doc_commands.py --every 12               # a spread of those that take seconds
     python tests/doc_commands.py --list                   # what each is cut down to, or why it is not run
 
 RULES says what each kind of command is cut down to, NOT_RUN what is left out and why. The commands of a page run in
@@ -282,7 +282,8 @@ def chosen(options: argparse.Namespace) -> list[Line]:
     lines = [line for line in command_lines() if line.place.startswith(options.only)]
     if not options.every:
         return lines
-    light = [line for line in lines if not reason(line) and not re.match(f"{OWN_PROCESS}|make", shlex.join(line.words))]
+    heavy = f"{OWN_PROCESS}|make|.* --controls"
+    light = [line for line in lines if not reason(line) and not re.match(heavy, shlex.join(line.words))]
     return light[options.first :: options.every]
 
 
@@ -327,7 +328,7 @@ def try_all(lines: list[Line]) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="places that begin so, such as docs/circuits.md:7")
-    parser.add_argument("--every", type=int, default=0, help="each n-th that runs in a fork of this process")
+    parser.add_argument("--every", type=int, default=0, help="each n-th of those that take seconds")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--list", action="store_true", help="run nothing")
     options = parser.parse_args()
