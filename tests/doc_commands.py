@@ -282,7 +282,7 @@ def chosen(options: argparse.Namespace) -> list[Line]:
     lines = [line for line in command_lines() if line.place.startswith(options.only)]
     if not options.every:
         return lines
-    heavy = f"{OWN_PROCESS}|make|.* --controls"
+    heavy = f"{OWN_PROCESS}|make|.* (?:--controls|natural)"
     light = [line for line in lines if not reason(line) and not re.match(heavy, shlex.join(line.words))]
     return light[options.first :: options.every]
 

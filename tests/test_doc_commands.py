@@ -22,7 +22,7 @@ VALUES = {"--prompts": "generated", "--model": "sparse", "--channel": "quote_typ
 
 @pytest.mark.slow
 def test_a_sample_of_the_commands_of_the_pages_runs() -> None:
-    command = [sys.executable, Path(doc_commands.__file__), "--every", "30", "--first", "20"]
+    command = [sys.executable, Path(doc_commands.__file__), "--every", "30", "--first", "13"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": right, ") >= 4, done.stdout

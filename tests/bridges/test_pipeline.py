@@ -67,7 +67,11 @@ def test_the_main_job_leaves_a_complete_run(tiny: Path, call: Call) -> None:
     refused = call("steer", "--run", str(tiny), "--channel", "no.such")
     assert refused.stderr.startswith("error: unknown channel 'no.such'"), refused.stderr
     files = digests(tiny)
-    for name, *few in (("find-channel", "--pairs", "8"), ("steer", "--pairs", "8", "--anyway"), ("report",)):
+    for name, *few in (
+        ("find-channel", "--pairs", "8"),
+        ("steer", "--pairs", "8", "--maps", "4", "--searches", "4", "--anyway"),
+        ("report",),
+    ):
         done = call(name, "--run", str(tiny), *few)
         assert done.returncode == 0, done.stderr
     parts = {"config.json", "identity.json", "digests.json", "dense", "sparse", "bridges", "tokenizer", "channels.json",
