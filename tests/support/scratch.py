@@ -35,7 +35,7 @@ def furnish(place: Path) -> None:
         (place / "my-code" / f"{number}.py").write_text(text)
     (place / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name in ("my_task.jsonl", "raw_string.jsonl"):
-        write(place, GOOD, name)
+        write(place, [GOOD[0] | {"channel": Path(name).stem}, *GOOD[1:]], name)
 
 
 @cache
