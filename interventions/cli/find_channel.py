@@ -6,7 +6,7 @@ It is searched for by what steers the dense model, by patching the sparse model 
 Examples:
     sparse-bridges find-channel --run runs/demo
     sparse-bridges find-channel --run runs/demo --task while_return_true --from patching
-    sparse-bridges find-channel --run runs/demo --task while_return_true --from circuit
+    sparse-bridges find-channel --run runs/demo --from circuit   # after find-circuit
 """
 
 from dataclasses import dataclass
