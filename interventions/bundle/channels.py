@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 from bridges.sites import Site, all_sites
 from interventions.bundle.evidence import Evidence
 from sparse_model.io.atomic import write_text
+from sparse_model.io.commands import command_line
 from sparse_model.io.lock import one_writer
 from sparse_model.io.reading import NOTHING_ELSE, read_json, typed
 
@@ -183,7 +184,7 @@ def load_channels(folder: Path) -> dict[str, Channel]:
     path = folder / FILE
     if not path.exists():
         return {}
-    remedy = f"remove it and run sparse-bridges find-channel --run {folder} again"
+    remedy = f"remove it and run {command_line('find-channel', '--run', folder)} again"
     data = typed(dict[str, dict[str, Any]], read_json(path, remedy), path, remedy)
     digests = {name: entry.pop("digest", None) for name, entry in data.items()}
     _check_evidence(path, data)
@@ -232,10 +233,10 @@ def _checked(path: Path, channel: Channel) -> Channel:
     """A channel without strengths where those are in the units of an earlier version."""
     if "doses" in channel.selection and "units" not in channel.selection:
         logger.warning(
-            "%s: the strengths of channel %r are of an earlier version's units and are left out: run sparse-bridges "
-            "find-channel again",
+            "%s: the strengths of channel %r are of an earlier version's units and are left out: run %s again",
             path,
             channel.name,
+            command_line("find-channel", "--run", path.parent),
         )
         kept = {key: value for key, value in channel.selection.items() if key != "doses"}
         return replace(channel, selection=kept, rules=())

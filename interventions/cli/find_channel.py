@@ -7,7 +7,7 @@ worth on natural text is measured last, and kept too.
 Examples:
     sparse-bridges find-channel --run runs/demo
     sparse-bridges find-channel --run runs/demo --task while_return_true --from patching
-    sparse-bridges find-channel --run runs/demo --task while_return_true --from circuit
+    sparse-bridges find-channel --run runs/demo --from circuit   # after find-circuit
 """
 
 from dataclasses import dataclass

@@ -19,6 +19,7 @@ from interventions.report.generations import Continuation, continuations
 from interventions.report.texts import MEMBERS, HeldOut, Text, heads, inline, prompts, visible
 from interventions.tasks.base import TaskBatch, since_difference
 from interventions.tasks.of_run import recorded_task
+from sparse_model.io.commands import command_line
 
 LENS_TOKENS = 8
 """Tokens at either end of the logit lens."""
@@ -105,7 +106,8 @@ def _page(run: Run, dense: Any, channel: Channel, documents: HeldOut, number: in
     if not all(0 <= index < run.sparse.d_model for index in channel.indices):
         raise ValueError(
             f"{run.folder / FILE}: channel {channel.name!r} has indices {channel.indices}, but the sparse stream "
-            f"has {run.sparse.d_model} channels: find it again with sparse-bridges find-channel"
+            f"has {run.sparse.d_model} channels: find it again with "
+            + command_line("find-channel", "--run", run.folder)
         )
     batch, notes = _batch(run, channel)
     texts = heads(run, documents, _DOCUMENTS)

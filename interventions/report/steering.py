@@ -15,6 +15,7 @@ from interventions.steering.result import (
     place_of,
     searches,
     set_name,
+    steering_command,
     strength_chart,
 )
 from interventions.steering.side_effects import SideEffects
@@ -79,7 +80,7 @@ def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
         except (ValueError, KeyError, IndexError) as error:
             raise ValueError(
                 f"{folder / 'metrics.json'}: the steering of {task} is damaged ({error!r}), steer again: "
-                f"sparse-bridges steer --run {folder} --task {task}"
+                f"{steering_command(metrics, task, folder)}"
             ) from error
     return pages
 
