@@ -89,6 +89,11 @@ RULES = (
         "--pairs 2 --draws 2 --maps 2 --searches 2 --resamples 5 --ridge-tokens 256 --text-tokens 64 --task-pairs 1 "
         "--new-tokens 2",
     ),
+    Rule(
+        r"sparse-bridges compare-bases",
+        "--pairs 2 --draws 2 --sizes 1 --kept 2 --coder-tokens 256 --ridge-tokens 256 --text-tokens 64 --task-pairs 1 "
+        "--new-tokens 2",
+    ),
     Rule(r"sparse-bridges find-circuit", f"--evaluation-pairs 4 --draws 2 --target-loss 0.5 {PRUNING}"),
     Rule(r"sparse-bridges find-circuit.*--search", replacing(r"--search \d+", "--search 1 --seeds 1")),
     Rule(r"sparse-bridges (?:check-task|solved-tasks)", "--pairs 4"),
@@ -291,6 +296,7 @@ def try_all(lines: list[Line]) -> dict[str, int]:
     """Run the lines, say of each whether it is right; returns how many were, were not, and were not run by reason."""
     for name in (
         "cli.train_bridge",
+        "bases.compare",
         "steering.steer",
         "circuits.circuit_search",
         "report.page",

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from interventions.charts import GREY, INK, Chart, Series, Style, depth_colour, draw_chart, numbers
 from interventions.editing.where import Where
 from interventions.figures import save_figure
-from sparse_model.io.commands import command_line
+from interventions.steering.result import command_again
 from sparse_model.io.reading import typed
 
 OURS = "sparse channels"
@@ -87,7 +87,7 @@ class Bases(NamedTuple):
     @classmethod
     def from_metrics(cls, metrics: dict[str, Any], task: str, folder: Path) -> "Bases":
         """A task's comparison in metrics.json of a folder; ValueError for one of another version."""
-        again = f"compare again: {command_line('compare-bases', '--run', folder, '--task', task)}"
+        again = f"compare again: {command_again('compare-bases', metrics, task, folder)}"
         fields, place = metrics["bases"][task], f"{folder / 'metrics.json'}: the bases of {task}"
         if not isinstance(fields, dict) or set(fields) != set(cls._fields):
             raise ValueError(f"{place} are of another version or damaged, {again}")

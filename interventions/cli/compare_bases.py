@@ -81,6 +81,8 @@ def _compare(dense: "nn.Module", folder: Path, options: Options) -> None:
     from interventions.bases.result import plot_bases
     from interventions.bundle.bundle import get_bundle
     from interventions.steering.baseline import dense_accuracy
+    from interventions.steering.experiment import resolved
+    from interventions.tasks.of_run import run_task
 
     chosen = options.comparison
     get_bundle(dense).bridges.check_scales()
@@ -88,7 +90,8 @@ def _compare(dense: "nn.Module", folder: Path, options: Options) -> None:
     check_solved(dense_accuracy(dense, prompts)["pair_accuracy"], anyway=options.anyway)
     result = compare_bases(dense, chosen)
     plot = plot_bases(result, folder / f"bases-{result.task.replace('/', '-')}.png")
-    update_metrics(folder, merge=True, bases={result.task: result.plain()})
+    record = run_task(get_bundle(dense).run, str(resolved(prompts, get_bundle(dense)).task)).record
+    update_metrics(folder, merge=True, bases={result.task: result.plain()}, task_prompts={result.task: record})
     describe(result)
     print(f"plot: {plot}")
     say_next("report", "--run", str(folder if folder == get_bundle(dense).folder else options.run))

@@ -11,11 +11,11 @@ from interventions.steering.result import (
     Curve,
     Searched,
     Steering,
+    command_again,
     named_curves,
     place_of,
     searches,
     set_name,
-    steering_command,
     strength_chart,
 )
 from interventions.steering.side_effects import SideEffects
@@ -80,7 +80,7 @@ def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
         except (ValueError, KeyError, IndexError) as error:
             raise ValueError(
                 f"{folder / 'metrics.json'}: the steering of {task} is damaged ({error!r}), steer again: "
-                f"{steering_command(metrics, task, folder)}"
+                f"{command_again('steer', metrics, task, folder)}"
             ) from error
     return pages
 

@@ -93,7 +93,7 @@ class Steering(NamedTuple):
     def from_metrics(cls, metrics: dict[str, Any], task: str, folder: Path) -> "Steering":
         """A task's result in metrics.json of a folder. A result that is not of this version is a ValueError."""
         fields = metrics["steering"][task]
-        again = steering_command(metrics, task, folder)
+        again = command_again("steer", metrics, task, folder)
         if not isinstance(fields, dict) or set(fields) != set(cls._fields):
             raise ValueError(
                 f"{folder / 'metrics.json'}: the steering of {task} is of another version or damaged, steer again: "
@@ -272,8 +272,8 @@ def plot_strengths(result: Steering) -> Figure:
     return figure
 
 
-def steering_command(metrics: dict[str, Any], task: str, folder: Path) -> str:
-    """What steers a task of metrics.json again."""
+def command_again(command: str, metrics: dict[str, Any], task: str, folder: Path) -> str:
+    """A command that makes a result of metrics.json again."""
     records = metrics.get("task_prompts")
     record = records.get(task) if isinstance(records, dict) else None
-    return command_line("steer", "--run", folder, "--task", task_option(task, record))
+    return command_line(command, "--run", folder, "--task", task_option(task, record))
