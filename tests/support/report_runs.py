@@ -92,10 +92,21 @@ def bases(task: str = TASK) -> Bases:
     def effects(factor: float, p: float) -> Effects:
         return Effects(factor, p, p / 10, 3.5, {"for_while": 0.5, "return_while": 1.0})
 
-    def row(basis: str, indices: list[int], p: list[float], **at: Effects) -> Row:
-        kl = [value / 10 for value in p]
-        chosen = {"equal norm": effects(1.0, p[2])} | {n.replace("p", "0."): one for n, one in at.items()}
-        return Row(basis, max(1, len(indices)), indices, 1, "read", p, kl, chosen)
+    def row(basis: str, indices: list[int], p: list[float], half: float | None, most: float | None) -> Row:
+        fixed = {name: effects(norm, norm / 4) for name, norm in (("0.5", half), ("0.9", most)) if norm}
+        return Row(
+            basis=basis,
+            latents=max(1, len(indices)),
+            indices=indices,
+            site=1,
+            where="read",
+            p=p,
+            equal=p[2],
+            reached={"0.5": half, "0.9": most},
+            p_fixed=[value / 2 for value in p],
+            kl=[round(value / 10, 4) for value in p],
+            fixed=fixed,
+        )
 
     return Bases(
         task=task,
@@ -107,10 +118,10 @@ def bases(task: str = TASK) -> Bases:
         unsteered=0.01,
         random_p95=[0.01, 0.02, 0.04, 0.3],
         rows=[
-            row("sparse channels", [5], [0.1, 0.2, 0.4, 0.6], p5=effects(2.0, 0.61)),
-            row("sparse channels", [5, 7, 9, 11], [0.3, 0.6, 0.9, 0.95], p5=effects(0.5, 0.62), p9=effects(1.0, 0.92)),
-            row("rotated axes", [1, 2, 3, 4], [0.2, 0.4, 0.8, 0.93], p5=effects(1.0, 0.81), p9=effects(2.0, 0.91)),
-            row("difference of means", [], [0.05, 0.1, 0.3, 0.7], p5=effects(2.0, 0.71)),
+            row("sparse channels", [5], [0.1, 0.2, 0.4, 0.6], 2.0, None),
+            row("sparse channels", [5, 7, 9, 11], [0.3, 0.6, 0.9, 0.95], 0.5, 1.0),
+            row("rotated axes", [1, 2, 3, 4], [0.2, 0.4, 0.8, 0.93], 1.0, 2.0),
+            row("difference of means", [], [0.05, 0.1, 0.3, 0.7], 2.0, None),
         ],
         coders={"TopK autoencoder, k 8": {"nmse": 0.123, "unused": 4.0, "tokens": 20000.0}},
         comparison={"sizes": [1, 4]},
