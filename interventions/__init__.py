@@ -95,6 +95,9 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "interventions.bases.compare": "compare_bases",
+        "interventions.bases.comparison_config": "Comparison",
+        "interventions.bases.result": "Bases plot_bases",
         "interventions.bundle.bundle": "load_dense load_hf",
         "interventions.bundle.channels": "Channel load_channels save_channel",
         "interventions.bundle.packaged": "packaged_bundles",

@@ -106,6 +106,7 @@ RULES = (
     ),
     Rule(r"python scripts/studies/prune_settings\.py", f"--draws 1 --target-loss 0.5 {PRUNING}"),
     Rule(r"python scripts/studies/worst_case\.py", f"--target-loss 0.5 {PRUNING}"),
+    Rule(r"python scripts/studies/prediction\.py", "--channels 4 --rows 4 --draws 2"),
     Rule(r"python scripts/studies/compare_objectives\.py", "--seconds 1 --seeds 0"),
     Rule(
         r"python scripts/studies/frontier\.py",

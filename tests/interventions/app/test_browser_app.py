@@ -198,6 +198,7 @@ def test_markup_in_a_prompt_stays_text(page: Page) -> None:
 
 
 def test_an_example_and_sampling(page: Page) -> None:
+    page.locator("#continuations .textfield").first.wait_for()
     before, first = page.locator("#prompt textarea").input_value(), continuations(page)[0]
     page.locator("#examples button").nth(1).click()
     page.wait_for_function(f"first => {UNSTEERED} != first", arg=first)

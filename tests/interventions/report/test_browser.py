@@ -66,7 +66,7 @@ def lit(page: Page, selector: str) -> set[str]:
 
 def test_it_opens_and_everything_is_drawn(page: Page, run: Run) -> None:
     assert page.title() == "run – bridge report"
-    assert page.locator("figure.chart canvas").count() == page.locator("figure.chart").count() == 8
+    assert page.locator("figure.chart canvas").count() == page.locator("figure.chart").count() == 10
     assert shown(page) == load_circuit(run, TASK).n_nodes
     assert page.locator("article:not([hidden]) .edge").count() == load_circuit(run, TASK).n_edges
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280

@@ -66,7 +66,7 @@ def test_ids_are_unique_and_links_lead_somewhere(page: Page) -> None:
 def test_every_figure_has_its_data(page: Page) -> None:
     figures = [a["data-chart"] for _, a in page.tags if "data-chart" in a]
     assert sorted(map(str, figures)) == sorted(page.data["charts"])
-    assert len(figures) == 5 + 1 + 1 + 1  # training, hybrids, steering, histogram
+    assert len(figures) == 5 + 1 + 1 + 2 + 1  # training, hybrids, steering, bases, histogram
     for chart in page.data["charts"].values():
         curves = [series["values"] for series in chart["series"]]
         curves += [band[side] for band in chart["bands"] for side in ("low", "high")]
@@ -91,10 +91,10 @@ def test_missing_parts_are_left_out_and_named_with_their_command(bare: Run, full
 
     alone = page_of(bare)
     assert parts(alone) == ["overview", "config"]
-    assert parts(page) == ["overview", "training", "bridges", "steering", "tasks", "circuits", "channels", "config"]
+    assert parts(page) == ["overview", "training", "bridges", "steering", "bases", "tasks", "circuits", "channels", "config"]
     for shown in (alone, page):
         assert re.findall(r'<a href="#(\w+)">', shown.html.partition("</nav>")[0]) == parts(shown)
-    for command in ("evaluate", "find-channel", "steer", "find-circuit"):
+    for command in ("evaluate", "find-channel", "steer", "compare-bases", "find-circuit"):
         assert re.search(rf"sparse-bridges {command} --run \S+", alone.text)
     assert re.search(r"sparse-bridges solved-tasks \S+", alone.text)
     assert "What can be added" not in page.text
