@@ -75,6 +75,8 @@ class Mechanism(NamedTuple):
     """Nodes, and edges between told nodes."""
     detecting: int
     """Told nodes that detect the difference."""
+    strongest: Markup
+    """The nodes with the largest effects; empty where none is known."""
     failed: list[str]
     """Controls that it fails."""
 
@@ -121,6 +123,7 @@ def mechanism(
         edges=sorted(listed, key=lambda found: -(found.effect or 0.0)),
         left_out=(circuit.n_nodes - len(names), len(between) - len(edges)),
         detecting=sum(detects(of) for of in facts),
+        strongest=teller.strongest([(name, effects[name]) for name in ranked[:3] if name in effects]),
         failed=[control.control for control in controls if not control.survived],
     )
 

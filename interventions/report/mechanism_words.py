@@ -87,6 +87,10 @@ class Teller:
         ]
         return Markup(" ").join(sentence for sentence in sentences if sentence)
 
+    def strongest(self, effects: Sequence[tuple[str, float]]) -> Markup:
+        """Nodes with their effects."""
+        return listed(Markup("{} ({})").format(self.mention(name), _signed(effect)) for name, effect in effects)
+
     def mention(self, name: str) -> Markup:
         """A node's role and name, which leads to it where it is told."""
         code = Markup("<code>{}</code>").format(name)
@@ -128,8 +132,8 @@ class Teller:
             if not facts.incoming:
                 return "No node of the circuit feeds it."
             edges = sorted(facts.incoming, key=lambda edge: -abs(edge.weight))
-            return Markup("It is fed by {}.").format(_listed(self._edge(edge, edge.source) for edge in edges))
-        writers = _listed(self.mention(name) for name in facts.writers)
+            return Markup("It is fed by {}.").format(listed(self._edge(edge, edge.source) for edge in edges))
+        writers = listed(self.mention(name) for name in facts.writers)
         written = Markup("{} {} to that channel before.").format(
             _upper(writers) or "No node of the circuit", "add" if len(facts.writers) > 1 else "adds"
         )
@@ -167,10 +171,10 @@ class Teller:
     def _targets(self, facts: NodeFacts) -> Words:
         edges = sorted(facts.outgoing, key=lambda found: (-(found[1] or 0.0), -abs(found[0].weight)))
         if edges:
-            return Markup("It feeds {}.").format(_listed(self._edge(e, e.target, effect) for e, effect in edges))
+            return Markup("It feeds {}.").format(listed(self._edge(e, e.target, effect) for e, effect in edges))
         if not facts.node.place.endswith("resid_delta"):
             return "" if facts.node.place in _IN_SCORES else "It feeds no node of the circuit."
-        readers = _listed(self.mention(name) for name in facts.readers)
+        readers = listed(self.mention(name) for name in facts.readers)
         read = Markup("{} {} that channel later.").format(
             _upper(readers) or "No node of the circuit", "read" if len(facts.readers) > 1 else "reads"
         )
@@ -191,10 +195,10 @@ class Teller:
 
     def _edge(self, edge: Edge, end: str, effect: float | None = None) -> Markup:
         words = Markup("{} with weight {}").format(self.mention(end), _signed(edge.weight))
-        return words if effect is None else Markup("{} (cut: {})").format(words, _signed(effect))
+        return words if effect is None else Markup("{} (effect {})").format(words, _signed(effect))
 
     def _tokens(self, weighted: Weighted) -> Markup:
-        return _listed(
+        return listed(
             Markup("<code>{}</code> ({})").format(self._spell(token), _signed(weight or 0.0))
             for token, weight in weighted
         )
@@ -215,17 +219,16 @@ def _mean(value: float | None) -> str:
 
 
 def _signed(value: float) -> str:
-    """Three decimals, two digits of what is smaller than a hundredth; a true minus sign."""
-    form = "+.3f" if abs(value) >= 0.01 or not value else "+.2g"
-    return format(value, form).replace("-", "−")
+    """Three significant digits; a true minus sign."""
+    return format(value, "+.3g").replace("-", "−") if value else "0"
 
 
-def _listed(parts: Iterable[Markup]) -> Markup:
+def listed(parts: Iterable[Markup]) -> Markup:
     """One, two and three; of many the first four."""
-    listed = list(parts)
-    if len(listed) > _MOST_LISTED:
-        listed[_MOST_LISTED:] = [Markup("{} more").format(len(listed) - _MOST_LISTED)]
-    *most, last = listed or [Markup("")]
+    given = list(parts)
+    if len(given) > _MOST_LISTED:
+        given[_MOST_LISTED:] = [Markup("{} more").format(len(given) - _MOST_LISTED)]
+    *most, last = given or [Markup("")]
     return Markup(" and ").join([Markup(", ").join(most), last]) if most else last
 
 
