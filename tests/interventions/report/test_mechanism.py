@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.report_page import Page
-from support.report_runs import QUICK, TASK
+from support.report_page import Page, page_of
+from support.report_runs import QUICK, SCORES, TASK, circuit
 from support.solver import solver, solver_batch
 
 from bridges.run_folder import Run
 from interventions.circuits.ablation import Calibration, measure_ablation
-from interventions.circuits.circuit import load_circuit, make_circuit
+from interventions.circuits.circuit import load_circuit, make_circuit, save_circuit
 from interventions.circuits.gates import take
 from interventions.circuits.node_model import NodeEdit, SparseNodes, as_nodes, find_node, locations
 from interventions.circuits.pruning import score
@@ -147,7 +147,7 @@ def test_the_stream_in_the_words(full: Run, page: Page) -> None:
     assert ("No node of the circuit reads that channel later." in told[write]) == (not later)
     answers = set(batch_of(full).answers.flatten().tolist())
     gain = full.sparse.ln_final.weight[channel]
-    shown = [float(w) for w in re.findall(r"\(([-+][\d.e-]+)\)", told[write].split("unembedding")[1])]
+    shown = [float(w) for w in re.findall(r"\(([-+][\d.e-]+)\)", told[write].split("unembedding")[1].split(". ")[0])]
     wanted = [(full.sparse.unembedding.weight[token, channel] * gain).item() for token in answers]
     assert sorted(shown) == pytest.approx(sorted(wanted), rel=6e-3)
 
@@ -299,7 +299,8 @@ def test_what_a_circuit_cannot_tell_is_said(bare: Run) -> None:
     """A failed circuit says so first; one without prompts has weights alone; one without nodes is its frame."""
     circuit(bare, faithfulness=SCORES)
     circuit(bare, task="no_such_task")
-    circuit(bare, task="with_as", keep=-1.0)
+    found = circuit(bare, task="with_as")
+    save_circuit(bare.folder, dataclasses.replace(found, nodes=dict.fromkeys(found.nodes, ()), edges=()))
     page = page_of(bare)
     failed = plain(article(page)).removeprefix("How it computes ")
     assert failed.startswith("Failed. This circuit missed its target on evaluation prompts")
@@ -308,3 +309,4 @@ def test_what_a_circuit_cannot_tell_is_said(bare: Run) -> None:
     assert not re.search(r"detect|loss (rises|falls|changes)|From the last token", plain(unknown.split("<h5>", 1)[1]))
     assert re.search(r"with weight [-+]", plain(unknown).replace("−", "-"))
     assert "nodes with the largest weights are told" in plain(unknown) or "left out" not in plain(unknown)
+    assert plain(article(page, "with_as")).startswith("How it computes It has no nodes: what does the task")
