@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bridges.families import ReadNorm
 from sparse_model.io.atomic import recover_folder, replace_folder
+from sparse_model.io.commands import command_line
 from sparse_model.io.reading import NOTHING_ELSE, read_typed
 from sparse_model.io.tensors import check_finite, check_sizes, load_checked, read_shapes, read_tensors
 from sparse_model.sparsity.abs_topk import abs_topk
@@ -133,8 +134,8 @@ def load_bridges(folder: Path) -> BridgeSet:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder.parent} has no bridges ({path} does not exist): finish its training with sparse-bridges "
-            f"train-bridge --run {folder.parent} --resume, or name another run"
+            f"{folder.parent} has no bridges ({path} does not exist): finish its training with "
+            f"{command_line('train-bridge', '--run', folder.parent, '--resume')}, or name another run"
         )
     shape, weights = read_typed(BridgeShape, path, "copy it again"), folder / "bridges.safetensors"
     stored = read_shapes(weights)

@@ -149,6 +149,9 @@ class RunConfig(TrainConfig):
     """The small dense model, where one is trained."""
 
 
+KEPT = ("config.json", "dense-config.json")
+"""Where a run folder keeps the configuration that it was begun with; the second is that of train-dense."""
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "demo": (
         "2 layers on generated Python; minutes on two CPU cores",

@@ -1,6 +1,6 @@
 """Loading a dense model so that what loads is that model: nothing missing, nothing left over, every number finite."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -234,10 +234,15 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own table of what is missing: the errors say it."""
-    level = logging.get_verbosity()
+    """Without transformers' own table of what is missing, which the errors say, and its bar; a download's is shown."""
+    level, hook = logging.get_verbosity(), logging.set_tqdm_hook(_no_bar)
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        logging.set_tqdm_hook(hook)
+
+
+def _no_bar(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return bar(*args, **options | {"disable": True})

@@ -15,13 +15,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bridges import run_folder as run_folder
-from bridges.config import RunConfig
+from bridges.config import KEPT, RunConfig
 from bridges.dense import DenseModel, cast_parameters
+from bridges.dense_training import DENSE_CHECKPOINT
 from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
 from bridges.scales import measure_scales
 from bridges.self_text import keep_samples, share_of_self
-from sparse_model.config import check_folder, claim_folder
+from sparse_model.config import check_folder, claim_folder, to_json
 from sparse_model.data.prepare import prepare_corpus, say_what_is_left_out
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.lock import one_writer
@@ -142,11 +143,20 @@ def make_dense(
             say_what_is_left_out(parts.blocks)
             if not (folder / "tokenizer").exists():
                 save_tokenizer(parts.tokenizer, folder / "tokenizer")
+            _keep_dense_config(config, folder)
         if parts.dense is not None and config.dense is None:
             logger.info("taking the dense model that is in %s", folder / "dense")
         with interruptible(RESUMES):
             hf = run_folder.prepare_dense(config, folder, parts, where, progress=progress)
             return _held_out_loss(DenseModel(hf).to(where), held_out_blocks(config, parts.blocks.val))
+
+
+def _keep_dense_config(config: RunConfig, folder: Path) -> None:
+    """Keep the configuration of the dense model's training, that of one that has begun as it is."""
+    path = folder / KEPT[1]
+    begun = any((folder / part).exists() for part in ("dense", DENSE_CHECKPOINT))
+    if not (begun and path.exists()):
+        to_json(config, path)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """A run folder: what a run is made of, how it is prepared, saved and opened.
 
 config.json  identity.json  digests.json  tokenizer/  dense/  sparse/  bridges/  metrics.jsonl  metrics.json
-channels.json  report.html; self.jsonl (what `self` in its corpus stands for); while it trains: dense-checkpoint/
-checkpoint/; while a command writes into it: .lock
+channels.json  report.html; dense-config.json (of train-dense); self.jsonl (what `self` in its corpus stands for); while
+it trains: dense-checkpoint/  checkpoint/; while a command writes into it: .lock
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ from sparse_model.data.corpus import CorpusBlocks
 from sparse_model.data.prepare import check_corpus, check_vocabulary, prepare_corpus, tokenizer_documents
 from sparse_model.data.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from sparse_model.io.atomic import recover_folder, remove_folder, write_text
+from sparse_model.io.commands import command_line
 from sparse_model.io.local import local_path
 from sparse_model.io.lock import one_writer
 from sparse_model.io.manifest import check_manifest, write_manifest
@@ -147,7 +148,7 @@ def _sparse(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast)
     if not (start / "sparse").is_dir():
         raise FileNotFoundError(
             f"start_from={config.start_from}: no trained sparse model is in {start / 'sparse'}; train one with "
-            f"sparse-bridges train-sparse --run {config.start_from}"
+            + command_line("train-sparse", "--run", config.start_from)
         )
     sparse = load_sparse(start / "sparse")
     if different := differing(sparse.cfg, config.sparse):
@@ -221,7 +222,8 @@ def _check_bridged(folder: Path) -> None:
     has = {part for part in ("bridges", "dense", "sparse") if (folder / part).is_dir()}
     if has == {"dense"} and not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} has a dense model and no bridges: sparse-bridges train-bridge --run {folder} goes on with it"
+            f"{folder} has a dense model and no bridges: "
+            f"{command_line('train-bridge', '--run', folder, '--resume')} goes on with it"
         )
     if has == {"sparse"}:
         raise FileNotFoundError(
@@ -239,7 +241,7 @@ def open_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
     device = check_device(device)
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}")
+        raise FileNotFoundError(f"no run at {folder}: train one with {command_line('train-bridge', '--run', folder)}")
     _check_bridged(folder)
     check_format(folder)
     config = from_json(RunConfig, folder / "config.json")
@@ -305,4 +307,4 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     # A figure that is not defined, such as a share of nothing, is NaN.
-    return read_sealed(path, f"remove it and run sparse-bridges evaluate --run {folder} again", finite=False)
+    return read_sealed(path, f"remove it and run {command_line('evaluate', '--run', folder)} again", finite=False)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from interventions.finding.by_patching import channel_by_patching
     from interventions.finding.by_steering import channel_by_steering
     from interventions.finding.channel_search import find_channel
+    from interventions.finding.evidence import channel_evidence
     from interventions.looking.activations import activations, sparse_cache, top_channels
     from interventions.looking.examples import logit_lens, top_examples
     from interventions.report.page import write_report
@@ -54,6 +55,7 @@ __all__ = [
     "channel_by_circuit",
     "channel_by_patching",
     "channel_by_steering",
+    "channel_evidence",
     "compare_bases",
     "dense_accuracy",
     "find_channel",
@@ -109,6 +111,7 @@ __getattr__ = lazy_names(
         "interventions.finding.by_patching": "channel_by_patching",
         "interventions.finding.by_steering": "channel_by_steering",
         "interventions.finding.channel_search": "find_channel",
+        "interventions.finding.evidence": "channel_evidence",
         "interventions.looking.activations": "activations sparse_cache top_channels",
         "interventions.looking.examples": "logit_lens top_examples",
         "interventions.report.page": "write_report",

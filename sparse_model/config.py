@@ -269,7 +269,10 @@ def check_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
             )
         different = differing(from_json(type(config), path), config)
         if different:
-            raise ValueError(f"{path} has other settings ({', '.join(different)}): resume with the same ones")
+            raise ValueError(
+                f"{path} has other settings ({', '.join(different)}): resume with the same ones, or name neither "
+                "preset nor options, which are then taken from there"
+            )
 
 
 def claim_folder(config: TrainConfig, folder: Path, resume: bool) -> None:

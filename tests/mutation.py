@@ -41,7 +41,10 @@ TESTS = {
     "interventions/editing/hooks.py": _EDITING,
     "interventions/editing/vectors.py": _EDITING,
     "interventions/editing/positions.py": _EDITING,
-    "sparse_model/sparsity/projection.py": ["tests/sparse_model/sparsity/test_projection.py"],
+    "sparse_model/sparsity/projection.py": [
+        "tests/sparse_model/sparsity/test_projection.py",
+        "tests/sparse_model/sparsity/test_model_projection.py",
+    ],
     "sparse_model/sparsity/abs_topk.py": [
         "tests/sparse_model/sparsity/test_topk.py",
         "tests/sparse_model/training/test_compile.py",

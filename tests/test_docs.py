@@ -23,6 +23,7 @@ import pytest
 import tyro
 from support.helpers import HANG_SECONDS
 from support.hub import Hub, local_hub
+from support.pages import DOCS, PAGES, PROGRAMS, ROOT, Block, blocks, name_of
 from transformers import GPT2Config
 
 import bridges
@@ -30,49 +31,8 @@ import interventions
 import sparse_model
 from interventions.bundle.packaged import FOLDER
 from interventions.cli import main
-from interventions.cli.main import module_of
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOK = DOCS / "tutorial.ipynb"
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
-
-
-class Block(NamedTuple):
-    """A fenced block."""
-
-    page: Path
-    line: int
-    """Of its first line of code, counted from 0."""
-    language: str
-    code: str
-    not_run: str
-    """The reason, where an HTML comment `<!-- not run: reason -->` stands before the fence."""
-
-
-FENCE = re.compile(r"^```(.*)$")
-NOT_RUN = re.compile(r"<!--\s*not run:\s*(.+?)\s*-->")
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page."""
-    lines, start, language, before = page.read_text().splitlines(), None, "", ""
-    for number, line in enumerate(lines):
-        fence = FENCE.match(line)
-        if fence and start is None:
-            start, language = number + 1, fence[1].strip()
-        elif fence:
-            assert start is not None
-            reason = NOT_RUN.fullmatch(before.strip())
-            yield Block(page, start, language, "\n".join(lines[start:number]), reason[1] if reason else "")
-            start, before = None, ""
-        elif start is None and line.strip():
-            before = line
-    assert start is None, f"{name_of(page)}: a block is not closed"
 
 
 def python_blocks(page: Path) -> list[Block]:
@@ -160,10 +120,6 @@ def commands_in(text: str, place: str) -> Iterator[Command]:
 
 
 PROGRAM = re.compile(r"scripts/(?:\w+/)?\w+\.py|sparse-bridges(?= |$)|interventions\.cli")
-PROGRAMS = [
-    *sorted((ROOT / "scripts").rglob("*.py")),
-    *(ROOT / "interventions" / "cli" / f"{module_of(command)}.py" for command in main.COMMANDS),
-]
 COMMANDS = list(commands())
 
 

@@ -9,8 +9,9 @@ Every basis goes through the same stages. Selection prompts decide everything, e
 3. The equal norm is the largest of the ladder at which 95 % of random directions, as long at every token that the exact
    patch moves, leave P(counterfactual answer) quiet. The equal effects are P of .5 and .9: the norm at which each set
    first reaches them on selection prompts.
-4. On evaluation prompts: P at every norm of the ladder, and KL on other text; at the equal norm and at equal effects
-   also the other tasks and the perplexity of generated text.
+4. On evaluation prompts: P at every norm of the ladder. An edit has no value on other text, so side effects are
+   those of its mean vector over the selection prompts, added at every token: that vector's own P, KL on other text, the
+   other tasks and the perplexity of generated text, where it reaches the equal effects on selection prompts.
 
 A norm is the mean length of an edit over the tokens that it moves. The ladder's unit is that of the exact patch, the
 dense model's own counterfactual, at the place that is edited.
@@ -29,7 +30,7 @@ from bridges.run_folder import Run
 from interventions.bases.bases import Basis, Place, directions, make_bases
 from interventions.bases.coders import Trained, train_coders
 from interventions.bases.comparison_config import Comparison
-from interventions.bases.result import EQUAL_NORM, OURS, TARGETS, Bases, Effects, Row
+from interventions.bases.result import OURS, TARGETS, Bases, Effects, Row
 from interventions.steering.edits import Changes, channel_edit, mean_norm
 from interventions.steering.experiment_config import Experiment
 from interventions.steering.rivals import along, exact_patch, random_directions
@@ -199,13 +200,14 @@ class _Pending(NamedTuple):
             steered.answers([edit], norms).target.mean(2)[:, 0].tolist()
             for steered, edit in ((stand.selection, self.selection), (stand.evaluation, self.evaluation))
         )
-        vector = fixed_vector(self.evaluation)
-        at = {f"{target:g}": first_reached(chosen_on, target) for target in TARGETS} | {EQUAL_NORM: equal}
+        vector = fixed_vector(self.selection)
+        fixed_on = [stand.bystanders.p_target(stand.selection.prompts, norm * vector) for norm in norms]
 
         def effects(factor: float) -> Effects:
             side = stand.bystanders.measure(factor * stand.unit * vector)
-            return Effects(factor, p[LADDER.index(factor)], side.kl, side.perplexity_counterfactual, side.pair_accuracy)
+            return Effects(factor, side.p_target, side.kl, side.perplexity_counterfactual, side.pair_accuracy)
 
+        fixed = {f"{target:g}": first_reached(fixed_on, target) for target in TARGETS}
         return Row(
             basis=self.name,
             latents=max(1, len(self.indices)),
@@ -213,8 +215,11 @@ class _Pending(NamedTuple):
             site=stand.place.site,
             where=stand.place.where,
             p=p,
+            equal=p[LADDER.index(equal)],
+            reached={f"{target:g}": first_reached(chosen_on, target) for target in TARGETS},
+            p_fixed=[stand.bystanders.p_target(stand.evaluation.prompts, norm * vector) for norm in norms],
             kl=[stand.bystanders.kl(norm * vector) for norm in norms],
-            at={name: effects(factor) for name, factor in at.items() if factor},
+            fixed={name: effects(factor) for name, factor in fixed.items() if factor},
         )
 
 

@@ -1,6 +1,5 @@
 """What the comparison of bases found, and its figure."""
 
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,26 +10,26 @@ from matplotlib.figure import Figure
 from interventions.charts import GREY, INK, Chart, Series, Style, depth_colour, draw_chart, numbers
 from interventions.editing.where import Where
 from interventions.figures import save_figure
+from interventions.steering.result import command_again
 from sparse_model.io.reading import typed
 
 OURS = "sparse channels"
 TARGETS = (0.5, 0.9)
 """P(counterfactual answer) at which edits are compared at equal effect."""
-EQUAL_NORM = "equal norm"
 _OTHER = {"difference of means": "#9a7f4f", "difference of means, last token": "#7d6f9a", "logistic probe": "#b05a7a"}
 
 
 class Effects(NamedTuple):
-    """An edit at one norm, chosen on selection prompts, as evaluation prompts and other text show it."""
+    """A set's mean vector at every token, at one norm, chosen on selection prompts."""
 
     factor: float
-    """The norm, in units of the exact patch's."""
+    """The norm of the edit, in units of the exact patch's; its mean vector is shorter."""
     p: float
-    """Mean P(counterfactual answer)."""
+    """Mean P(counterfactual answer) of evaluation prompts with that vector."""
     kl: float
-    """KL(unsteered || steered) on other text, nats per token; as what follows, of the mean vector at every token."""
+    """KL(unsteered || steered) on other text, nats per token."""
     perplexity: float
-    """Of text generated under the edit, by the unsteered model behind the counterfactual prompts."""
+    """Of text generated with it, by the unsteered model behind the counterfactual prompts."""
     pair_accuracy: dict[str, float]
     """Of the other tasks that the unsteered model solves."""
 
@@ -52,9 +51,16 @@ class Row(NamedTuple):
     where: Where
     p: list[float]
     """Mean P(counterfactual answer) on evaluation prompts at every norm of the ladder."""
+    equal: float
+    """The same at the equal norm."""
+    reached: dict[str, float | None]
+    """The norm at which P first reaches each target on selection prompts; None where none does."""
+    p_fixed: list[float]
+    """P with the mean vector at every token, on evaluation prompts, at every norm of the ladder."""
     kl: list[float]
-    at: dict[str, Effects]
-    """At the equal norm, and where P first reaches each target on selection prompts; left out where it does not."""
+    """KL on other text with that vector."""
+    fixed: dict[str, Effects]
+    """Where that vector's P first reaches each target on selection prompts; left out where it does not."""
 
 
 class Bases(NamedTuple):
@@ -81,13 +87,13 @@ class Bases(NamedTuple):
 
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
-        rows = [row._asdict() | {"at": {n: one._asdict() for n, one in row.at.items()}} for row in self.rows]
+        rows = [row._asdict() | {"fixed": {n: one._asdict() for n, one in row.fixed.items()}} for row in self.rows]
         return self._asdict() | {"rows": rows}
 
     @classmethod
     def from_metrics(cls, metrics: dict[str, Any], task: str, folder: Path) -> "Bases":
         """A task's comparison in metrics.json of a folder; ValueError for one of another version."""
-        again = f"compare again: sparse-bridges compare-bases --run {shlex.quote(str(folder))} --task {task}"
+        again = f"compare again: {command_again('compare-bases', metrics, task, folder)}"
         fields, place = metrics["bases"][task], f"{folder / 'metrics.json'}: the bases of {task}"
         if not isinstance(fields, dict) or set(fields) != set(cls._fields):
             raise ValueError(f"{place} are of another version or damaged, {again}")
@@ -100,25 +106,27 @@ def title(row: Row) -> str:
 
 
 def verdict(result: Bases) -> str:
-    """What the comparison says of the sparse channels, in words."""
+    """What the comparison says of the sparse channels, in words: how long an edit must be, and how quiet it is."""
     size = shown_size(result)
-    own, *_ = [row for row in result.rows if row.basis == OURS and row.latents == size]
+    own = next(row for row in result.rows if row.basis == OURS and row.latents == size)
     others = [row for row in result.rows if row.indices and row.latents == size and OURS not in row.basis]
-    target = next((f"{t:g}" for t in reversed(TARGETS) if f"{t:g}" in own.at), None)
+    target = next((name for name in reversed([f"{t:g}" for t in TARGETS]) if own.reached[name]), None)
     if target is None:
         return f"{size} sparse channels never reach a P(counterfactual answer) of {TARGETS[0]:g} at these norms."
-    reach = [row for row in others if target in row.at]
+    reach = {row.basis: row.reached[target] or 0.0 for row in others if row.reached[target]}
     said = (
-        f"{size} sparse channels reach P {target} at norm {own.at[target].factor:g}, with a KL of "
-        f"{own.at[target].kl:.3f} on other text; so do {len(reach)} of {len(others)} other bases"
+        f"{size} sparse channels reach P {target} at norm {own.reached[target]:g}; so do {len(reach)} of {len(others)} "
     )
-    if reach:
-        short, quiet = (min(reach, key=lambda row: getattr(row.at[target], field)) for field in ("factor", "kl"))
-        said += (
-            f", the shortest {short.basis} ({short.at[target].factor:g}), the one with the least KL {quiet.basis} "
-            f"({quiet.at[target].kl:.3f})"
-        )
-    return f"{said}."
+    said += "other bases" + (
+        f", at {min(reach.values()):g} ({min(reach, key=reach.__getitem__)}) or more" * bool(reach)
+    )
+    quiet = {row.basis: row.fixed[target].kl for row in others if target in row.fixed}
+    if target not in own.fixed:
+        return f"{said}. As one vector at every token they never do."
+    said += f". As one vector at every token they do with a KL of {own.fixed[target].kl:.3f} on other text"
+    return said + (
+        f", the quietest other, {min(quiet, key=quiet.__getitem__)}, with {min(quiet.values()):.3f}." if quiet else "."
+    )
 
 
 def _series(rows: Iterable[Row], field: str) -> list[Series]:
@@ -164,7 +172,7 @@ def kl_chart(result: Bases, chart_id: str = "bases-kl") -> Chart:
     return Chart(
         id=chart_id,
         title="Side effect against norm",
-        caption="KL from the unsteered model on held-out text, of the mean vector of each edit at every token.",
+        caption="KL from the unsteered model on held-out text with each set's mean vector at every token.",
         x=numbers(result.ladder),
         x_title="norm of the edit (1: the exact patch's)",
         y_title="KL, nats per token",
@@ -174,12 +182,12 @@ def kl_chart(result: Bases, chart_id: str = "bases-kl") -> Chart:
 
 
 def draw_against_kl(axes: Axes, result: Bases) -> None:
-    """P against KL: up and to the left is good."""
+    """P against KL, both with the mean vector at every token: up and to the left is good."""
     for row, series in zip(_shown(result), _series(_shown(result), "p"), strict=True):
         colour = "black" if series.colour == INK else series.colour
         style = {"dots": "-o", "dash": "--"}.get(series.style, "-")
-        axes.plot(row.kl, row.p, style, color=colour, ms=3, label=series.name)
-    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="KL on other text, nats per token")
+        axes.plot(row.kl, row.p_fixed, style, color=colour, ms=3, label=series.name)
+    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="mean vector at every token: KL on other text, nats per token")
 
 
 def plot_bases(result: Bases, path: Path) -> Path:

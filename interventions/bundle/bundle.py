@@ -21,6 +21,7 @@ from interventions.bundle.generation_check import check_generation
 from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
+from sparse_model.io.commands import command_line
 from sparse_model.io.manifest import check_manifest
 from sparse_model.io.tensors import digest, read_tensors
 from sparse_model.model.device import check_device
@@ -44,8 +45,8 @@ class Bundle:
             if channel.site >= bridges.n_sites or max(channel.indices) >= bridges.d_sparse:
                 raise ValueError(
                     f"{folder / CHANNELS}: channel {channel.name!r} ({channel}) is not of this run, which has "
-                    f"{bridges.n_sites} sites of {bridges.d_sparse} channels: run sparse-bridges find-channel --run "
-                    f"{folder} again"
+                    f"{bridges.n_sites} sites of {bridges.d_sparse} channels: run "
+                    f"{command_line('find-channel', '--run', folder)} again"
                 )
 
     def __repr__(self) -> str:

@@ -23,7 +23,9 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from bridges.sites import Site, all_sites
+from interventions.bundle.evidence import Evidence
 from sparse_model.io.atomic import write_text
+from sparse_model.io.commands import command_line
 from sparse_model.io.lock import one_writer
 from sparse_model.io.reading import NOTHING_ELSE, read_json, typed
 
@@ -128,6 +130,8 @@ class Channel:
     """How the channel was chosen, with the figures."""
     rules: tuple[Rule, ...] = ()
     """The conditions that it was chosen by; none for a channel that was not searched for."""
+    evidence: Evidence | None = None
+    """What its name is worth on natural text; None where it was not measured."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -145,7 +149,7 @@ class Channel:
     @property
     def digest(self) -> str:
         """Of everything that was chosen: a result that names it was steered with this very channel."""
-        return _digest(asdict(self))
+        return _digest(_chosen(asdict(self)))
 
     @property
     def strength(self) -> float:
@@ -154,7 +158,7 @@ class Channel:
         return float(dose.get("strength", 1.0))
 
     def __repr__(self) -> str:
-        return f"<channel {self}>"
+        return f"<channel {self}{'; poor evidence' if self.evidence and self.evidence.faults else ''}>"
 
     def __str__(self) -> str:
         parts = ", ".join(f"{i} ({w:+.2f})" for i, w in zip(self.indices, self.weights, strict=True))
@@ -180,21 +184,44 @@ def load_channels(folder: Path) -> dict[str, Channel]:
     path = folder / FILE
     if not path.exists():
         return {}
-    remedy = f"remove it and run sparse-bridges find-channel --run {folder} again"
+    remedy = f"remove it and run {command_line('find-channel', '--run', folder)} again"
     data = typed(dict[str, dict[str, Any]], read_json(path, remedy), path, remedy)
     digests = {name: entry.pop("digest", None) for name, entry in data.items()}
+    _check_evidence(path, data)
     channels = typed(dict[str, Channel], data, path, remedy)
     typed(dict[str, Selection], {name: c.selection for name, c in channels.items()}, path, remedy)
     typed(dict[str, dict[str, list[float]]], {name: c.statistics for name, c in channels.items()}, path, remedy)
     for name, channel in channels.items():
         if name != channel.name:
             raise ValueError(f"{path} is damaged (the channel {channel.name!r} stands under {name!r}): {remedy}")
-        if digests[name] not in (None, _digest(data[name])):
+        if digests[name] not in (None, _digest(_chosen(data[name]))):
             raise ValueError(
                 f"{path}: channel {name!r} was changed after it was chosen: {remedy}, or remove its digest to keep it "
                 "as your own"
             )
     return {name: _checked(path, channel) for name, channel in channels.items()}
+
+
+def _chosen(entry: dict[str, Any]) -> dict[str, Any]:
+    """A channel without what was measured of it."""
+    return {key: value for key, value in entry.items() if key != "evidence"}
+
+
+def _evidence_digest(chosen: str, evidence: dict[str, Any]) -> str:
+    """Of evidence and the digest of the channel that it was measured of."""
+    return _digest({"channel": chosen, "evidence": evidence})
+
+
+def _check_evidence(path: Path, data: dict[str, dict[str, Any]]) -> None:
+    """Take the digests of evidence out of channels.json's entries; ValueError for evidence of something else."""
+    for name, entry in data.items():
+        evidence = entry.get("evidence")
+        digest = evidence.pop("digest", None) if isinstance(evidence, dict) else None
+        if digest not in (None, _evidence_digest(_digest(_chosen(entry)), evidence or {})):
+            raise ValueError(
+                f"{path}: the evidence of channel {name!r} was changed, or is another channel's: remove it there, and "
+                "measure it again with interventions.channel_evidence"
+            )
 
 
 def _digest(entry: dict[str, Any]) -> str:
@@ -206,10 +233,10 @@ def _checked(path: Path, channel: Channel) -> Channel:
     """A channel without strengths where those are in the units of an earlier version."""
     if "doses" in channel.selection and "units" not in channel.selection:
         logger.warning(
-            "%s: the strengths of channel %r are of an earlier version's units and are left out: run sparse-bridges "
-            "find-channel again",
+            "%s: the strengths of channel %r are of an earlier version's units and are left out: run %s again",
             path,
             channel.name,
+            command_line("find-channel", "--run", path.parent),
         )
         kept = {key: value for key, value in channel.selection.items() if key != "doses"}
         return replace(channel, selection=kept, rules=())
@@ -220,8 +247,15 @@ def save_channel(folder: Path, channel: Channel) -> None:
     """Add or replace one channel in RUN/channels.json."""
     with one_writer(folder):
         channels = load_channels(folder) | {channel.name: channel}
-        entries = {name: asdict(c) | {"digest": c.digest} for name, c in channels.items()}
+        entries = {name: _entry(c) for name, c in channels.items()}
         write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")
+
+
+def _entry(channel: Channel) -> dict[str, Any]:
+    entry = asdict(channel) | {"digest": channel.digest}
+    if channel.evidence is None:
+        return _chosen(entry)
+    return entry | {"evidence": entry["evidence"] | {"digest": _evidence_digest(channel.digest, entry["evidence"])}}
 
 
 def resolve(name: str, channels: Mapping[str, Channel], sparse: SparseShape) -> Channel:

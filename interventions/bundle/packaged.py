@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from sparse_model.io.commands import command_line
 from sparse_model.io.hub import download
 from sparse_model.io.local import local_path
 
@@ -33,8 +34,8 @@ def find_run(folder: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path  # whoever opens it says what is missing
     none = (
-        f"no run at {folder}: train one with sparse-bridges train-bridge --run {folder}, or use a packaged bundle "
-        f"({', '.join(packaged_bundles())})"
+        f"no run at {folder}: train one with {command_line('train-bridge', '--run', folder)}, or use a packaged "
+        f"bundle ({', '.join(packaged_bundles())})"
     )
     if local_path(folder) is None and "/" in str(folder):
         found = download(str(folder), tried=f"{none}; it is no local folder", revision=revision)

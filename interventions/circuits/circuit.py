@@ -37,8 +37,10 @@ from interventions.circuits.node_model import (
     node_name,
 )
 from interventions.circuits.pruning_seeds import SeedSummary
+from interventions.tasks.record import task_option
 from sparse_model.config import SparseConfig
 from sparse_model.io.atomic import replace_file, write_text
+from sparse_model.io.commands import command_line
 from sparse_model.io.reading import read_json, read_sealed, sealed, typed
 from sparse_model.io.tensors import read_tensors
 
@@ -244,6 +246,12 @@ def failed_circuits(folder: Path) -> dict[str, str]:
     return failed
 
 
+def finding_command(folder: Path, task: str, model: ModelKind, prompts: Any = None) -> str:
+    """What finds a circuit again; `prompts` is its record of them."""
+    of = () if model == "sparse" else ("--model", model)
+    return command_line("find-circuit", "--run", folder, "--task", task_option(task, prompts), *of)
+
+
 def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
     """A circuit of a run.
 
@@ -251,11 +259,11 @@ def load_circuit(run: Run, task: str, model: ModelKind = "sparse") -> Circuit:
     or an unknown node name, each naming the file.
     """
     path, tensors = circuit_paths(run.folder, task, model)
-    command = f"sparse-bridges find-circuit --run {run.folder} --task {task}" + " --model dense" * (model == "dense")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: find it with {command}")
-    again = f"find the circuit again with {command}"
-    stored, of_this_run = read_circuit_file(path, again), fingerprint(run)
+        raise FileNotFoundError(f"{path} does not exist: find it with {finding_command(run.folder, task, model)}")
+    stored = read_circuit_file(path, f"find the circuit again with {finding_command(run.folder, task, model)}")
+    again = f"find the circuit again with {finding_command(run.folder, task, model, stored.prompts)}"
+    of_this_run = fingerprint(run)
     if stored.fingerprint != of_this_run:
         raise ValueError(
             f"{path} is the circuit of another run ({stored.fingerprint}; {run.folder} is {of_this_run}): {again}"

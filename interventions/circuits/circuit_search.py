@@ -25,6 +25,7 @@ from interventions.tasks.names import PromptKind
 from interventions.tasks.of_run import recorded_task, run_task
 from interventions.tasks.record import TaskFigures
 from sparse_model.data.prepare import prepare_corpus
+from sparse_model.io.commands import command_line
 from sparse_model.io.progress import Bar, progress_bar
 from sparse_model.io.reading import typed
 
@@ -156,7 +157,7 @@ def _floor(folder: Path, task: str) -> float | None:
         dict[str, TaskFigures],
         read_metrics(folder).get("tasks", {}),
         folder / "metrics.json",
-        "run sparse-bridges solved-tasks again",
+        f"run {command_line('solved-tasks', folder)} again",
     )
     return tasks.get(task, {}).get("floors", {}).get("evaluation", {}).get("trigram")
 

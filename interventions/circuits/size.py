@@ -35,6 +35,7 @@ from sparse_model.config import from_json
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.io.atomic import write_text
+from sparse_model.io.commands import command_line
 from sparse_model.io.reading import read_json, typed
 from sparse_model.io.tensors import digest
 from sparse_model.model.checkpoint import load_sparse
@@ -75,7 +76,7 @@ class Contest(NamedTuple):
 def contest_of_run(folder: str | Path) -> Contest:
     """The sparse model of a run against its dense GPT-2. Raises what `bridges.run_folder.open_run` raises."""
     run = open_run(folder)
-    ce = _figures(run.folder, "sparse-bridges evaluate", "sparse", "dense")
+    ce = _figures(run.folder, f"run {command_line('evaluate', '--run', run.folder)}", "sparse", "dense")
     return Contest(
         run.folder.name,
         (
@@ -109,7 +110,7 @@ def contest_of_pretrained(sparse: str | Path, dense: str | Path) -> Contest:
             label,
             as_nodes(load_sparse(folder / "sparse").eval()),
             folder,
-            _figures(folder, "sparse-bridges train-sparse", "val_ce")["val_ce"],
+            _figures(folder, "train one in another folder", "val_ce")["val_ce"],
         )
         for label, folder in zip(LABELS, folders, strict=True)
     ]
@@ -118,10 +119,10 @@ def contest_of_pretrained(sparse: str | Path, dense: str | Path) -> Contest:
     return Contest(folders[0].name, (sides[0], sides[1]), tokenizers[0], n_ctx, blocks[:, :n_ctx])
 
 
-def _figures(folder: Path, script: str, *names: str) -> dict[str, Any]:
+def _figures(folder: Path, remedy: str, *names: str) -> dict[str, Any]:
     path, metrics = folder / "metrics.json", read_metrics(folder)
     if not all(name in metrics for name in names):
-        raise ValueError(f"{path} has no held-out loss: run {script} --run {folder}")
+        raise ValueError(f"{path} has no held-out loss: {remedy}")
     return metrics
 
 

@@ -22,7 +22,7 @@ from sparse_model.io.tables import paragraph, table
 if TYPE_CHECKING:
     from torch import nn
 
-    from interventions.bases.result import Bases, Row
+    from interventions.bases.result import Bases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ def _compare(dense: "nn.Module", folder: Path, options: Options) -> None:
     from interventions.bases.result import plot_bases
     from interventions.bundle.bundle import get_bundle
     from interventions.steering.baseline import dense_accuracy
+    from interventions.steering.experiment import resolved
+    from interventions.tasks.of_run import run_task
 
     chosen = options.comparison
     get_bundle(dense).bridges.check_scales()
@@ -88,7 +90,8 @@ def _compare(dense: "nn.Module", folder: Path, options: Options) -> None:
     check_solved(dense_accuracy(dense, prompts)["pair_accuracy"], anyway=options.anyway)
     result = compare_bases(dense, chosen)
     plot = plot_bases(result, folder / f"bases-{result.task.replace('/', '-')}.png")
-    update_metrics(folder, merge=True, bases={result.task: result.plain()})
+    record = run_task(get_bundle(dense).run, str(resolved(prompts, get_bundle(dense)).task)).record
+    update_metrics(folder, merge=True, bases={result.task: result.plain()}, task_prompts={result.task: record})
     describe(result)
     print(f"plot: {plot}")
     say_next("report", "--run", str(folder if folder == get_bundle(dense).folder else options.run))
@@ -102,11 +105,11 @@ def describe(result: "Bases") -> None:
     print(f"\n{table(rows_of(result))}")
     print(
         paragraph(
-            "P: P(counterfactual answer). Norms in units of the exact patch's, chosen on selection prompts: the equal "
-            f"norm, {result.equal:g}, is the largest at which 95 % of random directions do nothing; P .5 and P .9 are "
-            "first reached at that norm, on other prompts P is as shown. KL: nats per token of other text; others: "
-            "pairs right on other tasks. own: the search's candidates are those of the sparse model alone. "
-            "A transcoder's edits are of its sublayer's output, and so are their norms."
+            f"equal: P(counterfactual answer) at the equal norm, {result.equal:g}, the largest at which 95 % of random "
+            "directions do nothing. P .5 at: the norm that first gives it on selection prompts, in units of the exact "
+            "patch's. vector: the set's mean vector at every token, where it first gives that P there: P "
+            "on evaluation prompts, KL in nats per token of other text, pairs right on other tasks. own: candidates of "
+            "the sparse model alone. A transcoder's edits are of its sublayer's output, and so are their norms."
         )
     )
     coders = [
@@ -118,26 +121,19 @@ def describe(result: "Bases") -> None:
 
 
 def rows_of(result: "Bases") -> list[list[str]]:
-    """The table: each set at the equal norm and at equal effects."""
-    from interventions.bases.result import TARGETS
+    """The table: each set at the equal norm, the norms it needs, and its mean vector at equal effect."""
+    from interventions.bases.result import TARGETS, title
 
-    head = ["basis", "equal: P", "KL"]
+    head = ["basis", "equal: P", *(f"P {target:g} at" for target in TARGETS)]
     for target in TARGETS:
-        head += [f"P {target:g}: at", "P", "KL", "others"]
-    return [head, *(_row(row) for row in result.rows)]
-
-
-def _row(row: "Row") -> list[str]:
-    from interventions.bases.result import EQUAL_NORM, TARGETS, title
-
-    cells = [title(row)]
-    equal = row.at.get(EQUAL_NORM)
-    cells += [f"{equal.p:.3f}", f"{equal.kl:.3f}"] if equal else ["", ""]
-    for target in TARGETS:
-        one = row.at.get(f"{target:g}")
-        if one is None:
-            cells += ["never", "", "", ""]
-            continue
-        others = "none" if one.others is None else f"{one.others:.2f}"
-        cells += [f"{one.factor:.3g}", f"{one.p:.3f}", f"{one.kl:.3f}", others]
-    return cells
+        head += [f"vector P {target:g}: P", "KL", "others"]
+    rows = [head]
+    for row in result.rows:
+        norms = ["never" if norm is None else f"{norm:.3g}" for norm in row.reached.values()]
+        cells = [title(row), f"{row.equal:.3f}", *norms]
+        for target in TARGETS:
+            one = row.fixed.get(f"{target:g}")
+            others = "none" if one is None or one.others is None else f"{one.others:.2f}"
+            cells += ["never", "", ""] if one is None else [f"{one.p:.3f}", f"{one.kl:.3f}", others]
+        rows.append(cells)
+    return rows

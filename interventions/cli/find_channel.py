@@ -1,12 +1,13 @@
 """Find the sparse channel that carries a task's feature and name it in RUN/channels.json.
 
 It is searched for by what steers the dense model, by patching the sparse model alone, or taken from the task's circuit
-(sparse-bridges find-circuit). Only selection prompts are looked at; their strengths are kept with it.
+(sparse-bridges find-circuit). Only selection prompts are looked at; their strengths are kept with it. What the name is
+worth on natural text is measured last, and kept too.
 
 Examples:
     sparse-bridges find-channel --run runs/demo
     sparse-bridges find-channel --run runs/demo --task while_return_true --from patching
-    sparse-bridges find-channel --run runs/demo --task while_return_true --from circuit
+    sparse-bridges find-channel --run runs/demo --from circuit   # after find-circuit
 """
 
 from dataclasses import dataclass
@@ -97,6 +98,29 @@ def describe(channel: "Channel") -> None:
     )
     print(channel)
     print(paragraph(verdict(channel)))
+    describe_evidence(channel)
+
+
+def describe_evidence(channel: "Channel") -> None:
+    """Print what a channel's name is worth on natural text."""
+    evidence = channel.evidence
+    if evidence is None:
+        print(paragraph("no evidence of the name on natural text"))
+        return
+    print(f"\n{evidence.inside}, in {evidence.evaluation.files} {evidence.text}:")
+    rows = [["contexts", "read", "AUC", "twin", "precision", "recall", "inside", "in twin", "outside"]]
+    for contexts, readings in (("new", evidence.new), ("all", evidence.all)):
+        for name, detection in readings.named():
+            rows.append([contexts, name, *detection.cells()])
+    print(table(rows, left=2))
+    print(
+        paragraph(
+            "new: contexts that the task's templates do not have. AUC: against all other tokens, twin: against those "
+            f"{evidence.twin}; near 1 is good, .5 is chance. Precision and recall: at a threshold chosen on other "
+            "files. inside, in twin, outside: mean values. probe: a logistic regression on the dense model's stream."
+        )
+    )
+    print(paragraph(evidence.verdict))
 
 
 def _site_rows(channel: "Channel") -> list[list[str]]:

@@ -76,6 +76,10 @@ def command(arguments: list[str]) -> None:
         check_writable_file(Path(options.graphml))
     with writing_into(options.run):
         main(options)
+    if options.controls:
+        say_next("report", "--run", options.run)
+    else:
+        say_next("find-circuit", *arguments, "--controls")
 
 
 def main(options: Options) -> None:
@@ -113,11 +117,9 @@ def main(options: Options) -> None:
             save_circuit(run.folder, circuit)
     if circuit.controls is None:
         print(UNCONTROLLED)
-        say_next("find-circuit", "--run", options.run, "--task", options.task, "--model", options.model, "--controls")
         return
     print(format_validation(typed(Validation, circuit.controls, "controls", "run them again")))
     print(f"{time.perf_counter() - start:.0f} s with controls, kept in {path}")
-    say_next("report", "--run", options.run)
 
 
 def describe(circuit: "Circuit") -> None:

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -16,9 +15,12 @@ from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import tyro
 
+from bridges.config import KEPT
 from interventions.tasks.names import TASK_NAMES
 from sparse_model.config import InvalidOption, TrainConfig
+from sparse_model.io.commands import command_line
 from sparse_model.io.lock import one_writer
+from sparse_model.io.reading import read_json, typed
 from sparse_model.training.interrupts import Interrupted, interruptible
 
 TASK_LIST = f"one of {', '.join(TASK_NAMES)}, or a file of pairs of your own, such as ./my_task.jsonl"
@@ -81,30 +83,30 @@ def parse_run(
 ) -> RunOptions[Config]:
     """Parse `[PRESET] [--option value ...]`; the preset may also be given as --preset NAME, the first is the default.
 
-    The folder is by default runs/PRESET with a prefix, so that two kinds of training do not share one. Where --dense is
-    given, `fit` (preset, dense model, folder) gives the defaults that go with it.
-    Raises ValueError for an unknown preset.
+    The folder is by default runs/PRESET with a prefix, so that two kinds of training do not share one. --resume without
+    a preset takes all from the run's own configuration. Otherwise, where --dense is given, `fit` (preset, dense model,
+    folder) gives the defaults that go with it.
+    Raises ValueError for an unknown preset, and for a run of another kind of training.
     """
-    preset = next(iter(presets))
-    if "--preset" in arguments[:-1]:
-        position = arguments.index("--preset")
-        preset = arguments[position + 1]
-        arguments = arguments[:position] + arguments[position + 2 :]
-    elif arguments and not arguments[0].startswith("-"):
-        preset, *arguments = arguments
+    named, arguments = _preset(arguments)
+    preset = named or next(iter(presets))
     if preset not in presets:
         raise ValueError(f"preset {preset!r} is unknown: use one of {', '.join(presets)}")
-    chosen, folder = presets[preset][1], f"runs/{prefix}{preset}"
-    dense = _given(arguments, "--dense")
-    if fit and dense:
-        chosen = fit(chosen, dense, Path(_given(arguments, "--run") or folder))
+    chosen, folder, origin = presets[preset][1], f"runs/{prefix}{preset}", preset
+    place, dense = Path(_given(arguments, "--run") or folder), _given(arguments, "--dense")
+    kept = None if named or "--resume" not in arguments else _kept(type(chosen), command, place)
+    if kept is not None:
+        chosen, origin = kept, str(place)
+    elif fit and dense:
+        chosen = fit(chosen, dense, place)
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
         run: str = folder
         """Run folder."""
         resume: bool = False
-        """Go on from the run's last checkpoint (and keep what it has already made)."""
+        """Go on from the run's last checkpoint (and keep what it has already made); without a preset, with the options
+        that the run was begun with."""
         trackers: tuple[str, ...] = ()
         """Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio, ..."""
         processes: int | None = None
@@ -113,10 +115,34 @@ def parse_run(
         config: Annotated[type(chosen), tyro.conf.arg(name="")] = chosen  # type: ignore[valid-type]
 
     lines = "\n".join(f"    {name:8} {what}" for name, (what, _) in presets.items())
-    title = f"{description}\nPresets (first argument; the defaults below are those of {preset}):\n{lines}"
-    options = parse(Options, f"{command} {preset}", arguments, title)
+    title = f"{description}\nPresets (first argument; the defaults below are those of {origin}):\n{lines}"
+    options = parse(Options, f"{command} {preset}" if kept is None else command, arguments, title)
     how = {name: getattr(options, name) for name in ("resume", "trackers", "processes", "device")}
     return RunOptions(options.config, Path(options.run), how)
+
+
+def _preset(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The preset that is named, if any, and the other arguments."""
+    if "--preset" in arguments[:-1]:
+        position = arguments.index("--preset")
+        return arguments[position + 1], arguments[:position] + arguments[position + 2 :]
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _kept(kind: type[Config], command: str, folder: Path) -> Config | None:
+    """The configuration that a run folder keeps; None where there is none."""
+    path = next((folder / name for name in KEPT if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    remedy = "correct it, or copy it again from where the folder came"
+    data = read_json(path, remedy)
+    bridged = isinstance(data, dict) and "bridge" in data
+    if bridged != ("bridge" in get_type_hints(kind)):  # what the other kind of training may lack has defaults
+        other = command_line("train-bridge" if bridged else "train-sparse", "--run", folder, "--resume")
+        raise ValueError(f"{path} is not of {command}: {other} goes on with it, or name another folder with --run")
+    return typed(kind, data, path, remedy)
 
 
 def _given(arguments: list[str], flag: str) -> str | None:
@@ -172,7 +198,7 @@ def loss_verdict(loss: float, d_vocab: int) -> str:
 
 def say_next(command: str, *arguments: str) -> None:
     """Print the command that comes next, ready to be typed."""
-    print(f"next: {shlex.join(['sparse-bridges', command, *arguments])}")
+    print(f"next: {command_line(command, *arguments)}")
 
 
 class _Handler(logging.Handler):

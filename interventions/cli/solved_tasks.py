@@ -71,16 +71,17 @@ def main(options: Options) -> None:
     for folder in options.runs:
         for name, reason in failed_circuits(Path(folder)).items():
             print(paragraph(f"{Path(folder).name}, {name}: {reason}"))
-    say_next_steps(options.runs[0], scores[options.runs[0]])
+    say_next_steps(options, scores[options.runs[0]])
 
 
-def say_next_steps(run: str, scores: "TaskScores") -> None:
+def say_next_steps(options: Options, scores: "TaskScores") -> None:
     """Print what to do with a solved task; where there is none, that training comes first."""
+    run, files = options.runs[0], {Path(name).stem: name for name in options.tasks}
     solved = [name for name, of in scores.items() if not isinstance(of, str) and all(s.solved for s in of.values())]
     if not solved:
         print("no task is solved by all models: train longer, more --steps, before a channel is looked for")
     elif (Path(run) / "bridges").is_dir():
-        say_next("find-channel", "--run", run, "--task", solved[0])
+        say_next("find-channel", "--run", run, "--task", files.get(solved[0], solved[0]))
 
 
 def measure(folder: Path, options: Options) -> "tuple[TaskScores, dict[str, TaskReport | str]]":

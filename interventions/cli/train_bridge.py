@@ -4,7 +4,7 @@ Examples:
     sparse-bridges train-bridge                    # preset demo: minutes on a laptop
     sparse-bridges train-bridge stdlib --run runs/stdlib
     sparse-bridges train-bridge gpt2 --dense gpt2 --corpus codeparrot/codeparrot-clean
-    sparse-bridges train-bridge demo --resume      # after a kill
+    sparse-bridges train-bridge --run runs/demo --resume    # after a kill: the run's own preset and options
     accelerate launch scripts/train_bridge.py demo # the same in several processes
 """
 

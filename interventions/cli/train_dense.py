@@ -2,8 +2,8 @@
 
 Examples:
     sparse-bridges train-dense demo --run runs/demo
-    sparse-bridges train-dense demo --run runs/demo --resume   # after a kill
-    sparse-bridges train-bridge demo --run runs/demo        # goes on with it
+    sparse-bridges train-dense --run runs/demo --resume     # after a kill
+    sparse-bridges train-bridge --run runs/demo --resume    # goes on with it
     sparse-bridges train-bridge demo --dense runs/demo/dense --run runs/second
 """
 
@@ -20,5 +20,4 @@ def command(arguments: list[str]) -> None:
     loss = make_dense(options.config, options.folder, resume=options.how["resume"], device=options.how["device"])
     print(f"dense CE on held-out text: {loss:.4f} nats per token; saved in {options.folder / 'dense'}")
     print(loss_verdict(loss, options.config.sparse.d_vocab))
-    preset = arguments[0] if arguments and arguments[0] in PRESETS else next(iter(PRESETS))
-    say_next("train-bridge", preset, "--run", str(options.folder))
+    say_next("train-bridge", "--run", str(options.folder), "--resume")  # with the options that were given here

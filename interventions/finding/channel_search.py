@@ -12,6 +12,7 @@ from interventions.circuits.circuit import load_circuit
 from interventions.finding.by_circuit import channel_by_circuit
 from interventions.finding.by_patching import channel_by_patching, search_channels
 from interventions.finding.by_steering import channel_by_steering, read_matters
+from interventions.finding.evidence import with_evidence
 from interventions.steering.rivals import difference_of_means
 from interventions.steering.steered_prompts import prompts_of
 from interventions.steering.strengths import Dosing
@@ -38,7 +39,9 @@ def find_channel(
     site: int | None = None,
     progress: bool = False,
 ) -> Channel:
-    """The channel that carries a task's feature, with the strengths at which to steer it; nothing is saved.
+    """The channel that carries a task's feature, the strengths at which to steer it, and the evidence of its name.
+
+    Nothing is saved.
 
     task: one of the twenty, or a file of pairs (`interventions.tasks.files`).
     prompts: generated from templates, or natural, from held-out files.
@@ -66,7 +69,7 @@ def find_channel(
     channel = freeze(run, channel, batch)
     if not read_matters(channel.selection["whole_effect_nats"]):
         logger.warning("the sparse model's answer does not hang on this read; the channel means little")
-    return replace(channel, selection=channel.selection | {"prompts": bound.record})
+    return with_evidence(run, replace(channel, selection=channel.selection | {"prompts": bound.record}))
 
 
 @torch.no_grad()

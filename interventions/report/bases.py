@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interventions.bases.result import EQUAL_NORM, TARGETS, Bases, Effects, Row, effect_chart, kl_chart, title, verdict
+from interventions.bases.result import TARGETS, Bases, Effects, Row, effect_chart, kl_chart, title, verdict
 from interventions.charts import Chart
 
 
 class BasisRow(NamedTuple):
-    """A line of the table; None where an edit never reaches a target."""
+    """A line of the table; None where a target is never reached."""
 
     name: str
-    equal: Effects | None
-    at: list[tuple[Effects | None, float | None]]
-    """For each target, with the mean accuracy on the other tasks."""
+    equal: float
+    reached: list[float | None]
+    """The norm of each target."""
+    fixed: list[Effects | None]
+    """The mean vector at each target."""
 
 
 class BasesPage(NamedTuple):
@@ -36,5 +38,4 @@ def bases_pages(folder: Path, metrics: dict[str, Any]) -> list[BasesPage]:
 
 
 def _row(row: Row) -> BasisRow:
-    at = [row.at.get(f"{target:g}") for target in TARGETS]
-    return BasisRow(title(row), row.at.get(EQUAL_NORM), [(one, one and one.others) for one in at])
+    return BasisRow(title(row), row.equal, list(row.reached.values()), [row.fixed.get(f"{t:g}") for t in TARGETS])

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerFast
 from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions.bundle.channels import FILE, Channel, residual_reads
+from interventions.bundle.evidence import Excerpt
 from interventions.charts import BLUE, ORANGE, Chart, Series, finite, numbers
 from interventions.looking import examples as lens
 from interventions.report.generations import Continuation, continuations
 from interventions.report.texts import MEMBERS, HeldOut, Text, heads, inline, prompts, visible
 from interventions.tasks.base import TaskBatch, since_difference
 from interventions.tasks.of_run import recorded_task
+from sparse_model.io.commands import command_line
 
 LENS_TOKENS = 8
 """Tokens at either end of the logit lens."""
@@ -45,6 +47,16 @@ class Example(NamedTuple):
     spans: list[TokenSpan]
 
 
+class Shown(NamedTuple):
+    """An excerpt of the evidence as text."""
+
+    value: float
+    label: str
+    before: str
+    token: str
+    behind: str
+
+
 class LensToken(NamedTuple):
     """A token of the dense vocabulary, and the direction's logit for it."""
 
@@ -60,6 +72,9 @@ class ChannelPage(NamedTuple):
     """What reads at its site."""
     largest: float
     """Largest |activation| of the examples."""
+    top: list[Shown]
+    """Of the evidence; none where there is none."""
+    bottom: list[Shown]
     examples: list[Example]
     histogram: Chart | None
     lens: tuple[list[LensToken], list[LensToken]] | None
@@ -91,7 +106,8 @@ def _page(run: Run, dense: Any, channel: Channel, documents: HeldOut, number: in
     if not all(0 <= index < run.sparse.d_model for index in channel.indices):
         raise ValueError(
             f"{run.folder / FILE}: channel {channel.name!r} has indices {channel.indices}, but the sparse stream "
-            f"has {run.sparse.d_model} channels: find it again with sparse-bridges find-channel"
+            f"has {run.sparse.d_model} channels: find it again with "
+            + command_line("find-channel", "--run", run.folder)
         )
     batch, notes = _batch(run, channel)
     texts = heads(run, documents, _DOCUMENTS)
@@ -106,6 +122,8 @@ def _page(run: Run, dense: Any, channel: Channel, documents: HeldOut, number: in
         channel=channel,
         label=Site(channel.site, run.sparse.n_layers).label,
         largest=largest,
+        top=_excerpts(run, channel.evidence.top if channel.evidence else ()),
+        bottom=_excerpts(run, channel.evidence.bottom if channel.evidence else ()),
         examples=[
             Example(text.title, _spans(run.tokenizer, text, channel, whole, parts, largest))
             for text, (whole, parts) in zip(texts, values, strict=True)
@@ -115,6 +133,11 @@ def _page(run: Run, dense: Any, channel: Channel, documents: HeldOut, number: in
         continuations=continuations(run, dense, channel, batch, texts[-_DOCUMENTS:], largest) if scaled else [],
         notes=notes,
     )
+
+
+def _excerpts(run: Run, excerpts: Sequence[Excerpt]) -> list[Shown]:
+    parts = [[visible(run.tokenizer, ids) for ids in (one.before, (one.token,), one.behind)] for one in excerpts]
+    return [Shown(one.value, one.label, *texts) for one, texts in zip(excerpts, parts, strict=True)]
 
 
 def _batch(run: Run, channel: Channel) -> tuple[TaskBatch | None, list[str]]:

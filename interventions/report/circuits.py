@@ -9,7 +9,14 @@ from torch import Tensor
 
 from bridges.run_folder import Run
 from interventions.bundle.channels import Channel
-from interventions.circuits.circuit import FOLDER, Circuit, circuit_paths, load_circuit, read_circuit_file
+from interventions.circuits.circuit import (
+    FOLDER,
+    Circuit,
+    circuit_paths,
+    finding_command,
+    load_circuit,
+    read_circuit_file,
+)
 from interventions.circuits.controls import ControlResult, Validation, control_results
 from interventions.circuits.node_model import as_nodes
 from interventions.report.explorer import MOST_EDGES, explorer_data
@@ -19,6 +26,7 @@ from interventions.report.mechanism import Mechanism, mechanism
 from interventions.report.nodes import NodeWords, words
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.of_run import recorded_task
+from sparse_model.io.commands import command_line
 from sparse_model.io.reading import typed
 
 DETAILED = 400
@@ -42,6 +50,8 @@ class CircuitPage(NamedTuple):
     circuit: Circuit
     description: str
     """Its task's."""
+    command: str
+    """What finds it again."""
     controls: list[ControlResult]
     """Empty for an uncontrolled claim."""
     stale: bool
@@ -82,7 +92,8 @@ def _key(circuit: Circuit) -> str:
 
 
 def _load(run: Run, path: Path) -> Circuit:
-    stored = read_circuit_file(path, "find it again with sparse-bridges find-circuit")
+    again = command_line("find-circuit", "--run", run.folder)
+    stored = read_circuit_file(path, f"find it again with {again} and the --task that it is for")
     task, model = stored.task, stored.model
     if circuit_paths(path.parent.parent, task, model)[0] != path:
         raise ValueError(f"{path} says that it is the {model} model's circuit for {task}, which has another file name")
@@ -126,6 +137,7 @@ def _page(
         key=key,
         circuit=circuit,
         description=description,
+        command=finding_command(run.folder, circuit.task, circuit.model, circuit.prompts),
         controls=judged,
         stale=circuit.controls is not None and not judged,
         rows=[_row(circuit, name, effects) for name in ranked],

@@ -9,6 +9,7 @@ from bridges.evaluation import SiteReport
 from bridges.run_folder import read_metrics
 from interventions.circuits.task_scores import TaskScore
 from interventions.tasks.record import PromptRecord, TaskFigures
+from sparse_model.io.commands import command_line
 from sparse_model.io.reading import typed
 
 _MORE = {"extra": "allow"}
@@ -124,7 +125,7 @@ class Metrics(TypedDict, total=False):
 
 def checked_metrics(folder: Path, n_sites: int) -> dict[str, Any]:
     """metrics.json of a run, without parts that are null. ValueError for another type or run, naming the key."""
-    path, remedy = folder / "metrics.json", f"remove it and run sparse-bridges evaluate --run {folder}"
+    path, remedy = folder / "metrics.json", f"remove it and run {command_line('evaluate', '--run', folder)}"
     metrics = read_metrics(folder)
     sites = typed(Metrics, metrics, path, remedy).get("sites")
     if sites is not None and [site.site for site in sites] != list(range(n_sites)):

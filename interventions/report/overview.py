@@ -1,7 +1,5 @@
 """The report's head: key figures, claims with their controls, and what a reader should know before trusting them."""
 
-import shlex
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridges.evaluation import RECOVERED
@@ -12,6 +10,7 @@ from interventions.report.circuits import CircuitPage
 from interventions.report.sites import site_means
 from interventions.report.steering import at_full_strength
 from interventions.steering.result import DRAWN, Steering
+from sparse_model.io.commands import command_line
 
 _LARGE_EDIT = 0.1
 """P(counterfactual answer) that random directions should not pass at full strength."""
@@ -74,18 +73,18 @@ def warnings(
             sentences.append(
                 f"The dense model does not solve {task}: it gets both prompts of only "
                 f"{baseline['pair_accuracy']:.0%} of the pairs right, so there is little to steer. Train it "
-                "longer, or take a task that `sparse-bridges solved-tasks` lists."
+                f"longer, or take a task that `{command_line('solved-tasks', run.folder)}` lists."
             )
     for channel in channels.values():
         sentences += _channel_warnings(channel)
     for result in steering:
         sentences += _steering_warnings(result, channels)
     for page in circuits:
-        sentences += _circuit_warnings(page, run.folder)
+        sentences += _circuit_warnings(page)
     return sentences
 
 
-def _circuit_warnings(page: CircuitPage, folder: Path) -> list[str]:
+def _circuit_warnings(page: CircuitPage) -> list[str]:
     name = f"{page.circuit.task} in the {page.circuit.model} model"
     faithfulness = page.circuit.faithfulness
     failed = []
@@ -94,21 +93,19 @@ def _circuit_warnings(page: CircuitPage, folder: Path) -> list[str]:
             f"The circuit for {name} failed: on evaluation prompts its task loss is {faithfulness.loss:.3f}, its "
             f"target {page.circuit.config['target_loss']:g}. Find it again with more --steps or a higher --target-loss."
         ]
-    return failed + _control_warnings(page, name, folder)
+    return failed + _control_warnings(page, name)
 
 
-def _control_warnings(page: CircuitPage, name: str, folder: Path) -> list[str]:
-    command = f"sparse-bridges find-circuit --run {shlex.quote(str(folder))} --task {page.circuit.task} --controls"
-    command += " --model dense" * (page.circuit.model == "dense")
+def _control_warnings(page: CircuitPage, name: str) -> list[str]:
     if page.stale:
         return [
             f"The controls of the circuit for {name} were written by another version and do not read: run them again "
-            f"with `{command}`."
+            f"with `{page.command} --controls`."
         ]
     if not page.controls:
         return [
             f"The circuit for {name} is uncontrolled: pruning also finds small circuits where there is nothing. "
-            f"Add controls with `{command}`."
+            f"Add controls with `{page.command} --controls`."
         ]
     failed = [control.control for control in page.controls if not control.survived]
     if not failed:

@@ -39,6 +39,7 @@ from interventions.report.training import training_charts
 from interventions.steering.headline import headline
 from interventions.tasks.reports import SOLVED_BY_COUNTING
 from sparse_model.io.atomic import write_text
+from sparse_model.io.commands import command_line
 
 REPORT = "report.html"
 HELD_OUT_TOKENS = 16_384
@@ -58,11 +59,10 @@ def write_report(folder: Path, device: str = "cpu") -> Path:
     """
     run = open_run(folder, device)
     shown = _contents(run)
-    place = shlex.quote(str(folder))
     parts = {
-        "command": f"--run {place}",
+        "command": command_line("report", "--run", folder),
         "sections": [(name, bool(shown[part])) for name, part in _SECTIONS],
-        "absent": absent_parts(shown, place),
+        "absent": absent_parts(shown, folder),
     }
     html = _environment().get_template("report.html.jinja").render(**parts, **shown, **_assets())
     path = run.folder / REPORT
@@ -82,21 +82,20 @@ _SECTIONS = (
 """The page's sections, and which of its contents fills each; one that nothing fills is left out."""
 
 
-def absent_parts(shown: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
-    """What the report does not have yet, and the command that adds it."""
+def absent_parts(shown: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """What the report does not have yet, and the command that adds it; none adds training curves."""
     sizes = not shown["tasks"] or "circuit_size" in shown["metrics"]
     parts = [
-        (shown["training"], "Training curves, which only training writes:", f"train-bridge --run {place}"),
-        (shown["site_rows"], "How faithful the bridges are:", f"evaluate --run {place}"),
-        (shown["channels"], "A named channel:", f"find-channel --run {place}"),
-        (shown["steering"], "What steering does, with its controls:", f"steer --run {place}"),
-        (shown["bases"], "The channels beside other bases:", f"compare-bases --run {place}"),
-        (shown["tasks"], "Which tasks the models solve:", f"solved-tasks {place}"),
-        (shown["circuits"], "A circuit, with its controls:", f"find-circuit --run {place} --controls"),
+        (shown["site_rows"], "How faithful the bridges are:", ("evaluate", "--run", folder)),
+        (shown["channels"], "A named channel:", ("find-channel", "--run", folder)),
+        (shown["steering"], "What steering does, with its controls:", ("steer", "--run", folder)),
+        (shown["bases"], "The channels beside other bases:", ("compare-bases", "--run", folder)),
+        (shown["tasks"], "Which tasks the models solve:", ("solved-tasks", folder)),
+        (shown["circuits"], "A circuit, with its controls:", ("find-circuit", "--run", folder, "--controls")),
     ]
-    absent = [(what, f"sparse-bridges {way}") for there, what, way in parts if not there]
+    absent = [(what, command_line(*words)) for there, what, words in parts if not there]
     if not sizes:
-        study = f"python scripts/studies/circuit_size.py {place}"
+        study = shlex.join(["python", "scripts/studies/circuit_size.py", str(folder)])
         absent.append(("The sizes of the circuits, in a clone of the repository:", study))
     return absent
 

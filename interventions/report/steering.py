@@ -11,6 +11,7 @@ from interventions.steering.result import (
     Curve,
     Searched,
     Steering,
+    command_again,
     named_curves,
     place_of,
     searches,
@@ -79,7 +80,7 @@ def steering_pages(folder: Path, metrics: dict[str, Any]) -> list[SteeringPage]:
         except (ValueError, KeyError, IndexError) as error:
             raise ValueError(
                 f"{folder / 'metrics.json'}: the steering of {task} is damaged ({error!r}), steer again: "
-                f"sparse-bridges steer --run {folder} --task {task}"
+                f"{command_again('steer', metrics, task, folder)}"
             ) from error
     return pages
 

@@ -20,6 +20,7 @@ from interventions.report.labels import FOLDER as LABELS
 from interventions.sharing.card import bundle_card
 from sparse_model.config import from_json
 from sparse_model.io.atomic import replace_folder
+from sparse_model.io.commands import command_line
 from sparse_model.io.local import local_path
 from sparse_model.training.identity import digest_of
 
@@ -64,7 +65,7 @@ def package_run(run: str | Path, out: str | Path) -> Path:
     """
     opened = open_run(run)
     if not load_channels(opened.folder):
-        raise ValueError(f"{run} names no channel: run sparse-bridges find-channel --run {run} first")
+        raise ValueError(f"{run} names no channel: run {command_line('find-channel', '--run', run)} first")
     with _written(opened, Path(out), None) as temporary:
         size = sum(path.stat().st_size for path in temporary.rglob("*"))
         if size > LARGEST_BUNDLE:

@@ -1,6 +1,5 @@
 """What a steering experiment found: curves by name, the strengths at which tables read them, and a figure."""
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from interventions.charts import GREY, INK, Band, Chart, Series, Style, depth_colour, draw_chart, numbers
+from interventions.tasks.record import task_option
+from sparse_model.io.commands import command_line
 from sparse_model.io.reading import typed
 
 Curve = list[float]
@@ -92,7 +93,7 @@ class Steering(NamedTuple):
     def from_metrics(cls, metrics: dict[str, Any], task: str, folder: Path) -> "Steering":
         """A task's result in metrics.json of a folder. A result that is not of this version is a ValueError."""
         fields = metrics["steering"][task]
-        again = f"sparse-bridges steer --run {shlex.quote(str(folder))} --task {task}"
+        again = command_again("steer", metrics, task, folder)
         if not isinstance(fields, dict) or set(fields) != set(cls._fields):
             raise ValueError(
                 f"{folder / 'metrics.json'}: the steering of {task} is of another version or damaged, steer again: "
@@ -269,3 +270,10 @@ def plot_strengths(result: Steering) -> Figure:
     axes.set_title(f"{result.task}: site {result.site}, where={result.where}, {result.prompts} prompts", fontsize=10)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
+
+
+def command_again(command: str, metrics: dict[str, Any], task: str, folder: Path) -> str:
+    """A command that makes a result of metrics.json again."""
+    records = metrics.get("task_prompts")
+    record = records.get(task) if isinstance(records, dict) else None
+    return command_line(command, "--run", folder, "--task", task_option(task, record))

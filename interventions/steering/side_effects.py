@@ -96,12 +96,11 @@ class Bystanders:
     def measure(self, vector: Vector | None) -> SideEffects:
         """The side effects of a vector; None for the unsteered model."""
         with self._edited(vector):
-            p = logits_at(self.hf, self.prompts.tokens, self.prompts.last).softmax(-1)
             accuracies = {name: self._pair_accuracy(batch.to(self.hf.device)) for name, batch in self.tasks.items()}
             generated = self._sample()
         return SideEffects(
             norm=0.0 if vector is None else float(vector.norm()),
-            p_target=float(p.gather(1, self.prompts.target[:, None]).mean()),
+            p_target=self.p_target(self.prompts, vector),
             kl=self.kl(vector),
             pair_accuracy=accuracies,
             perplexity=self._perplexity(self.prompts.tokens, generated),
@@ -110,6 +109,13 @@ class Bystanders:
 
     def _edited(self, vector: Vector | None) -> AbstractContextManager:
         return nullcontext() if vector is None else intervene_vector(self.hf, self.site, vector, where=self.where)
+
+    @torch.no_grad()
+    def p_target(self, prompts: Prompts, vector: Vector | None) -> float:
+        """Mean P(counterfactual answer) of prompts with a vector at every token."""
+        with self._edited(vector):
+            p = logits_at(self.hf, prompts.tokens, prompts.last).softmax(-1)
+        return float(p.gather(1, prompts.target[:, None]).mean())
 
     @torch.no_grad()
     def kl(self, vector: Vector | None) -> float:

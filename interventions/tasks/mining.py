@@ -5,7 +5,6 @@ One of the two members is the file's own text. The other is that text with the d
 """
 
 import ast
-import io
 import re
 import tokenize
 import warnings
@@ -13,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
+from interventions.tasks.python_tokens import Piece, python_pieces
+
 Strings = tuple[str, str]
 
 _SIMPLE_STRING = re.compile(r"""([rbuRBU]*)(["'])([^"'\\\n]+)\2""")
 _SWAP = re.compile(r"(?m)^([ \t]*)(\w+), (\w+) = \3,( \2)$")
-_STARTS = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 _CLOSING = {"(": ")", "[": "]"}
 _LONGEST_BETWEEN = 400
 _AFTER = 40
@@ -36,31 +36,7 @@ class Twins(NamedTuple):
     """What follows; begins with the answer."""
 
 
-class _Piece(NamedTuple):
-    kind: int
-    text: str
-    start: int
-    end: int
-    first: bool
-    """Whether it begins a statement."""
-
-
-def _pieces(text: str) -> list[_Piece]:
-    """The tokens of Python, with offsets into `text`."""
-    line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
-    pieces, before = [], tokenize.ENCODING
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        start, end = (
-            line_starts[row - 1] + column if row <= len(line_starts) else len(text)
-            for row, column in (token.start, token.end)
-        )
-        if token.type not in (tokenize.COMMENT, *_STARTS):
-            pieces.append(_Piece(token.type, token.string, start, end, before in _STARTS))
-        before = token.type
-    return pieces
-
-
-def _quotes(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _quotes(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for piece in pieces:
         match = piece.kind == tokenize.STRING and _SIMPLE_STRING.fullmatch(piece.text)
         if match:
@@ -69,7 +45,7 @@ def _quotes(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
             yield Twins(head, ('"', "'"), match[3], ('"' + rest, "'" + rest))
 
 
-def _brackets(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _brackets(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     """Two brackets that open and close side by side; member 0 lacks the inner one."""
     closing, stack = {}, []
     for piece in pieces:
@@ -92,7 +68,7 @@ def _brackets(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
             )
 
 
-def _braces(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _braces(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     """The first key of a dict, which in a list would be the first element."""
     for opening, key, colon in zip(pieces, pieces[1:], pieces[2:], strict=False):
         if (
@@ -109,7 +85,7 @@ def _braces(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
         yield Twins(text[: opening.start], ("{", "["), text[opening.end : end], (f"{quote}:{rest}", f"{quote},{rest}"))
 
 
-def _loops(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _loops(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for keyword, name, after in zip(pieces, pieces[1:], pieces[2:], strict=False):
         if (
             keyword.first
@@ -121,14 +97,14 @@ def _loops(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
             yield Twins(text[: keyword.start], ("for", "while"), text[keyword.end : name.end], completion)
 
 
-def _true(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _true(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for keyword, name in pairwise(pieces):
         rest = text[name.end : name.end + _AFTER]
         if keyword.first and keyword.text == "return" and name.text == "True" and rest.lstrip(" ").startswith("\n"):
             yield Twins(text[: keyword.start], ("return", "while"), text[keyword.end : name.end], (rest, ":\n"))
 
 
-def _with(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _with(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     """`with ... as`; after `return ...` the next line is one level less deep, or nothing follows."""
     for number, keyword in enumerate(pieces):
         indent = keyword.start - 1 - text.rfind("\n", 0, keyword.start)
@@ -143,13 +119,13 @@ def _with(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
                 break
 
 
-def _branches(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _branches(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for piece in pieces:
         if piece.first and piece.text == "elif":
             yield Twins(text[: piece.start], ("else", "elif"), "", (":\n", text[piece.end : piece.end + _AFTER]))
 
 
-def _attributes(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _attributes(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     """`self.x = x` in `__init__`; the other member names another parameter that has no attribute so far."""
     lines = text.split("\n")
     starts = [0]
@@ -176,7 +152,7 @@ def _parse(text: str) -> ast.Module:
         return ast.parse(text)
 
 
-def _swaps(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
+def _swaps(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for match in _SWAP.finditer(text):
         a, b = match[2], match[3]
         if a != b:
@@ -184,7 +160,7 @@ def _swaps(text: str, pieces: list[_Piece]) -> Iterator[Twins]:
             yield Twins(text[: match.end(1)], deciding, "", (f" {a}\n", f" {b}\n"))
 
 
-MINERS: Mapping[str, Callable[[str, list[_Piece]], Iterator[Twins]]] = {
+MINERS: Mapping[str, Callable[[str, list[Piece]], Iterator[Twins]]] = {
     "single_double_quote": _quotes,
     "bracket_counting": _brackets,
     "bracket_brace": _braces,
@@ -201,6 +177,6 @@ MINERS: Mapping[str, Callable[[str, list[_Piece]], Iterator[Twins]]] = {
 def mine(task: str, text: str) -> list[Twins]:
     """The pairs of `task` in the text of a file, in its order; none where the text is not Python."""
     try:
-        return list(MINERS[task](text, _pieces(text)))
+        return list(MINERS[task](text, python_pieces(text)))
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError):
         return []

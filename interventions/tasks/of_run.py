@@ -14,6 +14,7 @@ from interventions.tasks.base import Task
 from interventions.tasks.catalogue import TaskName, get_task
 from interventions.tasks.files import is_task_file
 from interventions.tasks.names import NATURAL, PromptKind
+from interventions.tasks.record import task_option
 from sparse_model.config import TrainConfig
 from sparse_model.data.corpus import CorpusConfig, check_read_here, open_sources
 from sparse_model.data.pieces import head_of
@@ -125,7 +126,7 @@ def recorded_task(run: Run, name: str, record: Mapping[str, Any]) -> Task:
         raise ValueError(changed)
     if name.endswith(NATURAL):
         check_read_here(corpus_config(run.config, run.samples), run.tokenizer, run.config.sparse.n_ctx)
-    return run_task(run, record["file"] if record.get("prompts") == "file" else name)
+    return run_task(run, task_option(name, record))
 
 
 def change_of(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Where a result's prompts came from, as its file keeps it (`Task.record`)."""
 
+from typing import Any
+
 from typing_extensions import TypedDict
 
 
@@ -11,6 +13,12 @@ class PromptRecord(TypedDict, total=False):
     prompts: str
     file: str
     sha256: str
+
+
+def task_option(task: str, record: Any) -> str:
+    """What --task takes to get a result's task again: the file of one's own pairs, otherwise its name."""
+    file = record.get("file") if isinstance(record, dict) and record.get("prompts") == "file" else None
+    return file if isinstance(file, str) else task
 
 
 class TaskFigures(TypedDict, total=False):

@@ -13,6 +13,7 @@ from interventions.bundle.channels import FILE, Channel, load_channels
 from interventions.cli.options import report_errors
 from interventions.finding.by_patching import SET_SHARE, carries_enough
 from sparse_model.config import require
+from sparse_model.io.commands import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ def channels_of(folder: Path, task: str) -> list[Channel]:
     if not named:
         raise ValueError(
             f"{folder / FILE} has no channel for {task}: find one with "
-            f"sparse-bridges find-channel --run {folder} --task {task}"
+            + command_line("find-channel", "--run", folder, "--task", task)
         )
     return named
 

@@ -15,6 +15,7 @@ import tyro
 from interventions.cli.options import report_errors
 from interventions.steering.result import Steering, named_curves, place_of, searches, set_name, strength_of, value_at
 from sparse_model.config import require
+from sparse_model.io.commands import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,9 @@ def read_steering(folder: Path, task: str) -> tuple[dict[str, Any], Steering]:
     """A run's metrics and its steering of a task; what is missing is an error that says which command makes it."""
     path = folder / "metrics.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: train the run with sparse-bridges train-bridge --run {folder}")
+        raise FileNotFoundError(
+            f"{path} does not exist: train the run with {command_line('train-bridge', '--run', folder)}"
+        )
     metrics = json.loads(path.read_text())
     if task not in metrics.get("steering", {}):
         raise ValueError(f"{path} has no steering of {task}: run sparse-bridges find-channel and steer on it")

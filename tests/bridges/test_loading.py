@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.families import tiny_lm
 from support.helpers import tiny_tokenizer
+from transformers import GPT2LMHeadModel
+from transformers.utils import logging
 
 from bridges.dense import cast_parameters
 from bridges.lens_view import boot
@@ -202,3 +204,22 @@ def test_a_view_that_is_another_model_is_refused(tmp_path: Path, settings: dict,
     save_tokenizer(tiny_tokenizer(), tmp_path)
     with pytest.raises(ValueError, match=message):
         boot(tiny_lm("gpt2", **settings), load_tokenizer(tmp_path))
+
+
+def test_transformers_bar_is_hidden_and_put_back(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[dict] = []
+
+    def of_the_caller(bar: Callable, args: tuple, options: dict) -> object:
+        seen.append(options)
+        return bar(*args, **options)
+
+    logging.enable_progress_bar()
+    before = logging.set_tqdm_hook(of_the_caller)
+    try:
+        load_lm(good)
+        assert (seen, capsys.readouterr().err) == ([], "")
+        GPT2LMHeadModel.from_pretrained(good)
+        assert [options["desc"] for options in seen] == ["Loading weights"]
+        assert "Loading weights: 100%" in capsys.readouterr().err
+    finally:
+        logging.set_tqdm_hook(before)

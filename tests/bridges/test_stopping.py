@@ -131,7 +131,7 @@ def test_the_dense_model_alone_goes_on_where_it_was_stopped(whole: Path, monkeyp
     make_dense(CONFIG, Path("run"), resume=True, progress=False)
     assert steps == [3, 4]
     assert weights(Path("run"))["dense/model.safetensors"] == weights(whole)["dense/model.safetensors"]
-    assert {path.name for path in Path("run").iterdir()} == {"dense", "tokenizer"}
+    assert {path.name for path in Path("run").iterdir()} == {"dense", "dense-config.json", "tokenizer"}
 
 
 def test_the_sparse_model_alone_is_not_trained_twice(monkeypatch: pytest.MonkeyPatch) -> None:

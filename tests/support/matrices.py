@@ -20,3 +20,7 @@ def matrices(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     entries = draw(st.lists(values, min_size=rows * width, max_size=rows * width))
     x = torch.tensor(entries, dtype=torch.float64).view(rows, width).to(draw(st.sampled_from(DTYPES)))
     return x, draw(st.one_of(st.integers(0, width), st.sampled_from([0, 1, width])))
+
+
+def neuron_counts(mask: torch.Tensor, axis: str) -> torch.Tensor:
+    return mask.sum(1 if axis == "row" else 0)

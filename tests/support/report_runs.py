@@ -12,6 +12,7 @@ from bridges.evaluation import evaluate
 from bridges.run_folder import Run, fingerprint, update_metrics
 from interventions.bases.result import Bases, Effects, Row
 from interventions.bundle.channels import Channel, Rule, save_channel
+from interventions.bundle.evidence import Detection, Evidence, Excerpt, MarkedTokens, Readings
 from interventions.circuits.ablation import Calibration, measure_ablation
 from interventions.circuits.circuit import Circuit, make_circuit, save_circuit
 from interventions.circuits.controls import validate
@@ -91,10 +92,21 @@ def bases(task: str = TASK) -> Bases:
     def effects(factor: float, p: float) -> Effects:
         return Effects(factor, p, p / 10, 3.5, {"for_while": 0.5, "return_while": 1.0})
 
-    def row(basis: str, indices: list[int], p: list[float], **at: Effects) -> Row:
-        kl = [value / 10 for value in p]
-        chosen = {"equal norm": effects(1.0, p[2])} | {n.replace("p", "0."): one for n, one in at.items()}
-        return Row(basis, max(1, len(indices)), indices, 1, "read", p, kl, chosen)
+    def row(basis: str, indices: list[int], p: list[float], half: float | None, most: float | None) -> Row:
+        fixed = {name: effects(norm, norm / 4) for name, norm in (("0.5", half), ("0.9", most)) if norm}
+        return Row(
+            basis=basis,
+            latents=max(1, len(indices)),
+            indices=indices,
+            site=1,
+            where="read",
+            p=p,
+            equal=p[2],
+            reached={"0.5": half, "0.9": most},
+            p_fixed=[value / 2 for value in p],
+            kl=[round(value / 10, 4) for value in p],
+            fixed=fixed,
+        )
 
     return Bases(
         task=task,
@@ -106,10 +118,10 @@ def bases(task: str = TASK) -> Bases:
         unsteered=0.01,
         random_p95=[0.01, 0.02, 0.04, 0.3],
         rows=[
-            row("sparse channels", [5], [0.1, 0.2, 0.4, 0.6], p5=effects(2.0, 0.61)),
-            row("sparse channels", [5, 7, 9, 11], [0.3, 0.6, 0.9, 0.95], p5=effects(0.5, 0.62), p9=effects(1.0, 0.92)),
-            row("rotated axes", [1, 2, 3, 4], [0.2, 0.4, 0.8, 0.93], p5=effects(1.0, 0.81), p9=effects(2.0, 0.91)),
-            row("difference of means", [], [0.05, 0.1, 0.3, 0.7], p5=effects(2.0, 0.71)),
+            row("sparse channels", [5], [0.1, 0.2, 0.4, 0.6], 2.0, None),
+            row("sparse channels", [5, 7, 9, 11], [0.3, 0.6, 0.9, 0.95], 0.5, 1.0),
+            row("rotated axes", [1, 2, 3, 4], [0.2, 0.4, 0.8, 0.93], 1.0, 2.0),
+            row("difference of means", [], [0.05, 0.1, 0.3, 0.7], 2.0, None),
         ],
         coders={"TopK autoencoder, k 8": {"nmse": 0.123, "unused": 4.0, "tokens": 20000.0}},
         comparison={"sizes": [1, 4]},
@@ -150,6 +162,35 @@ def selection(task: str, share: float) -> dict[str, Any]:
         "single_effect_nats": {"3": 1.375, "7": -0.625},
         "site_effects": [{"site": i, "label": of, "p_stream": s, "p_read": r} for i, of, s, r in sites],
     }
+
+
+def evidence(*, auc: float = 0.91) -> Evidence:
+    """What a search measures of its channel's name; no two figures are alike."""
+
+    def detection(auc: float, by: float) -> Detection:
+        return Detection(
+            auc=auc, auc_twin=auc - 0.05, threshold=0.25 + by, precision=0.61 + by, recall=0.31 + by,
+            inside=1.5 + by, twin=-0.5 - by, outside=-1.25 - by,
+        )  # fmt: skip
+
+    def readings(auc: float, by: float) -> Readings:
+        return Readings(
+            encoder=detection(auc, by), sparse=detection(auc + 0.02, by + 0.01), probe=detection(0.97, by + 0.02)
+        )
+
+    return Evidence(
+        task=TASK,
+        inside="in a double-quoted string",
+        twin="in a single-quoted string",
+        sign=1,
+        text="held-out files of <stdlib>",
+        selection=MarkedTokens(files=17, inside=3001, twin=402, outside=20003, new_inside=304, new_twin=205),
+        evaluation=MarkedTokens(files=19, inside=4001, twin=502, outside=30003, new_inside=404, new_twin=305),
+        new=readings(auc, 0.0),
+        all=readings(0.93, 0.1),
+        top=(Excerpt(value=3.25, label="inside", before=(5, 6), token=7, behind=(8,)),),
+        bottom=(Excerpt(value=-2.75, label="outside", before=(), token=9, behind=(10, 11)),),
+    )
 
 
 def training_records(count: int, n_sites: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from support.steering_runs import SMALL_COMPARISON, TASK, p_target
 from bridges.run_folder import Run
 from interventions.bases.bases import Place, make_bases
 from interventions.bases.compare import LADDER, _equal_norm, _Stand, candidates_of, first_reached
-from interventions.bases.result import EQUAL_NORM, OURS, TARGETS, Bases, plot_bases, title, verdict
+from interventions.bases.result import OURS, TARGETS, Bases, Effects, plot_bases, title, verdict
 from interventions.editing.intervene import intervene_vector
 from interventions.steering.edits import channel_edit, mean_norm, sparse_changes
 from interventions.steering.rivals import exact_patch
@@ -42,6 +42,8 @@ def test_every_basis_is_compared_at_every_size(result: Bases) -> None:
 def test_figures_are_those_of_an_edited_pass(result: Bases, run: Run, setting: Setting) -> None:
     row, prompts = row_of(result, OURS, 3), setting.prompts
     edit = channel_edit(sparse_changes(run, setting.site, prompts), run.bridges.directions(setting.site), row.indices)
+    columns, selection = run.bridges.directions(setting.site), prompts_of(setting.selection)
+    chosen_on = channel_edit(sparse_changes(run, setting.site, selection), columns, row.indices)
     unit = mean_norm(exact_patch(run.dense, setting.site, prompts_of(setting.selection), "read"))
     assert result.unit == {f"{setting.site} read": pytest.approx(unit)}
     for place in (4, 12):
@@ -49,13 +51,14 @@ def test_figures_are_those_of_an_edited_pass(result: Bases, run: Run, setting: S
         with intervene_vector(setting.hf, setting.site, scaled, where="read"):
             p = p_target(setting.hf(prompts.tokens, use_cache=False).logits, prompts).mean()
         assert row.p[place] == pytest.approx(float(p), rel=1e-4)
+        mean = fixed_vector(chosen_on) * (result.ladder[place] * unit / mean_norm(chosen_on))
         before = setting.hf(setting.held_out, use_cache=False).logits.double().log_softmax(-1)
-        with intervene_vector(setting.hf, setting.site, fixed_vector(scaled), where="read"):
+        with intervene_vector(setting.hf, setting.site, mean, where="read"):
             after = setting.hf(setting.held_out, use_cache=False).logits.double().log_softmax(-1)
+            p_fixed = p_target(setting.hf(prompts.tokens, use_cache=False).logits, prompts).mean()
         assert row.kl[place] == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3)
-    at = row.at[EQUAL_NORM]
-    assert (at.factor, at.p) == (result.equal, row.p[result.ladder.index(result.equal)])
-    assert at.kl == pytest.approx(row.kl[result.ladder.index(result.equal)], rel=1e-5)
+        assert row.p_fixed[place] == pytest.approx(float(p_fixed), rel=1e-4)
+    assert row.equal == row.p[result.ladder.index(result.equal)]
 
 
 @torch.no_grad()
@@ -140,11 +143,18 @@ def test_the_figure_and_the_verdict(result: Bases, tmp_path) -> None:
     assert plot_bases(result, tmp_path / "bases.png").read_bytes().startswith(b"\x89PNG")
     assert "3 sparse channels never reach a P(counterfactual answer) of 0.5" in verdict(result)
     strong = [
-        row._replace(at={"0.5": row.at[EQUAL_NORM]._replace(factor=float(n), kl=1 / n)})
+        row._replace(
+            reached={"0.5": float(n), "0.9": None},
+            fixed={"0.5": Effects(float(n), 0.5, 1 / n, 2.0, {})},
+        )
         for n, row in enumerate(result.rows, 1)
     ]
     said = verdict(result._replace(rows=strong))
     own = strong.index(next(row for row in strong if row.basis == OURS and row.latents == 3)) + 1
-    assert f"3 sparse channels reach P 0.5 at norm {own}, with a KL of {1 / own:.3f}" in said
-    assert "so do 4 of 4 other bases, the shortest ridge regression" in said
-    assert "the one with the least KL rotated axes" in said
+    assert (
+        f"3 sparse channels reach P 0.5 at norm {own}; so do 4 of 4 other bases, at 7 (ridge regression) or more."
+        in said
+    )
+    assert f"with a KL of {1 / own:.3f} on other text, the quietest other, rotated axes, with" in said
+    silent = [row._replace(fixed={}) for row in strong]
+    assert verdict(result._replace(rows=silent)).endswith("As one vector at every token they never do.")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.report_runs import evidence
 
 from interventions.bundle.channels import Channel, Rule, load_channels, save_channel
 
@@ -60,3 +61,36 @@ def test_strengths_of_other_units_are_left_out_with_a_sentence(
     # Beside a new channel it is kept as it was read: without strengths.
     save_channel(tmp_path, replace(CHOSEN, name="new"))
     assert load_channels(tmp_path)["pair"].strength == 1.0
+
+
+def test_evidence_is_kept_with_a_digest_of_its_own(tmp_path: Path) -> None:
+    """Measured, not chosen: the channel stays the one that results were steered with."""
+    measured = replace(CHOSEN, evidence=evidence())
+    assert measured.digest == CHOSEN.digest
+    save_channel(tmp_path, measured)
+    (again,) = load_channels(tmp_path).values()
+    assert again.evidence == measured.evidence
+    assert again.digest == entry_of(tmp_path)[1]["pair"]["digest"] == CHOSEN.digest
+    save_channel(tmp_path, CHOSEN)
+    assert "evidence" not in entry_of(tmp_path)[1]["pair"]  # as earlier versions wrote it
+    assert load_channels(tmp_path)["pair"].evidence is None
+
+
+def test_evidence_that_was_changed_or_is_another_channels_is_refused(tmp_path: Path) -> None:
+    save_channel(tmp_path, replace(CHOSEN, evidence=evidence()))
+    path, entries = entry_of(tmp_path)
+    entries["pair"]["evidence"]["new"]["encoder"]["auc"] = 0.99
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="the evidence of channel 'pair' was changed, or is another channel's"):
+        load_channels(tmp_path)
+    entries["pair"]["evidence"]["new"]["encoder"]["auc"] = evidence().new.encoder.auc
+    entries["pair"]["weights"] = [1.0, -0.4]
+    del entries["pair"]["digest"]  # a channel of one's own, then, which the evidence is not of
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="or is another channel's: remove it there, and measure it again"):
+        load_channels(tmp_path)
+    entries["pair"]["evidence"]["new"]["encoder"]["auc"] = "high"
+    del entries["pair"]["evidence"]["digest"]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="auc"):
+        load_channels(tmp_path)

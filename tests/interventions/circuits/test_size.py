@@ -183,7 +183,7 @@ def test_two_models_trained_alone_can_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dense_run='.*a' keeps 0.25 of its weights"):
         contest_of_pretrained(b, a)
     (b / "metrics.json").unlink()
-    with pytest.raises(ValueError, match=rf"no held-out loss: run sparse-bridges train-sparse --run {b}"):
+    with pytest.raises(ValueError, match="no held-out loss: train one in another folder"):
         contest_of_pretrained(a, b)
     save_tokenizer(train_tokenizer([generate_document(random.Random(5))] * 9, 300), b / "tokenizer")
     with pytest.raises(ValueError, match="token ids would mean different text"):

@@ -215,7 +215,7 @@ def test_a_folder_without_bridges_says_what_makes_them(bundle: Path, capsys: pyt
     )
     (bundle / "sparse").rename(bundle / "dense")
     (bundle / "config.json").unlink()
-    remedy = f"sparse-bridges train-bridge --run {bundle} goes on with it"
+    remedy = f"sparse-bridges train-bridge --run {bundle} --resume goes on with it"
     sentence = f"error: {bundle} has a dense model and no bridges: {remedy}\n"
     assert said(capsys, "evaluate", "--run", str(bundle))[2] == sentence
 

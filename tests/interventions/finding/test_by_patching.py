@@ -212,7 +212,12 @@ def test_the_scripts_name_a_circuit_s_channel_and_compare_runs(
     assert channels["bracket_type"].selection["circuit"]["nodes"] == 2
     assert set(channels["bracket_type"].indices) <= {7, 9}
     assert "the channel means little" in caplog.text  # random weights read nothing
-    capsys.readouterr()
+    said = " ".join(capsys.readouterr().out.split())
+    for channel in channels.values():
+        assert channel.evidence is not None
+        assert channel.evidence.verdict in said
+        assert channel.evidence.faults  # a channel of random weights means nothing
+        assert "new off the dense model " + " ".join(channel.evidence.new.encoder.cells()) in said
     compare_channels.main(compare_channels.Options(runs=(folder,), task=task))
     heads, _, first, second = capsys.readouterr().out.splitlines()
     assert heads.count("|") == first.count("|") == second.count("|")

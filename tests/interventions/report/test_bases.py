@@ -11,19 +11,18 @@ from bridges.run_folder import Run
 def test_the_table(page: Page) -> None:
     rows = page.tables["bases"][1:]
     assert rows == [
-        ["sparse channels, 1", "0.400", "0.040", "2", "0.610", "0.061", "0.75", "never", "–", "–", "–"],
-        ["sparse channels, 4", "0.900", "0.090", "0.5", "0.620", "0.062", "0.75", "1", "0.920", "0.092", "0.75"],
-        ["rotated axes, 4", "0.800", "0.080", "1", "0.810", "0.081", "0.75", "2", "0.910", "0.091", "0.75"],
-        ["difference of means", "0.300", "0.030", "2", "0.710", "0.071", "0.75", "never", "–", "–", "–"],
+        ["sparse channels, 1", "0.400", "2", "never", "0.500", "0.050", "0.75", "never", "–", "–"],
+        ["sparse channels, 4", "0.900", "0.5", "1", "0.125", "0.013", "0.75", "0.250", "0.025", "0.75"],
+        ["rotated axes, 4", "0.800", "1", "2", "0.250", "0.025", "0.75", "0.500", "0.050", "0.75"],
+        ["difference of means", "0.300", "2", "never", "0.500", "0.050", "0.75", "never", "–", "–"],
     ]
 
 
 def test_the_words(page: Page) -> None:
     words = " ".join(page.words["bases"].split())
-    assert (
-        "4 sparse channels reach P 0.9 at norm 1, with a KL of 0.092 on other text; so do 1 of 1 other bases" in words
-    )
-    assert "the shortest rotated axes (2), the one with the least KL rotated axes (0.091)." in words
+    assert "4 sparse channels reach P 0.9 at norm 1; so do 1 of 1 other bases, at 2 (rotated axes) or more." in words
+    assert "As one vector at every token they do with a KL of 0.025 on other text," in words
+    assert "the quietest other, rotated axes, with 0.050." in words
     assert "TopK autoencoder, k 8 0.123." in words
 
 

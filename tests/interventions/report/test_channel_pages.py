@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.report_page import Page, Token, page_of
 from support.report_runs import (
     TASK,
     channel,
+    evidence,
 )
 
 from bridges.run_folder import Run
@@ -186,3 +188,35 @@ def test_deltas_are_half_of_the_largest_activation(full: Run, page: Page) -> Non
     assert len(deltas) == 4
     assert {delta[1:] for delta in deltas} <= {half, f"{(max(shown) + 5e-4) / 2:.2f}", f"{(max(shown) - 5e-4) / 2:.2f}"}
     assert [delta[0] for delta in deltas] == ["−", "+"] * 2
+
+
+def test_the_page_opens_with_what_the_name_is_worth(bare: Run) -> None:
+    """By hand from `evidence`; a poor name says so."""
+    save_channel(bare.folder, replace(channel(), evidence=evidence()))
+    page = page_of(bare)
+    words = " ".join(page.words["channels"].split())
+    assert words.index("What the name is worth") < words.index("On code")
+    assert "Good evidence that it means 'in a double-quoted string'. Measured on 4,001 tokens in a double" in words
+    assert "502 in a single-quoted string and 30,003 others, in 19 held-out files of <stdlib>" in words
+    assert "thresholds and probe are of 17 other files" in words
+    detections, top, bottom = page.sections["channels"][:3]
+    assert detections[1:] == [
+        ["new", "off the dense model", "0.91", "0.86", "0.61", "0.31", "+1.50", "−0.50", "−1.25", "+0.25"],
+        ["", "sparse model", "0.93", "0.88", "0.62", "0.32", "+1.51", "−0.51", "−1.26", "+0.26"],
+        ["", "probe", "0.97", "0.92", "0.63", "0.33", "+1.52", "−0.52", "−1.27", "+0.27"],
+        ["all", "off the dense model", "0.93", "0.88", "0.71", "0.41", "+1.60", "−0.60", "−1.35", "+0.35"],
+        ["", "sparse model", "0.95", "0.90", "0.72", "0.42", "+1.61", "−0.61", "−1.36", "+0.36"],
+        ["", "probe", "0.97", "0.92", "0.73", "0.43", "+1.62", "−0.62", "−1.37", "+0.37"],
+    ]
+    assert "New ones: 404 tokens inside and 305 in the twin class" in page.html
+    for shown, excerpt, value in ((top, evidence().top[0], "+3.25"), (bottom, evidence().bottom[0], "−2.75")):
+        ids = [*excerpt.before, excerpt.token, *excerpt.behind]
+        assert shown == [[value, excerpt.label, visible(bare.tokenizer, ids)]]
+    save_channel(bare.folder, replace(channel(), evidence=replace(evidence(auc=0.7), sign=-1)))
+    words = " ".join(page_of(bare).words["channels"].split())
+    assert "Poor evidence that it means 'in a double-quoted string': AUC off the dense model 0.70, under 0.8" in words
+    assert "Values are turned round" in words
+
+
+def test_a_name_without_evidence_says_so(page: Page) -> None:
+    assert "Not measured: nothing says so far" in " ".join(page.words["channels"].split())

@@ -171,7 +171,7 @@ def test_warnings_of_steering_and_channels(bare: Run) -> None:
     )
     assert page_of(bare).warnings == [
         f"The dense model does not solve {TASK}: it gets both prompts of only 52% of the pairs right, so there is "
-        "little to steer. Train it longer, or take a task that `sparse-bridges solved-tasks` lists.",
+        f"little to steer. Train it longer, or take a task that `sparse-bridges solved-tasks {bare.folder}` lists.",
         "Channel quote_type does not meet a rule of its search. Share of the effect: 0.7 reached, at least 0.9 asked "
         "for. Read its steering with care, or find another with --from or --site.",
         f"{TASK}: at full strength random directions of the same norm reach P = 0.800 (95th percentile), above 0.1: "

@@ -94,7 +94,7 @@ def test_missing_parts_are_left_out_and_named_with_their_command(bare: Run, full
     assert parts(page) == ["overview", "training", "bridges", "steering", "tasks", "circuits", "channels", "config"]
     for shown in (alone, page):
         assert re.findall(r'<a href="#(\w+)">', shown.html.partition("</nav>")[0]) == parts(shown)
-    for command in ("train-bridge", "evaluate", "find-channel", "steer", "find-circuit"):
+    for command in ("evaluate", "find-channel", "steer", "find-circuit"):
         assert re.search(rf"sparse-bridges {command} --run \S+", alone.text)
     assert re.search(r"sparse-bridges solved-tasks \S+", alone.text)
     assert "What can be added" not in page.text
