@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interventions.circuits.ablation import Ablation
-from interventions.circuits.node_model import Kept, Location, NodeModel, device_of, locations
+from interventions.circuits.node_model import Kept, Location, NodeEdit, NodeModel, device_of, locations
 from interventions.circuits.prune_config import PruneConfig
 from interventions.tasks.base import TaskBatch, task_loss
 from sparse_model.io.progress import Bar, progress_bar
@@ -69,12 +69,17 @@ def answer_logits(
     ablation: Ablation,
     batch: TaskBatch,
     generator: torch.Generator | None = None,
+    then: NodeEdit | None = None,
 ) -> Float[Tensor, "pair 2 1 d_vocab"]:
-    """Logits of the masked model at the last prompt token of both members; score them with `at_answer(batch)`."""
+    """Logits of the masked model at the last prompt token of both members; score them with `at_answer(batch)`.
+
+    `then` sees every location's values after the mask and may change them again.
+    """
     device = device_of(model)
     tokens = batch.tokens[..., : int(batch.last.max()) + 1].flatten(0, 1).to(device)
     last = batch.last.repeat_interleave(2).to(device)
-    edit = ablation.edit(gates, ablation.draw(len(tokens), tokens.shape[1], generator), last)
+    mask = ablation.edit(gates, ablation.draw(len(tokens), tokens.shape[1], generator), last)
+    edit = mask if then is None else lambda name, values: then(name, mask(name, values))
     logits = model.logits(tokens, edit, last)
     return rearrange(logits, "(pair member) pos v -> pair member pos v", member=2)
 

@@ -1,14 +1,18 @@
-"""Single measurements on a circuit that `validation` puts together: sufficiency, necessity, node effects, repruning."""
+"""Single measurements on a circuit: sufficiency, necessity, effects of nodes and edges, repruning."""
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Set
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from interventions.circuits.ablation import Ablation, fit_calibration
 from interventions.circuits.circuit import Circuit
 from interventions.circuits.gates import answer_logits, at_answer, fit_gates
-from interventions.circuits.node_model import Kept, NodeModel, count_edges, find_node
+from interventions.circuits.node_model import Edge, Kept, NodeModel, Values, count_edges, find_node
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import Ranking, everything, score
 from interventions.circuits.rivals import random_nodes
@@ -93,11 +97,67 @@ def node_effects(
     base = score(model, kept, circuit.ablation, batch, config).loss
     effects = {}
     for name in circuit.names:
-        fewer = {place: mask.clone() for place, mask in kept.items()}
-        for place, channel in find_node(circuit.shape, name):
-            fewer[place][channel] = False
-        effects[name] = score(model, fewer, circuit.ablation, batch, config).loss - base
+        effects[name] = score(model, _without(circuit, kept, name), circuit.ablation, batch, config).loss - base
     return effects
+
+
+def _without(circuit: Circuit, kept: Kept, name: str) -> Kept:
+    fewer = {place: mask.clone() for place, mask in kept.items()}
+    for place, channel in find_node(circuit.shape, name):
+        fewer[place][channel] = False
+    return fewer
+
+
+def edge_effects(
+    model: NodeModel, circuit: Circuit, edges: Iterable[Edge], batch: TaskBatch, config: PruneConfig
+) -> dict[Edge, float]:
+    """Rise of the circuit's loss, calibrated anew, when one edge alone is cut; nats.
+
+    Cut, an edge's target takes the value that it has while the edge's source is ablated too; everything else goes on
+    with the source as it is. So an edge that is its source's only one has the source's effect.
+    """
+    base = score(model, circuit.kept, circuit.ablation, batch, config).loss
+    by_source: dict[str, list[Edge]] = defaultdict(list)
+    for edge in edges:
+        by_source[edge.source].append(edge)
+    effects = {}
+    for source, of_source in by_source.items():
+        targets = {edge: _target(circuit, edge) for edge in of_source}
+        values = _values_without(model, circuit, source, {place for place, _ in targets.values()}, batch, config)
+        for edge, (place, channel) in targets.items():
+            cut = partial(_put, place, channel, values[place][..., channel])
+            effects[edge] = score(model, circuit.kept, circuit.ablation, batch, config, cut).loss - base
+    return effects
+
+
+def _target(circuit: Circuit, edge: Edge) -> tuple[str, int]:
+    """Location and channel that an edge ends in: of a tied attn.qk node the one that its matrix makes."""
+    places = find_node(circuit.shape, edge.target)
+    return places[0] if len(places) == 1 else places["qk".index(edge.matrix)]
+
+
+@torch.no_grad()
+def _values_without(
+    model: NodeModel, circuit: Circuit, source: str, places: Set[str], batch: TaskBatch, config: PruneConfig
+) -> dict[str, Values]:
+    """Values at some locations of the circuit while one more node is ablated."""
+    found = {}
+
+    def note(name: str, values: Values) -> Values:
+        if name in places:
+            found[name] = values
+        return values
+
+    generator = torch.Generator().manual_seed(config.seed)
+    answer_logits(model, dict(_without(circuit, circuit.kept, source)), circuit.ablation, batch, generator, note)
+    return found
+
+
+def _put(place: str, channel: int, instead: Tensor, name: str, values: Values) -> Values:
+    if name == place:
+        values = values.clone()
+        values[..., channel] = instead
+    return values
 
 
 class Repruned(NamedTuple):

@@ -37,7 +37,7 @@ from interventions.circuits.gates import (
     open_gates,
     rows_at_random_rates,
 )
-from interventions.circuits.node_model import Kept, NodeModel, as_nodes, device_of, locations
+from interventions.circuits.node_model import Kept, NodeEdit, NodeModel, as_nodes, device_of, locations
 from interventions.circuits.partial_ablation import Adversary
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.task_scores import SOLVED, solves
@@ -77,11 +77,19 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def score(
-    model: NodeModel, kept: dict[str, Tensor], ablation: Ablation, batch: TaskBatch, config: PruneConfig
+    model: NodeModel,
+    kept: dict[str, Tensor],
+    ablation: Ablation,
+    batch: TaskBatch,
+    config: PruneConfig,
+    then: NodeEdit | None = None,
 ) -> Scored:
-    """Calibrate a set of kept nodes (or gates, for each prompt its own) on a batch and give its loss there."""
+    """Calibrate a set of kept nodes (or gates, for each prompt its own) on a batch and give its loss there.
+
+    `then` is a further edit, see `answer_logits`.
+    """
     generator = torch.Generator().manual_seed(config.seed)
-    logits = answer_logits(model, dict(kept), ablation, batch, generator)
+    logits = answer_logits(model, dict(kept), ablation, batch, generator, then)
     calibration = fit_calibration(logits, batch, steps=config.lbfgs_steps)
     return Scored(float(task_loss(calibration.apply(logits), at_answer(batch.to(logits.device)))), calibration)
 

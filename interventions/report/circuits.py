@@ -22,6 +22,7 @@ from interventions.circuits.node_model import as_nodes
 from interventions.report.explorer import MOST_EDGES, explorer_data
 from interventions.report.importance import by_importance, effects_of, size_curve
 from interventions.report.labels import read_labels
+from interventions.report.mechanism import Mechanism, mechanism
 from interventions.report.nodes import NodeWords, words
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.of_run import recorded_task
@@ -57,6 +58,7 @@ class CircuitPage(NamedTuple):
     """Whether there are controls, but written by another version: they count for none."""
     rows: list[NodeRow]
     """Most important first."""
+    mechanism: Mechanism
     notes: list[str]
     """What was left out, and why."""
     data: dict[str, Any]
@@ -102,12 +104,17 @@ def circuit_pages(
     run: Run, circuits: list[Circuit], channels: dict[str, Channel], held_out: Int[Tensor, "row pos"]
 ) -> Iterator[CircuitPage]:
     """A page for each circuit; `held_out` is where examples are looked for."""
-    for circuit in circuits:
-        yield _page(run, circuit, channels, held_out, DETAILED // len(circuits))
+    for number, circuit in enumerate(circuits, 1):
+        yield _page(run, circuit, channels, held_out, DETAILED // len(circuits), number)
 
 
 def _page(
-    run: Run, circuit: Circuit, channels: dict[str, Channel], held_out: Int[Tensor, "row pos"], detailed: int
+    run: Run,
+    circuit: Circuit,
+    channels: dict[str, Channel],
+    held_out: Int[Tensor, "row pos"],
+    detailed: int,
+    number: int,
 ) -> CircuitPage:
     model = as_nodes(run.sparse if circuit.model == "sparse" else run.dense)
     description, batch, notes = _task(run, circuit)
@@ -118,6 +125,7 @@ def _page(
     labels = read_labels(run.folder, key, circuit)
     sizes = size_curve(model, circuit, ranked, batch) if batch else []
     judged = circuit_control_results(circuit)
+    data = graph.data | {"key": key, "sizes": sizes, "labels": labels.nodes}
     notes += labels.notes
     if not effects:
         notes.append("The effects of its nodes are not known: they are ordered by the sum of their weights.")
@@ -134,7 +142,8 @@ def _page(
         stale=circuit.controls is not None and not judged,
         rows=[_row(circuit, name, effects) for name in ranked],
         notes=notes,
-        data=graph.data | {"key": key, "sizes": sizes, "labels": labels.nodes},
+        mechanism=mechanism(model, circuit, data, ranked, effects, batch, run.tokenizer, judged, number),
+        data=data,
         tokens=graph.tokens,
     )
 

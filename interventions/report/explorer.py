@@ -116,7 +116,7 @@ def _details(
         details[name] = {"stats": about.value_statistics(values[name]), "top": top, "bottom": bottom}
         if batch:
             pairs = on_task[name].unflatten(0, (-1, 2))
-            details[name]["means"] = about.member_means(pairs, batch)
+            details[name] |= {"means": about.member_means(pairs, batch), "apart": about.members_apart(pairs, batch)}
             details[name]["prompts"] = [
                 numbers(pairs[pair, member, : int(batch.last[pair]) + 1].tolist(), 3)
                 for pair in range(_SHOWN_PAIRS)

@@ -3,17 +3,22 @@
 1. Effect of a node: the rise of the circuit's loss when it alone is deleted too, as in the controls. Those are taken
    where the circuit has them; for an uncontrolled circuit of moderate size they are measured here in the same way.
 2. Nodes are ordered by effect; where none is known, by the sum of their weights' magnitudes.
-3. At some sizes k the first k nodes are kept and the rest ablated. The loss is that of evaluation prompts, calibrated
+3. Effect of an edge: the same when it alone is cut (`measures.edge_effects`).
+4. At some sizes k the first k nodes are kept and the rest ablated. The loss is that of evaluation prompts, calibrated
    anew at each k. It is not a search for the best k nodes: a chain of nodes does nothing before its last link is there.
 """
+
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from interventions.charts import finite
 from interventions.circuits.circuit import Circuit
-from interventions.circuits.measures import node_effects
-from interventions.circuits.node_model import NodeModel, find_node
+from interventions.circuits.gates import take
+from interventions.circuits.measures import edge_effects, node_effects
+from interventions.circuits.node_model import Edge, NodeModel, find_node
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import score
 from interventions.tasks.base import TaskBatch
@@ -22,6 +27,8 @@ MOST_SIZES = 16
 """Steps of a size curve."""
 MOST_MEASURED = 200
 """Nodes of an uncontrolled circuit whose effects are measured for the report; each takes a run over the prompts."""
+EDGE_PAIRS = 32
+"""Pairs on which the effects of edges are measured: one run for each of most edges."""
 
 
 def effects_of(model: NodeModel, circuit: Circuit, batch: TaskBatch | None) -> dict[str, float]:
@@ -40,6 +47,19 @@ def by_importance(circuit: Circuit, effects: dict[str, float]) -> list[str]:
         merit[edge.source] += abs(edge.weight)
         merit[edge.target] += abs(edge.weight)
     return sorted(circuit.names, key=lambda name: -merit.get(name, 0.0))
+
+
+def effects_of_edges(
+    model: NodeModel, circuit: Circuit, edges: Sequence[Edge], node_effects: dict[str, float], batch: TaskBatch | None
+) -> dict[Edge, float]:
+    """Effects of edges, nats; without prompts only of those that have their source's effect, being its only one."""
+    out = Counter(edge.source for edge in circuit.edges)
+    known = {e: node_effects[e.source] for e in edges if out[e.source] == 1 and e.source in node_effects}
+    rest = [edge for edge in edges if edge not in known]
+    if batch is None or not rest:
+        return known
+    some = take(batch, torch.arange(min(EDGE_PAIRS, len(batch.last))))
+    return known | edge_effects(model, circuit, rest, some, _config(circuit))
 
 
 def size_curve(

@@ -125,6 +125,23 @@ def member_means(values: Float[Tensor, "pair 2 pos"], batch: TaskBatch) -> dict[
     }
 
 
+def members_apart(values: Float[Tensor, "pair 2 pos"], batch: TaskBatch) -> dict[str, list[float | None]]:
+    """Shares of pairs in which a node's value is higher in the first member, and in the second.
+
+    At the last prompt token, and its mean from the first differing token up to it. Values are equal where they differ
+    by less than a ten-thousandth of the largest.
+    """
+    since = since_difference(batch.tokens[:, 0], batch.tokens[:, 1], batch.last)[:, None].float()
+    last = batch.last[:, None, None].expand(-1, 2, 1)
+    places = {"last": values.gather(2, last)[..., 0], "since": (values * since).sum(2) / since.sum(2)}
+    limit = float(values.abs().max()) * 1e-4
+    shares = {}
+    for name, of_member in places.items():
+        difference = of_member[:, 0] - of_member[:, 1]
+        shares[name] = numbers([float((sign * difference > limit).float().mean()) for sign in (1, -1)], 3)
+    return shares
+
+
 @torch.no_grad()
 def stream_tokens(sparse: SparseTransformer, channel: int, count: int = 6) -> dict[str, Weighted]:
     """The tokens whose embedding writes a residual channel, and those whose logit reads it, with their weights.

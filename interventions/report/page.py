@@ -28,6 +28,7 @@ from interventions.report import overview
 from interventions.report.bases import bases_pages
 from interventions.report.channels import channel_pages
 from interventions.report.circuits import CircuitPage, circuit_pages, load_circuits
+from interventions.report.importance import EDGE_PAIRS
 from interventions.report.labels import orphan_labels
 from interventions.report.metrics import checked_metrics
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
@@ -140,6 +141,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "solved_by_counting": SOLVED_BY_COUNTING,
         "size_ratio": size_ratio(metrics),
         "circuits": circuits,
+        "edge_pairs": EDGE_PAIRS,
         "held_out": documents,
         "channels": pages,
         "data": _data(run, charts, circuits),

@@ -108,6 +108,11 @@ def test_controls_that_do_not_read_count_for_none(bare: Run) -> None:
     assert text.count("do not read") == 3  # among the warnings, in the table, at the circuit
 
 
+def table_of(page: Page, head: str) -> list[list[str]]:
+    """The first table of the circuits' section that begins with a column of this name."""
+    return next(table for table in page.sections["circuits"] if table[0][0] == head)
+
+
 def saved(full: Run, name: str = TASK) -> dict[str, Any]:
     return json.loads((full.folder / "circuits" / f"{name}.json").read_text())
 
@@ -131,7 +136,7 @@ def test_the_sentence_on_a_circuit(full: Run, page: Page) -> None:
 def test_the_table_of_nodes(full: Run, page: Page) -> None:
     found = saved(full)
     edges, effects = found["edges"], found["controls"]["node_effects"]
-    table = page.sections["circuits"][1]  # after the controls
+    table = table_of(page, "node")
     rows = {row[0]: row for row in table[1:]}
     assert sorted(rows) == sorted(found["nodes"])
     for name, row in rows.items():
@@ -148,7 +153,7 @@ def test_the_table_of_nodes(full: Run, page: Page) -> None:
 
 def test_every_control_from_the_controls_that_were_saved(full: Run, page: Page) -> None:
     controls = saved(full)["controls"]
-    rows = {row[0]: row[1:] for row in page.sections["circuits"][0][1:]}
+    rows = {row[0]: row[1:] for row in table_of(page, "control")[1:]}
     alone, removed, moved = controls["sufficiency"], controls["necessity"], controls["interchange"]
     twice, nodes = 2 * controls["target_loss"], len(saved(full)["nodes"])
     assert rows["sufficiency"] == [
@@ -206,7 +211,7 @@ REPRUNINGS = {
 
 
 def test_prunings_of_nonsense_from_the_controls_that_were_saved(full: Run, page: Page) -> None:
-    rows = {row[0]: row[1:] for row in page.sections["circuits"][0][1:]}
+    rows = {row[0]: row[1:] for row in table_of(page, "control")[1:]}
     nodes = len(saved(full)["nodes"])
     for name, field in REPRUNINGS.items():
         again = saved(full)["controls"][field]
