@@ -167,7 +167,8 @@ def _flags(options: type, prefix: str = "") -> dict[str, str]:
         parts = [*prefix.split(".")[:-1], field.name]
         flags |= {".".join(parts[i:]): f"--{prefix}{field.name}".replace("_", "-") for i in range(len(parts))}
     for name in groups:
-        outer = "" if name in ("config", "experiment", "comparison") else f"{prefix}{name}."  # those whose options have no prefix
+        bare = name in ("config", "experiment", "comparison")  # those whose options have no prefix
+        outer = "" if bare else f"{prefix}{name}."
         flags = _flags(hints[name], outer) | flags
     return flags
 

@@ -33,7 +33,8 @@ class Page(HTMLParser):
         """All tables, by section of the page."""
         self.words: dict[str, str] = {}
         """All text, by section of the page."""
-        self.examples: list[list[Token]] = []
+        self.examples: dict[str, list[list[Token]]] = {}
+        """Coloured text, by section of the page."""
         self.text = ""
         self.raw: list[str] = []
         """Contents of script and style elements."""
@@ -58,9 +59,9 @@ class Page(HTMLParser):
         elif tag in ("script", "style"):
             self.raw.append("")
         elif tag == "pre" and named.get("class") == "tokens":
-            self.examples.append([])
+            self.examples.setdefault(self._section, []).append([])
         elif tag == "i" and "pre" in self._open:
-            self.examples[-1].append(Token(named["title"] or "", "", named.get("class") or ""))
+            self.examples[self._section][-1].append(Token(named["title"] or "", "", named.get("class") or ""))
 
     def handle_endtag(self, tag: str) -> None:
         while self._open and self._open.pop() != tag:
@@ -75,8 +76,9 @@ class Page(HTMLParser):
         if {"td", "th"} & set(self._open):
             self.tables[self._table][-1][-1] += data.strip()
         if self._open[-1:] == ["i"] and "pre" in self._open:
-            last = self.examples[-1].pop()
-            self.examples[-1].append(last._replace(text=last.text + data))
+            example = self.examples[self._section][-1]
+            last = example.pop()
+            example.append(last._replace(text=last.text + data))
 
     @property
     def cards(self) -> dict[str, tuple[str, str]]:

@@ -22,7 +22,7 @@ from interventions.tasks.catalogue import get_task
 
 
 def colour_blocks(page: Page) -> Iterator[list[Token]]:
-    return (tokens for tokens in page.examples if tokens)
+    return (tokens for tokens in page.examples["channels"] if tokens)
 
 
 def test_coloured_activations_equal_the_reads(full: Run, page: Page) -> None:
