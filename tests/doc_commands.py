@@ -39,6 +39,8 @@ from support.pages import Line, command_lines  # noqa: E402
 from support.scratch import alone, furnish, furnish_hub, has_run, make_sparse_run, provide  # noqa: E402
 
 BIN = Path(sys.executable).parent
+HEAVY = "bridges.pipeline interventions.bases.compare interventions.steering.steer interventions.report.page"
+"""What is imported before the commands are forked; most of what they need comes with it."""
 
 TRAINS = r"(?:sparse-bridges |.*scripts/|.*interventions\.cli )train[-_](?:bridge|sparse|dense)(?:\.py)?(?= |$)"
 TRAINING = (
@@ -295,16 +297,8 @@ def chosen(options: argparse.Namespace) -> list[Line]:
 
 def try_all(lines: list[Line]) -> dict[str, int]:
     """Run the lines, say of each whether it is right; returns how many were, were not, and were not run by reason."""
-    for name in (
-        "cli.train_bridge",
-        "bases.compare",
-        "steering.steer",
-        "circuits.circuit_search",
-        "report.page",
-        "finding.channel_search",
-    ):
-        import_module(f"interventions.{name}")
-    import_module("bridges.pipeline")
+    for name in HEAVY.split():
+        import_module(name)
     counts: dict[str, int] = {"right": 0, "WRONG": 0}
     page, folder = "", None
     with (

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bridges.dense import DenseModel
 from bridges.hybrid import residuals
@@ -27,12 +28,14 @@ from interventions.bases.coders import Coder, Trained, sample_site
 from interventions.bases.result import OURS
 from interventions.editing.where import Where
 from interventions.steering.edits import Changes, Columns, sparse_changes
+from interventions.steering.logistic import logistic
 from interventions.steering.ridge import fit_ridge, stream_at
 from interventions.steering.rivals import difference_of_means
 from interventions.steering.steered_prompts import Prompts, Vectors, prompts_of
 from interventions.tasks.base import TaskBatch
 
 TRANSCODER = "transcoder"
+_STEPS = 200  # of a logistic regression
 
 
 class Place(NamedTuple):
@@ -146,29 +149,11 @@ def fit_probe(dense: DenseModel, site: int, prompts: Prompts) -> Float[Tensor, "
     y = torch.cat([torch.full((len(read),), float(member)) for member, read in enumerate(reads)]).to(x)
     fitted_on = pair < max(1, len(open_) * 4 // 5) if len(open_) > 1 else pair >= 0
 
+    rest = ~fitted_on if bool((~fitted_on).any()) else fitted_on
+
     def error(penalty: float) -> float:
-        weights = _logistic(x[fitted_on], y[fitted_on], penalty)
-        rest = ~fitted_on if bool((~fitted_on).any()) else fitted_on
-        logits = x[rest] @ weights[:-1] + weights[-1]
-        return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, y[rest]))
+        weights, intercept = logistic(x[fitted_on], y[fitted_on], penalty, steps=_STEPS)
+        return float(binary_cross_entropy_with_logits(x[rest] @ weights + intercept, y[rest]))
 
-    weights = _logistic(x, y, min((10.0**power for power in range(-5, 2)), key=error))[:-1]
+    weights, _ = logistic(x, y, min((10.0**power for power in range(-5, 2)), key=error), steps=_STEPS)
     return (weights / weights.norm().clamp(min=1e-30)).float()
-
-
-@torch.enable_grad()
-def _logistic(x: Float[Tensor, "row d"], y: Float[Tensor, " row"], penalty: float) -> Float[Tensor, " weights"]:
-    """Weights and, last, the intercept of a logistic regression with a square penalty on the weights."""
-    weights = torch.zeros(x.shape[1] + 1, dtype=x.dtype, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        logits = x @ weights[:-1] + weights[-1]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y)
-        loss = loss + penalty * weights[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weights.detach()

@@ -63,10 +63,10 @@ class Coder(nn.Module):
 
 
 class Sample(NamedTuple):
-    """What a site's next sublayer reads of tokens, each at mean square 1, and what it writes."""
+    """What a site's next sublayer reads of tokens, each at mean square 1, and, where asked for, what it writes."""
 
     read: Float[Tensor, "token d_dense"]
-    written: Float[Tensor, "token d_dense"]
+    written: Float[Tensor, "token d_dense"] | None
 
 
 class Trained(NamedTuple):
@@ -79,16 +79,16 @@ class Trained(NamedTuple):
 
 
 @torch.no_grad()
-def sample_site(run: Run, site: int, blocks: Int[Tensor, "block pos"]) -> Sample:
-    """The reads and writes of the dense sublayer that reads a site; nothing is written behind the last one."""
+def sample_site(run: Run, site: int, blocks: Int[Tensor, "block pos"], *, writes: bool = False) -> Sample:
+    """The reads, and the writes, of the dense sublayer that reads a site."""
     dense = run.dense
     stream = dense.embed(blocks.long().to(run.bridges.rms_sparse.device))
     for i in range(site):
         stream = dense.sublayer(i, stream)
     norm = dense.anatomy.read_norm(site)
     read = norm.centre(stream) / norm.scale(stream)
-    written = dense.sublayer(site, stream) - stream if site < 2 * dense.n_layers else torch.zeros_like(stream)
-    return Sample(read.flatten(0, 1).float(), written.flatten(0, 1).float())
+    written = (dense.sublayer(site, stream) - stream).flatten(0, 1).float() if writes else None
+    return Sample(read.flatten(0, 1).float(), written)
 
 
 def train_coders(
@@ -114,23 +114,25 @@ def train_coders(
     if transcoder:
         coders[f"transcoder, k {max(kept)}"] = Coder(d, d, width, max(kept), generator).to(device)
     steps = max(1, tokens // _TOKENS)
-    optimizers = {
-        # The rate that the paper of TopK autoencoders gives for a width.
-        name: torch.optim.Adam(coder.parameters(), lr=2e-4 * (2**14 / width) ** 0.5, eps=6.25e-10)
-        for name, coder in coders.items()
-    }
+    full_rate = 2e-4 * (2**14 / width) ** 0.5  # what the paper of TopK autoencoders gives for a width
+    optimizers = {name: torch.optim.Adam(coder.parameters(), eps=6.25e-10) for name, coder in coders.items()}
     batches = islice(_batches(train, generator), steps)
     for step, blocks in enumerate(progress_bar(batches, "autoencoders", steps, unit="step", disable=not progress)):
-        sample = sample_site(run, site, blocks)
+        sample = sample_site(run, site, blocks, writes=transcoder)
         if step == 0:
             _centre(coders, sample)
+        rate = full_rate * min(1.0, 5 * (1 - step / steps))  # falls to zero over the last fifth
         for name, coder in coders.items():
-            _step(coder, optimizers[name], sample, _target(name, sample), min(1.0, 5 * (1 - step / steps)))
-    return {name: _held_out(coder, name, sample_site(run, site, held_out)) for name, coder in coders.items()}
+            _step(coder, optimizers[name], sample, _target(name, sample), rate)
+    sample = sample_site(run, site, held_out, writes=transcoder)
+    return {name: _held_out(coder, sample, _target(name, sample)) for name, coder in coders.items()}
 
 
 def _target(name: str, sample: Sample) -> Float[Tensor, "token d_dense"]:
-    return sample.written if name.startswith("transcoder") else sample.read
+    if name.startswith("transcoder"):
+        assert sample.written is not None
+        return sample.written
+    return sample.read
 
 
 @torch.no_grad()
@@ -153,16 +155,15 @@ def _step(
         optimizer.zero_grad()
         loss.backward()
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.setdefault("full_lr", group["lr"])
+        group["lr"] = rate
     optimizer.step()
     coder.normalise()
 
 
 @torch.no_grad()
-def _held_out(coder: Coder, name: str, sample: Sample) -> Trained:
-    latents = coder.latents(sample.read)
-    error = float(nmse(coder(sample.read), _target(name, sample)))
-    return Trained(coder.requires_grad_(False), error, int((latents == 0).all(0).sum()))
+def _held_out(coder: Coder, sample: Sample, target: Float[Tensor, "token d_dense"]) -> Trained:
+    error = float(nmse(coder(sample.read), target))
+    return Trained(coder.requires_grad_(False), error, int((coder.latents(sample.read) == 0).all(0).sum()))
 
 
 def _batches(blocks: Int[Tensor, "block pos"], generator: torch.Generator) -> Iterator[Int[Tensor, "some pos"]]:

@@ -32,9 +32,9 @@ from interventions.bases.coders import Trained, train_coders
 from interventions.bases.comparison_config import Comparison
 from interventions.bases.result import OURS, TARGETS, Bases, Effects, Row
 from interventions.steering.edits import Changes, channel_edit, mean_norm
-from interventions.steering.experiment_config import Experiment
+from interventions.steering.experiment_config import CANDIDATES
 from interventions.steering.rivals import along, exact_patch, random_directions
-from interventions.steering.search import CANDIDATES, attribution, greedy_sets
+from interventions.steering.search import attribution, greedy_sets
 from interventions.steering.setting import Setting, prepare_setting
 from interventions.steering.side_effects import Bystanders, fixed_vector
 from interventions.steering.steered_prompts import Prompts, SteeredPrompts, Vectors, prompts_of
@@ -54,21 +54,7 @@ def compare_bases(dense: nn.Module, comparison: Comparison, *, progress: bool = 
 
     Raises what `prepare_setting` raises, and ValueError for a `kept` that the autoencoders' width does not allow.
     """
-    experiment = Experiment(
-        channel=comparison.channel,
-        task=comparison.task,
-        prompts=comparison.prompts,
-        pairs=comparison.pairs,
-        draws=comparison.draws,
-        ridge_tokens=comparison.ridge_tokens,
-        text_tokens=comparison.text_tokens,
-        task_pairs=comparison.task_pairs,
-        new_tokens=comparison.new_tokens,
-        seed=comparison.seed,
-        strengths=(1,),
-        sets=((0,),),
-    )
-    setting = prepare_setting(dense, experiment, progress=progress)
+    setting = prepare_setting(dense, comparison.experiment(), progress=progress)
     tokens = comparison.coder_tokens or _bridge_tokens(setting.run)
     trained = _train(setting, comparison, tokens, progress)
     bases = make_bases(setting.run, setting.site, setting.train, trained, setting.seed)

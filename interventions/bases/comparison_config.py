@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
+from interventions.steering.experiment_config import CANDIDATES, Experiment
 from interventions.tasks.names import PromptKind
 from sparse_model.config import require
 from sparse_model.io.reading import NOTHING_ELSE
@@ -54,6 +55,25 @@ class Comparison:
             values = getattr(self, name)
             increasing = sorted(set(values)) == list(values) and all(value >= 1 for value in values)
             require(increasing, name, values, "give whole numbers from 1 on, the smallest first, none of them twice")
-        require(len(self.sizes) > 0, "sizes", self.sizes, "give at least one")
+            require(len(values) > 0, name, values, "give at least one")
+        most = f"the search looks at {CANDIDATES} latents of a basis, so at most {CANDIDATES}"
+        require(self.sizes[-1] <= CANDIDATES, "sizes", self.sizes, most)
         if self.coder_tokens is not None:
             require(self.coder_tokens >= 1, "coder_tokens", self.coder_tokens, "must be at least 1")
+
+    def experiment(self) -> Experiment:
+        """What is steered, as the stages of a steering experiment take it; which set it moves is of no matter."""
+        return Experiment(
+            channel=self.channel,
+            task=self.task,
+            prompts=self.prompts,
+            pairs=self.pairs,
+            draws=self.draws,
+            ridge_tokens=self.ridge_tokens,
+            text_tokens=self.text_tokens,
+            task_pairs=self.task_pairs,
+            new_tokens=self.new_tokens,
+            seed=self.seed,
+            strengths=(1,),
+            sets=((0,),),
+        )

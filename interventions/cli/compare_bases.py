@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from interventions.bases.comparison_config import Comparison
-from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next
-from interventions.cli.steer import check_names, check_solved
-from interventions.steering.experiment_config import Experiment
-from interventions.tasks.names import PromptKind
+from interventions.cli.options import SteeredPrompts, SteeredTask, parse, say_next
+from interventions.cli.steer import check_solved, places
 from sparse_model.io.lock import one_writer
 from sparse_model.io.tables import paragraph, table
 
@@ -29,15 +27,8 @@ if TYPE_CHECKING:
 class Settings(Comparison):
     """A comparison as the command line takes it."""
 
-    task: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help=f"Task whose prompts are steered, {TASK_LIST}; unset: the one that the channel was found for."
-        ),
-    ] = None
-    prompts: Annotated[PromptKind | None, tyro.conf.arg(help=f"{PROMPTS_HELP} Unset: as for the channel's search.")] = (
-        None
-    )
+    task: SteeredTask = None
+    prompts: SteeredPrompts = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +53,8 @@ def command(arguments: list[str]) -> None:
 
 def main(options: Options) -> None:
     from interventions.bundle.bundle import load_dense
-    from interventions.bundle.packaged import FOLDER, find_run
-    from sparse_model.io.atomic import check_writable
 
-    run = find_run(options.run)
-    folder = Path(options.out) if options.out else run
-    if folder.is_relative_to(FOLDER):
-        raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
-    check_names(run, options.comparison)
-    check_writable(folder)
+    run, folder = places(options.run, options.out, options.comparison)
     with one_writer(folder):
         _compare(load_dense(run, options.device), folder, options)
 
@@ -86,11 +70,11 @@ def _compare(dense: "nn.Module", folder: Path, options: Options) -> None:
 
     chosen = options.comparison
     get_bundle(dense).bridges.check_scales()
-    prompts = Experiment(channel=chosen.channel, task=chosen.task, prompts=chosen.prompts, sets=((0,),))
-    check_solved(dense_accuracy(dense, prompts)["pair_accuracy"], anyway=options.anyway)
+    experiment = chosen.experiment()
+    check_solved(dense_accuracy(dense, experiment)["pair_accuracy"], anyway=options.anyway)
     result = compare_bases(dense, chosen)
-    plot = plot_bases(result, folder / f"bases-{result.task.replace('/', '-')}.png")
-    record = run_task(get_bundle(dense).run, str(resolved(prompts, get_bundle(dense)).task)).record
+    plot = plot_bases(result, folder / f"bases-{result.task}.png")
+    record = run_task(get_bundle(dense).run, str(resolved(experiment, get_bundle(dense)).task)).record
     update_metrics(folder, merge=True, bases={result.task: result.plain()}, task_prompts={result.task: record})
     describe(result)
     print(f"plot: {plot}")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 import tyro
 
 from bridges.config import KEPT
-from interventions.tasks.names import TASK_NAMES
+from interventions.tasks.names import TASK_NAMES, PromptKind
 from sparse_model.config import InvalidOption, TrainConfig
 from sparse_model.io.commands import command_line
 from sparse_model.io.lock import one_writer
@@ -28,6 +28,12 @@ TASK_LIST = f"one of {', '.join(TASK_NAMES)}, or a file of pairs of your own, su
 
 PROMPTS_HELP = "Prompts from templates, or places in held-out files of the run's corpus (of stdlib where it has none)."
 """For the help of --prompts."""
+
+SteeredTask = Annotated[
+    str | None,
+    tyro.conf.arg(help=f"Task whose prompts are steered, {TASK_LIST}; unset: the one that the channel was found for."),
+]
+SteeredPrompts = Annotated[PromptKind | None, tyro.conf.arg(help=f"{PROMPTS_HELP} Unset: as for the channel's search.")]
 
 DEVICE_HELP = "Where the models run: cpu, cuda or cuda:N; unset: a CUDA device where there is one."
 """For the help of a training's --device."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from interventions.cli.options import PROMPTS_HELP, TASK_LIST, parse, say_next
+from interventions.cli.options import SteeredPrompts, SteeredTask, parse, say_next
 from interventions.steering.experiment_config import Experiment
-from interventions.tasks.names import PromptKind, check_task_name
+from interventions.tasks.names import check_task_name
 from sparse_model.io.lock import one_writer
 from sparse_model.io.tables import paragraph, table
 
@@ -31,15 +31,8 @@ if TYPE_CHECKING:
 class Settings(Experiment):
     """An experiment whose sets can be given on the command line."""
 
-    task: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help=f"Task whose prompts are steered, {TASK_LIST}; unset: the one that the channel was found for."
-        ),
-    ] = None
-    prompts: Annotated[PromptKind | None, tyro.conf.arg(help=f"{PROMPTS_HELP} Unset: as for the channel's search.")] = (
-        None
-    )
+    task: SteeredTask = None
+    prompts: SteeredPrompts = None
     sets: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction] = ()
     """Set of channels to move instead, such as --sets 3 --sets 3 7; no two of one size. A channel that was not searched
     for is a set by itself."""
@@ -67,17 +60,24 @@ def command(arguments: list[str]) -> None:
 
 def main(options: Options) -> None:
     from interventions.bundle.bundle import load_dense
+
+    run, folder = places(options.run, options.out, options.experiment)
+    with one_writer(folder):
+        _steer(load_dense(run, options.device), folder, options)
+
+
+def places(name: str, out: str | None, experiment: "Experiment | Comparison") -> tuple[Path, Path]:
+    """The run, and the folder that its results go to. Raises for what can be refused before anything is loaded."""
     from interventions.bundle.packaged import FOLDER, find_run
     from sparse_model.io.atomic import check_writable
 
-    run = find_run(options.run)
-    folder = Path(options.out) if options.out else run
+    run = find_run(name)
+    folder = Path(out) if out else run
     if folder.is_relative_to(FOLDER):
-        raise ValueError(f"{options.run} is part of the package, where nothing is written: name a folder with --out")
-    check_names(run, options.experiment)
+        raise ValueError(f"{name} is part of the package, where nothing is written: name a folder with --out")
+    check_names(run, experiment)
     check_writable(folder)
-    with one_writer(folder):
-        _steer(load_dense(run, options.device), folder, options)
+    return run, folder
 
 
 def check_names(run: Path, experiment: "Experiment | Comparison") -> None:

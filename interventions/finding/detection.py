@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+
+from interventions.steering.logistic import logistic
 
 _PENALTIES = (1e-4, 1e-2, 1.0)
 _STEPS = 60
@@ -33,20 +34,8 @@ class Logistic:
 
     def __init__(self, features: Float[Tensor, "n d"], inside: Bool[Tensor, " n"], penalty: float) -> None:
         self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
-        scaled, wanted = (features - self.mean) / self.std, inside.float()
-        weight = torch.zeros(features.shape[1], requires_grad=True)
-        bias = torch.zeros((), requires_grad=True)
-        fit = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            fit.zero_grad()
-            value = binary_cross_entropy_with_logits(scaled @ weight + bias, wanted) + penalty * weight.square().mean()
-            value.backward()
-            return value
-
-        with torch.enable_grad():
-            fit.step(loss)
-        self.weight, self.bias = weight.detach(), bias.detach()
+        scaled = (features - self.mean) / self.std
+        self.weight, self.bias = logistic(scaled, inside.to(scaled), penalty / features.shape[1], steps=_STEPS)
 
     def __call__(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """The log-odds of being inside."""

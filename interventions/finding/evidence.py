@@ -51,7 +51,7 @@ def channel_evidence(
 
     Raises what `held_out_texts` raises.
     """
-    task = str(channel.selection.get("task")).removesuffix(NATURAL)
+    task = _task(channel)
     if task not in PREDICATES:
         logger.info("channel %s: no predicate for task %s, so there is no evidence", channel.name, task)
         return None
@@ -73,11 +73,18 @@ def channel_evidence(
 
 def with_evidence(run: Run, channel: Channel) -> Channel:
     """A channel with its evidence; without, and with the reason logged, where the text for it cannot be had."""
+    if _task(channel) not in PREDICATES:
+        return replace(channel, evidence=channel_evidence(run, channel))  # says why there is none
     try:
-        return replace(channel, evidence=channel_evidence(run, channel))
+        texts = held_out_texts(corpus_config(run.config, run.samples))
     except (OSError, ValueError) as error:
         logger.warning("channel %s: there is no evidence, for there is no natural text: %s", channel.name, error)
         return channel
+    return replace(channel, evidence=channel_evidence(run, channel, texts=texts))
+
+
+def _task(channel: Channel) -> str:
+    return str(channel.selection.get("task")).removesuffix(NATURAL)
 
 
 def _marked(

@@ -8,6 +8,8 @@ from interventions.tasks.names import PromptKind
 from sparse_model.config import check_choices, require
 from sparse_model.io.reading import NOTHING_ELSE
 
+CANDIDATES = 16
+"""Channels, or latents of another basis, that a search for sets looks at."""
 _COUNTS = ("pairs", "draws", "maps", "searches", "resamples", "ridge_tokens", "text_tokens", "task_pairs", "new_tokens")
 
 

@@ -25,6 +25,7 @@ from bridges.sites import Site
 from interventions.bundle.channels import read_gain, residual_reads
 from interventions.editing.where import Where
 from interventions.steering.edits import Changes, Columns, channel_edit, mean_norm, sparse_changes
+from interventions.steering.experiment_config import CANDIDATES
 from interventions.steering.result import OURS
 from interventions.steering.rivals import along, random_directions, shuffled_columns, untrained_columns
 from interventions.steering.steered_prompts import Prompts, SteeredPrompts, Vectors, prompts_of, steerable
@@ -34,7 +35,6 @@ from interventions.tasks.catalogue import get_task, list_tasks
 from sparse_model.io.progress import progress_bar
 
 SIZES = (1, 2, 4, 8)
-CANDIDATES = 16
 NORMS = tuple(round(0.05 * 1.25**i, 4) for i in range(24))
 """Norms that are tried, .05 to 8.5."""
 

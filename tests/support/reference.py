@@ -59,6 +59,24 @@ def _sinusoid(position: int, width: int) -> np.ndarray:
     return np.array([math.sin(a) if c % 2 == 0 else math.cos(a) for c, a in enumerate(wave)])
 
 
+def _activation(kind: str, value: float) -> float:
+    return max(value, 0.0) if kind == "relu" else value * (1 + math.erf(value / 2**0.5)) / 2
+
+
+def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pattern [head, query, key] and mixed values [query, head, channel] of causal attention."""
+    n, heads, width = q.shape
+    pattern, z = np.zeros((heads, n, n)), np.zeros((n, heads, width))
+    for head in range(heads):
+        for query in range(n):
+            powers = [math.exp(q[query, head] @ k[key, head] / width**0.5) for key in range(query + 1)]
+            extra = 0.0 if sink is None else math.exp(sink[head])
+            for key, power in enumerate(powers):
+                pattern[head, query, key] = power / (sum(powers) + extra)
+                z[query, head] += pattern[head, query, key] * v[key, head]
+    return pattern, z
+
+
 def naive_run(model: SparseTransformer, tokens: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits [position, vocabulary] and activations by hook name of one sequence."""
     cfg, n = model.cfg, len(tokens)
@@ -102,14 +120,7 @@ def naive_run(model: SparseTransformer, tokens: list[int]) -> tuple[np.ndarray, 
             for i, name in enumerate("qkv")
         )
         seen |= {f"{block}.attn.hook_{name}": value for name, value in zip("qkv", (q, k, v), strict=True)}
-        pattern, z = np.zeros((cfg.n_heads, n, n)), np.zeros((n, cfg.n_heads, cfg.d_head))
-        for head in range(cfg.n_heads):
-            for query in range(n):
-                powers = [math.exp(q[query, head] @ k[key, head] / cfg.d_head**0.5) for key in range(query + 1)]
-                extra = math.exp(w[f"{block}.attn.sink_logit"][head]) if cfg.sink else 0.0
-                for key, power in enumerate(powers):
-                    pattern[head, query, key] = power / (sum(powers) + extra)
-                    z[query, head] += pattern[head, query, key] * v[key, head]
+        pattern, z = _attend(q, k, v, w[f"{block}.attn.sink_logit"] if cfg.sink else None)
         seen[f"{block}.attn.hook_pattern"], seen[f"{block}.attn.hook_z"] = pattern, z
         write = [sparsify("attn_out", linear(f"{block}.attn.out", x.reshape(-1))) for x in z]
         seen[f"{block}.hook_attn_out"] = np.array(write)
@@ -120,10 +131,7 @@ def naive_run(model: SparseTransformer, tokens: list[int]) -> tuple[np.ndarray, 
         seen[f"{block}.mlp.hook_in"] = np.array(read)
         pre = [linear(f"{block}.mlp.fc", x) for x in read]
         seen[f"{block}.mlp.hook_pre"] = np.array(pre)
-        if cfg.act_fn == "relu":
-            neurons = [np.array([max(value, 0.0) for value in x]) for x in pre]
-        else:
-            neurons = [np.array([value * (1 + math.erf(value / 2**0.5)) / 2 for value in x]) for x in pre]
+        neurons = [np.array([_activation(cfg.act_fn, value) for value in x]) for x in pre]
         neurons = [sparsify("mlp_neuron", x) for x in neurons]
         seen[f"{block}.mlp.hook_post"] = np.array(neurons)
         write = [sparsify("mlp_out", linear(f"{block}.mlp.out", x)) for x in neurons]

@@ -7,11 +7,12 @@ import torch
 
 from bridges.hybrid import residuals
 from bridges.run_folder import Run
-from interventions.bases.bases import Place, _logistic, directions, fit_probe, make_bases
+from interventions.bases.bases import Place, directions, fit_probe, make_bases
 from interventions.bases.coders import Coder, sample_site, train_coders
 from interventions.bases.result import OURS
 from interventions.editing.intervene import intervene_vector
 from interventions.steering.edits import channel_edit, sparse_changes
+from interventions.steering.logistic import logistic
 from interventions.steering.rivals import exact_patch
 from interventions.steering.setting import Setting
 from interventions.steering.steered_prompts import prompts_of
@@ -110,9 +111,9 @@ def test_a_logistic_regression_is_at_its_optimum() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 5, generator=generator).double()
     y = (x[:, 0] + torch.randn(40, generator=generator) > 0.3).double()
-    weights = _logistic(x, y, 0.01)
-    left = torch.sigmoid(x @ weights[:-1] + weights[-1]) - y
-    torch.testing.assert_close(x.T @ left / 40 + 0.02 * weights[:-1], torch.zeros(5).double(), atol=1e-4, rtol=0)
+    weights, intercept = logistic(x, y, 0.01, steps=200)
+    left = torch.sigmoid(x @ weights + intercept) - y
+    torch.testing.assert_close(x.T @ left / 40 + 0.02 * weights, torch.zeros(5).double(), atol=1e-4, rtol=0)
     assert float(left.mean()) == pytest.approx(0, abs=1e-5)
 
 

@@ -111,7 +111,7 @@ def test_looks_are_those_of_the_attention_pattern(sink: bool, alone: bool) -> No
     gates = dict(circuit.kept) if alone else gates_of(as_nodes(model), 1)
     edit = circuit.ablation.edit(gates, circuit.ablation.draw(32, 3))
     patterns: list[torch.Tensor] = []
-    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda x, hook: patterns.append(x))]):
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda x, hook: patterns.append(x.detach()))]):
         as_nodes(model).logits(batch.tokens.flatten(0, 1), edit)
     on_first, on_rest = [], []
     for row, pattern in enumerate(patterns[0][:, 1]):

@@ -185,6 +185,8 @@ def test_what_cannot_be_steered_is_said_first(bundle: Path, capsys: pytest.Captu
     assert "a task counts as solved" in said(capsys, "compare-bases", *run)[2]
     assert "unknown channel 'no.such'" in said(capsys, "compare-bases", *run, "--channel", "no.such")[2]
     assert "--kept (8, 2): give whole numbers from 1 on" in said(capsys, "compare-bases", *run, "--kept", "8", "2")[2]
+    assert "--kept (): give at least one" in said(capsys, "compare-bases", *run, "--kept")[2]
+    assert "at most 16" in said(capsys, "compare-bases", *run, "--sizes", "1", "17")[2]
     (bundle / "bundle.json").unlink()  # the list of a bundle's files; a run of one's own has none
     shutil.rmtree(bundle / "bridges")
     for command in ("steer", "find-channel", "find-circuit", "evaluate", "report"):
