@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from bridges.config import BridgeConfig, DenseTrainConfig, LossWeights, RunConfig
     from bridges.dense import DenseModel
     from bridges.evaluation import SiteReport, evaluate
+    from bridges.halving import halve_run
     from bridges.hybrid import mixed_path, random_path, residuals, single_crossing, suffix
     from bridges.loading import load_lm
     from bridges.losses import kl, nmse
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "fit_to",
+    "halve_run",
     "kl",
     "load_lm",
     "make_dense",
@@ -53,6 +55,7 @@ __getattr__ = lazy_names(
         "bridges.config": "BridgeConfig DenseTrainConfig LossWeights RunConfig",
         "bridges.dense": "DenseModel",
         "bridges.evaluation": "SiteReport evaluate",
+        "bridges.halving": "halve_run",
         "bridges.hybrid": "mixed_path random_path residuals single_crossing suffix",
         "bridges.loading": "load_lm",
         "bridges.losses": "kl nmse",

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bridges.families import ReadNorm
 from sparse_model.io.atomic import recover_folder, replace_folder
 from sparse_model.io.commands import command_line
+from sparse_model.io.narrow import narrowed, read_weights
 from sparse_model.io.reading import NOTHING_ELSE, read_typed
-from sparse_model.io.tensors import check_finite, check_sizes, load_checked, read_shapes, read_tensors
+from sparse_model.io.tensors import check_finite, check_sizes, load_checked, read_shapes
 from sparse_model.sparsity.abs_topk import abs_topk
 
 DenseResid = Float[Tensor, "batch pos d_dense"]
@@ -122,10 +123,8 @@ def save_bridges(bridges: BridgeSet, folder: Path) -> None:
     with replace_folder(folder) as temporary:
         shape = BridgeShape(bridges.n_sites, bridges.d_dense, bridges.d_sparse, bridges.encoder_k)
         (temporary / "config.json").write_text(json.dumps(asdict(shape), indent=2) + "\n")
-        save_file(
-            {n: t.cpu().contiguous() for n, t in bridges.state_dict().items()},
-            temporary / "bridges.safetensors",
-        )
+        state = {n: t.cpu().contiguous() for n, t in bridges.state_dict().items()}
+        save_file(narrowed(state), temporary / "bridges.safetensors")
 
 
 def load_bridges(folder: Path) -> BridgeSet:
@@ -143,7 +142,7 @@ def load_bridges(folder: Path) -> BridgeSet:
     first = stored.get("encoders.0.weight", ())
     if len(first) == 2:
         check_sizes(weights, {"d_sparse": (shape.d_sparse, first[0]), "d_dense": (shape.d_dense, first[1])})
-    state = read_tensors(weights)
+    state = read_weights(weights)
     bridges = BridgeSet(**asdict(shape))
     load_checked(bridges, state, weights)
     check_finite({name: t for name, t in state.items() if name not in SCALES}, weights)

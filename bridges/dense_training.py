@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from bridges.config import DenseTrainConfig, RunConfig
+from bridges.loading import quiet
 from sparse_model.data.batch_order import BatchOrder
 from sparse_model.data.tokenizer import save_tokenizer
 from sparse_model.io.atomic import replace_folder
@@ -189,7 +190,8 @@ def dense_rate(step: int, steps: int) -> float:
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write model and tokenizer as one Hugging Face folder, by way of a temporary name."""
     with replace_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        with quiet():
+            model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary / "tokenizer")
         for file in (temporary / "tokenizer").iterdir():
             file.rename(temporary / file.name)

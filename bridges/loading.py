@@ -46,7 +46,7 @@ def load_lm(name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -> P
     name, source = _name(name_or_folder), _weights(name_or_folder)
     _check_sizes(config, Path(source))
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
@@ -140,7 +140,7 @@ def _check_sizes(config: PretrainedConfig, source: Path) -> None:
             "from the same model"
         )
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise ValueError(
@@ -233,8 +233,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own table of what is missing, which the errors say, and its bar; a download's is shown."""
+def quiet() -> Iterator[None]:
+    """Without transformers' own table of what is missing, which the errors say, and its bars; a download's is shown."""
     level, hook = logging.get_verbosity(), logging.set_tqdm_hook(_no_bar)
     logging.set_verbosity_error()
     try:

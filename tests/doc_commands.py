@@ -100,6 +100,7 @@ RULES = (
     Rule(r"sparse-bridges find-circuit.*--search", replacing(r"--search \d+", "--search 1 --seeds 1")),
     Rule(r"sparse-bridges (?:check-task|solved-tasks)", "--pairs 4"),
     Rule(r"sparse-bridges evaluate", "--tokens 128"),
+    Rule(r"sparse-bridges halve", replacing("--out ", "--out halved/")),
     Rule(r"sparse-bridges serve", "--port 0"),
     # Studies and benchmarks.
     Rule(

@@ -23,7 +23,8 @@ from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
 from sparse_model.io.commands import command_line
 from sparse_model.io.manifest import check_manifest
-from sparse_model.io.tensors import digest, read_tensors
+from sparse_model.io.narrow import read_weights
+from sparse_model.io.tensors import digest
 from sparse_model.model.device import check_device
 
 
@@ -98,7 +99,7 @@ class Bundle:
     def _sparse_digest(self) -> str:
         """Of the nonzeros, so that the file will do where the model was not built."""
         if self._run is None and "sparse" not in self.__dict__:
-            return digest(read_tensors(self.folder / "sparse" / "model.safetensors"))
+            return digest(read_weights(self.folder / "sparse" / "model.safetensors"))
         state = self.sparse.state_dict()
         if self.shape.tied:  # stored once
             del state["unembedding.weight"]

@@ -26,6 +26,7 @@ COMMANDS = (
     "solved-tasks",
     "report",
     "serve",
+    "halve",
     "push",
     "package-bundle",
 )

@@ -33,4 +33,4 @@ def main(options: Options) -> None:
     check_writable(FOLDER / options.name)
     out = package_run(options.run, FOLDER / options.name)
     size = sum(path.stat().st_size for path in out.rglob("*"))
-    print(f"bundle {options.name}: {size / 2**20:.2f} MB of at most 8; load_dense({options.name!r})")
+    print(f"bundle {options.name}: {size / 2**20:.2f} MB of at most 20; load_dense({options.name!r})")

@@ -24,7 +24,7 @@ from sparse_model.io.commands import command_line
 from sparse_model.io.local import local_path
 from sparse_model.training.identity import digest_of
 
-LARGEST_BUNDLE = 8 * 2**20
+LARGEST_BUNDLE = 20 * 2**20
 """Bytes of a bundle in the package, so that the package stays small."""
 
 PARTS = ("tokenizer", "dense", "sparse", "bridges", CIRCUITS, LABELS)
@@ -60,7 +60,7 @@ def save_pretrained(
 def package_run(run: str | Path, out: str | Path) -> Path:
     """Copy what interventions need of a finished run to `out`, whole or not at all.
 
-    Raises what `bridges.run_folder.open_run` raises, ValueError for a run without named channels and for more than 8
+    Raises what `bridges.run_folder.open_run` raises, ValueError for a run without named channels and for more than 20
     MB.
     """
     opened = open_run(run)
@@ -70,7 +70,8 @@ def package_run(run: str | Path, out: str | Path) -> Path:
         size = sum(path.stat().st_size for path in temporary.rglob("*"))
         if size > LARGEST_BUNDLE:
             raise ValueError(
-                f"{run} takes {size / 2**20:.1f} MB, a bundle at most {LARGEST_BUNDLE / 2**20:g}: use a smaller model"
+                f"{run} takes {size / 2**20:.1f} MB, a bundle at most {LARGEST_BUNDLE / 2**20:g}: make it smaller "
+                f"with {command_line('halve', '--run', run, '--out', f'{run}-half')}, or train a smaller one"
             )
     return Path(out)
 

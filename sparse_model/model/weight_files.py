@@ -1,7 +1,8 @@
 """The files of a model folder: safetensors only, sparse matrices as their nonzeros, nothing half-written.
 
 A parameter with few nonzeros is stored as `NAME.values` and `NAME.indices` (flat, int32 or int64), so that a model
-folder is about as large as its L0; others are stored whole. Loading restores every weight bit for bit.
+folder is about as large as its L0; others are stored whole. Numbers take fewer bytes where that loses nothing
+(`sparse_model.io.narrow`). Loading restores every weight bit for bit.
 """
 
 import json
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from sparse_model.config import SparseConfig, from_json, to_json
 from sparse_model.io.atomic import recover_folder, replace_file, write_text
+from sparse_model.io.narrow import narrowed, read_weights
 from sparse_model.io.reading import read_typed
-from sparse_model.io.tensors import Shape, check_sizes, load_checked, read_shapes, read_tensors
+from sparse_model.io.tensors import Shape, check_sizes, load_checked, read_shapes
 
 WEIGHTS, MEASURED = "model.safetensors", "measured.json"
 
@@ -32,7 +34,7 @@ def write_files(
     if cfg.tied:  # stored once
         state = {name: t for name, t in state.items() if name != "unembedding.weight"}
     with replace_file(folder / WEIGHTS) as temporary:
-        save_file(pack_nonzeros(state) if compress else _contiguous(state), temporary)
+        save_file(smallest(state) if compress else _contiguous(state), temporary)
     (folder / MEASURED).unlink(missing_ok=True)
     if measured:
         write_measured(measured, folder)
@@ -56,7 +58,7 @@ def read_model(build: Callable[[SparseConfig], Model], folder: Path) -> Model:
     check_layers(cfg, read_shapes(weights), weights)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in build(cfg).state_dict().items()}
-    state = unpack_nonzeros(read_tensors(weights), shapes, weights)
+    state = unpack_nonzeros(read_weights(weights), shapes, weights)
     model = build(cfg)
     if cfg.tied and "token_embed.weight" in state:
         state["unembedding.weight"] = state["token_embed.weight"]
@@ -79,24 +81,29 @@ def check_layers(cfg: SparseConfig, stored: Mapping[str, Shape], weights: Path) 
         raise ValueError(f"{weights}: tied=True in the config, but there is an unembedding of its own: set it to false")
 
 
-def pack_nonzeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each tensor that is smaller as nonzeros by its values and flat indices."""
-    packed = {}
+def smallest(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor whole or as its values and flat indices, whichever takes fewer bytes."""
+    stored: dict[str, Tensor] = {}
     for name, t in _contiguous(state).items():
-        # Compared as bits: -0.0 is a value that must come back.
-        flat = t.reshape(-1)
-        kept = ((flat != 0) | flat.signbit()).nonzero().squeeze(1)
-        index_type = torch.int32 if flat.numel() < 2**31 else torch.int64
-        index_bytes = torch.empty(0, dtype=index_type).element_size()
-        if kept.numel() * (flat.element_size() + index_bytes) < flat.numel() * flat.element_size():
-            packed[f"{name}.values"], packed[f"{name}.indices"] = flat[kept], kept.to(index_type)
-        else:
-            packed[name] = t
-    return packed
+        whole, nonzeros = narrowed({name: t}), narrowed(_nonzeros(name, t))
+        stored |= nonzeros if _bytes(nonzeros) < _bytes(whole) else whole
+    return stored
+
+
+def _nonzeros(name: str, t: Tensor) -> dict[str, Tensor]:
+    # Compared as bits: -0.0 is a value that must come back.
+    flat = t.reshape(-1)
+    kept = ((flat != 0) | flat.signbit()).nonzero().squeeze(1)
+    indices = kept.to(torch.int32 if flat.numel() < 2**31 else torch.int64)
+    return {f"{name}.values": flat[kept], f"{name}.indices": indices}
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def unpack_nonzeros(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: Path) -> dict[str, Tensor]:
-    """Invert `pack_nonzeros`. A packed tensor of unknown name or with indices out of range is a ValueError."""
+    """Whole tensors; a packed one of unknown name or with indices out of range is a ValueError."""
     state = {}
     for name, t in tensors.items():
         base = name.removesuffix(".values")

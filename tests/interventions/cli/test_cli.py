@@ -41,6 +41,7 @@ SOME = {
         "--run",
     ),
     "serve": ("--device", "--host", "--port"),
+    "halve": ("--device", "--out"),
     "package-bundle": ("--name",),
 }
 
