@@ -135,10 +135,10 @@ class RunConfig(TrainConfig):
 
     dense: str | None = None
     """Local folder or hub name of the model to bridge (GPT-2, Llama, ...), from which on the command line the sparse
-    model's shape follows; unset: a small GPT-2 is trained on the corpus."""
+    model's shape follows, or the name of a bundle in the package; unset: a small GPT-2 is trained on the corpus."""
     start_from: str | None = None
-    """Run of a sparse model trained alone (train-sparse), of this shape and tokenizer, with whose weights the joint
-    training begins; unset: random ones."""
+    """Run of a sparse model trained alone (train-sparse), or the name of a bundle in the package, of this shape and
+    tokenizer, with whose weights the joint training begins; unset: random ones."""
     dense_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the frozen dense model's sublayers run during training."""
     samples: SampleConfig = field(default_factory=SampleConfig)

@@ -18,6 +18,7 @@ from bridges.dense import DenseModel, check_fit
 from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
 from bridges.lens_view import boot
 from bridges.loading import load_lm, read_config
+from bridges.packaged import dense_source, packaged
 from bridges.self_text import SAMPLES, sample_documents, share_of_self
 from sparse_model.config import SparseConfig, differing, from_json
 from sparse_model.data.corpus import CorpusBlocks
@@ -84,7 +85,7 @@ def check_parts(config: RunConfig, folder: Path, device: torch.device, *, progre
     for part in ("tokenizer", "dense"):
         recover_folder(folder / part)
     if config.dense and not (folder / "dense").exists():
-        read_config(config.dense)
+        read_config(dense_source(config.dense))
     tokenizer = _tokenizer(config, folder)
     dense = _dense(config, folder, tokenizer)
     if dense is not None:
@@ -101,9 +102,10 @@ def check_parts(config: RunConfig, folder: Path, device: torch.device, *, progre
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerFast:
     """The run folder's tokenizer, the one named, the dense model's, or a BPE trained on the corpus."""
     tokenizer_folder = folder / "tokenizer"
-    dense_folder = local_path(config.dense) if config.dense else None
+    named = dense_source(config.dense) if config.dense else None
+    dense_folder = local_path(named) if named else None
     bare = dense_folder is not None and dense_folder.is_dir() and not has_tokenizer(dense_folder)
-    with_dense = None if bare else config.dense
+    with_dense = None if bare else named
     if tokenizer_folder.exists():
         tokenizer = load_tokenizer(tokenizer_folder)
     elif config.tokenizer or with_dense:
@@ -131,7 +133,7 @@ def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) 
         return load_lm(dense_folder)
     if config.dense is None:
         return None
-    model, largest = load_lm(config.dense), max(tokenizer.get_vocab().values())
+    model, largest = load_lm(dense_source(config.dense)), max(tokenizer.get_vocab().values())
     if largest >= model.config.vocab_size:
         raise ValueError(
             f"the vocabulary of {config.dense} has {model.config.vocab_size} tokens, but its tokenizer gives ids up to "
@@ -144,7 +146,7 @@ def _sparse(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast)
     """The model that the configuration names to begin with; None where none is, or the training has begun."""
     if config.start_from is None or any((folder / part).exists() for part in (CHECKPOINT, "sparse")):
         return None
-    start = Path(config.start_from).expanduser()
+    start = packaged(config.start_from) or Path(config.start_from).expanduser()
     if not (start / "sparse").is_dir():
         raise FileNotFoundError(
             f"start_from={config.start_from}: no trained sparse model is in {start / 'sparse'}; train one with "

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from sparse_model.exports import lazy_names
 
 if TYPE_CHECKING:
+    from bridges.packaged import packaged_bundles
     from interventions.bases.compare import compare_bases
     from interventions.bases.comparison_config import Comparison
     from interventions.bases.result import Bases, plot_bases
     from interventions.bundle.bundle import load_dense, load_hf
     from interventions.bundle.channels import Channel, load_channels, save_channel
-    from interventions.bundle.packaged import packaged_bundles
     from interventions.circuits.circuit import Circuit, load_circuit, make_circuit, save_circuit
     from interventions.circuits.circuit_search import find_circuit, with_controls
     from interventions.circuits.controls import validate
@@ -100,7 +100,7 @@ __getattr__ = lazy_names(
         "interventions.bases.result": "Bases plot_bases",
         "interventions.bundle.bundle": "load_dense load_hf",
         "interventions.bundle.channels": "Channel load_channels save_channel",
-        "interventions.bundle.packaged": "packaged_bundles",
+        "bridges.packaged": "packaged_bundles",
         "interventions.circuits.circuit": "Circuit load_circuit make_circuit save_circuit",
         "interventions.circuits.circuit_search": "find_circuit with_controls",
         "interventions.circuits.controls": "validate",

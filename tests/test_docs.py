@@ -29,7 +29,7 @@ from transformers import GPT2Config
 import bridges
 import interventions
 import sparse_model
-from interventions.bundle.packaged import FOLDER
+from bridges.packaged import FOLDER
 from interventions.cli import main
 
 NOTEBOOK = DOCS / "tutorial.ipynb"

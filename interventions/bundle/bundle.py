@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from bridges.bridge import BridgeSet, load_bridges
 from bridges.bundle_format import check_format, load_dense_part, read_reference
 from bridges.families import Anatomy
+from bridges.packaged import find_run
 from interventions.bundle.channels import FILE as CHANNELS
 from interventions.bundle.channels import Channel, load_channels
 from interventions.bundle.generating import AnnouncedGenerate
 from interventions.bundle.generation_check import check_generation
-from interventions.bundle.packaged import find_run
 from interventions.bundle.passes import Calls
 from sparse_model.config import SparseConfig, from_json
 from sparse_model.io.commands import command_line

@@ -50,7 +50,7 @@ def command(arguments: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    from interventions.bundle.packaged import FOLDER, find_run
+    from bridges.packaged import FOLDER, find_run
     from interventions.tasks.base import CannotPresent
     from interventions.tasks.reports import folder_tasks, models_in, report_tasks, training_tokens
 

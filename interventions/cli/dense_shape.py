@@ -31,5 +31,7 @@ def say_shape(options: RunOptions[RunConfig]) -> None:
 
 def _source(dense: str, folder: Path) -> str | Path:
     """The dense model, or the run's copy of it, which is all there may be left when the run goes on."""
+    from bridges.packaged import dense_source
+
     copy = folder / "dense"
-    return copy if (copy / "config.json").is_file() else dense
+    return copy if (copy / "config.json").is_file() else dense_source(dense)

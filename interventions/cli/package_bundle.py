@@ -26,7 +26,7 @@ def command(arguments: list[str]) -> None:
 
 def main(options: Options) -> None:
     require(options.name.isidentifier(), "name", options.name, "use letters, digits and _")
-    from interventions.bundle.packaged import FOLDER
+    from bridges.packaged import FOLDER
     from interventions.sharing.packaging import package_run
     from sparse_model.io.atomic import check_writable
 

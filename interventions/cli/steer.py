@@ -68,7 +68,7 @@ def main(options: Options) -> None:
 
 def places(name: str, out: str | None, experiment: "Experiment | Comparison") -> tuple[Path, Path]:
     """The run, and the folder that its results go to. Raises for what can be refused before anything is loaded."""
-    from interventions.bundle.packaged import FOLDER, find_run
+    from bridges.packaged import FOLDER, find_run
     from sparse_model.io.atomic import check_writable
 
     run = find_run(name)

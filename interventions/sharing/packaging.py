@@ -11,10 +11,10 @@ from typing import Literal
 from bridges import bundle_format
 from bridges.bundle_format import DenseReference, dense_files, pin, read_reference, write_format, write_reference
 from bridges.config import RunConfig
+from bridges.packaged import dense_source, find_run
 from bridges.run_folder import Run, open_run, write_digests
 from interventions.bundle.channels import FILE as CHANNELS
 from interventions.bundle.channels import load_channels
-from interventions.bundle.packaged import find_run
 from interventions.circuits.circuit import FOLDER as CIRCUITS
 from interventions.report.labels import FOLDER as LABELS
 from interventions.sharing.card import bundle_card
@@ -107,7 +107,7 @@ def _reference(run: Run) -> DenseReference:
     if known:
         return known
     name = run.config.dense
-    if name is None or local_path(name) is not None:
+    if name is None or local_path(dense_source(name)) is not None:
         where = "was trained here" if name is None else f"was read from {name}"
         raise ValueError(f"dense='reference': the dense model of {run.folder} {where}, not the hub: use dense='inside'")
     return pin(name, digest_of(run.dense.hf.parameters()))

@@ -33,11 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridges.hybrid import advance, residuals
+from bridges.packaged import find_run
 from bridges.run_folder import Run, open_run
 from bridges.sites import Site, all_sites
 from interventions import Channel, intervene, load_dense
 from interventions.bundle.channels import read_gain, residual_reads, stream_rms
-from interventions.bundle.packaged import find_run
 from interventions.cli.options import report_errors
 from interventions.report.texts import blocks, held_out
 from sparse_model.config import require

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from bridges.packaged import find_run
 from bridges.run_folder import fingerprint, open_run
-from interventions.bundle.packaged import find_run
 from interventions.circuits.circuit import FOLDER
 from interventions.circuits.node_model import as_nodes
 from interventions.circuits.prune_config import PruneConfig

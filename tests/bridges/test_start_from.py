@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bridges.config import DenseTrainConfig, RunConfig
+from bridges.packaged import FOLDER
 from bridges.pipeline import train_bridge
+from bridges.run_folder import open_run
 from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig
 from sparse_model.model.checkpoint import load_sparse
 from sparse_model.training.pretrain import PretrainConfig, pretrain
@@ -48,6 +50,20 @@ def test_it_begins_with_those_weights_and_goes_on_without_them() -> None:
     assert not torch.equal(start.bigram, end.bigram)
     shutil.rmtree("alone")
     assert train_bridge(JOINT, "joint", resume=True, progress=False)["sites"]
+
+
+def test_both_models_may_be_those_of_a_packaged_bundle() -> None:
+    demo = open_run(FOLDER / "demo")
+    config = dataclasses.replace(
+        JOINT, dense="demo", start_from="demo", tokenizer=None, sparse=demo.config.sparse, eval_tokens=128
+    )
+    train_bridge(config, "joint", progress=False)
+    joint = open_run("joint")
+    assert joint.config.dense == "demo"
+    for name, t in demo.dense.state_dict().items():
+        assert torch.equal(joint.dense.state_dict()[name], t), name
+    for old, new in zip(demo.sparse.sparse_parameters(1.0), joint.sparse.sparse_parameters(1.0), strict=True):
+        assert torch.allclose(old.tensor, new.tensor, atol=1e-4), old
 
 
 def test_another_shape_or_tokenizer_and_a_folder_without_one_are_refused_before_anything_is_written() -> None:

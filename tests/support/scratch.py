@@ -12,7 +12,7 @@ from pathlib import Path
 from support.hub import Hub
 from support.task_files import GOOD, write
 
-from interventions.bundle.packaged import FOLDER
+from bridges.packaged import FOLDER
 from sparse_model.config import TrainConfig
 from sparse_model.data.generated_python import generate_document
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from support.helpers import HANG_SECONDS
 
+from bridges.packaged import FOLDER, find_run, packaged_bundles
 from bridges.run_folder import fingerprint
 from interventions import intervene, load_dense, load_hf
 from interventions.bundle.bundle import get_bundle
-from interventions.bundle.packaged import FOLDER, find_run, packaged_bundles
 from interventions.circuits.circuit import load_circuit
 from interventions.sharing.packaging import LARGEST_BUNDLE, package_run
 from interventions.tasks.base import pair_accuracy

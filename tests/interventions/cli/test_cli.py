@@ -17,7 +17,7 @@ import pytest
 from support.helpers import digests
 
 from bridges.config import RunConfig
-from interventions.bundle.packaged import FOLDER
+from bridges.packaged import FOLDER
 from interventions.cli import options
 from interventions.cli.main import COMMANDS, main, module_of, summary
 from interventions.cli.options import as_typed

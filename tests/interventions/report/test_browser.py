@@ -14,8 +14,8 @@ import pytest
 from support.browser import file_context, opened
 from support.report_runs import EVIL, TASK, full_run
 
+from bridges.packaged import FOLDER
 from bridges.run_folder import Run
-from interventions.bundle.packaged import FOLDER
 from interventions.circuits.circuit import Circuit, load_circuit
 from interventions.circuits.node_model import NodeModel
 from interventions.report import circuits

@@ -11,9 +11,9 @@ import pytest
 from support.report_page import Page, page_of
 from support.report_runs import TASK, channel, steering
 
+from bridges.packaged import FOLDER
 from bridges.run_folder import Run, update_metrics
 from interventions.bundle.channels import Rule, load_channels, save_channel
-from interventions.bundle.packaged import FOLDER
 from interventions.report.overview import cards
 from interventions.report.steering import steering_pages
 from interventions.steering.headline import Headline, headline

@@ -16,10 +16,10 @@ from support.hub import Hub, local_hub
 
 from bridges.bundle_format import FORMAT, check_format
 from bridges.config import RunConfig
+from bridges.packaged import FOLDER
 from bridges.run_folder import fingerprint, open_run
 from interventions import intervene, load_dense, load_hf, push_to_hub, save_pretrained
 from interventions.bundle.bundle import get_bundle
-from interventions.bundle.packaged import FOLDER
 from interventions.circuits.circuit import Circuit, load_circuit
 from interventions.cli import push
 from sparse_model.config import from_json, to_json
