@@ -48,7 +48,7 @@ def find_run(folder: str | Path, revision: str | None = None) -> Path:
     The first of them that there is. A `Path`, and a string with a slash in it, is never a packaged bundle's name.
     revision: a branch, tag or commit on the hub.
 
-    Raises FileNotFoundError naming the folder and the packaged bundles, OSError for a bundle that the hub does not give.
+    Raises FileNotFoundError naming the folder and the bundles, OSError for a bundle that the hub does not give.
     """
     bundle = packaged(folder)
     if bundle:
