@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from gpu import add_record
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,11 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bridges.config import PRESETS, RunConfig
 from bridges.dense import DenseModel
 from bridges.dense_training import train_dense
+from bridges.halving import halve_run
 from bridges.joint_trainer import JointTrainer
 from bridges.pipeline import card_figures, train_bridge
-from bridges.run_folder import check_parts, new_bridges, open_run
+from bridges.run_folder import check_parts, new_bridges
 from sparse_model.config import SparseConfig, SparsityConfig, from_json
 from sparse_model.data.tokenizer import save_tokenizer
+from sparse_model.io.atomic import remove_folder
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.abs_topk import abs_topk
 from sparse_model.sparsity.projection import NeuronAxis, project_, project_together_, projection_mask
@@ -186,7 +187,7 @@ def equality(options: argparse.Namespace) -> None:
 
 
 def code(options: argparse.Namespace) -> None:
-    """The preset `code` with as many steps as the time allows; its held-out figures, its weights in half precision."""
+    """The preset `code` with as many steps as the time allows: its held-out figures, and the run in half precision."""
     folder = options.out / "code"
     path = folder / "config.json"
     config = from_json(RunConfig, path) if path.exists() else _config_for(options)
@@ -196,13 +197,11 @@ def code(options: argparse.Namespace) -> None:
         add_record(options.out, "code", "to be resumed", reason=str(error))
         return
     figures = {name: round(value, 4) for name, value in card_figures(metrics).items()}
-    run = open_run(folder)
-    parts = {"dense": run.dense.hf, "sparse": run.sparse, "bridges": run.bridges}
-    half = {f"{part}.{name}": t.half() for part, model in parts.items() for name, t in model.state_dict().items()}
-    half.pop("dense.lm_head.weight")  # the embedding
-    save_file({name: t.contiguous() for name, t in half.items()}, options.out / "code_fp16.safetensors")
-    megabytes = (options.out / "code_fp16.safetensors").stat().st_size / 1e6
-    add_record(options.out, "code", "held out", steps=config.steps, **figures, fp16_megabytes=round(megabytes, 1))
+    half = options.out / "code-half"
+    remove_folder(half)
+    halve_run(folder, half, device=str(options.device), progress=False)
+    megabytes = sum(path.stat().st_size for path in half.rglob("*.safetensors")) / 1e6
+    add_record(options.out, "code", "held out", steps=config.steps, **figures, half_megabytes=round(megabytes, 1))
 
 
 def _config_for(options: argparse.Namespace) -> RunConfig:
@@ -210,7 +209,7 @@ def _config_for(options: argparse.Namespace) -> RunConfig:
 
     Both are kept where the run will look for them.
     """
-    config = PRESETS["code"][1]
+    config = dataclasses.replace(PRESETS["code"][1], batch_size=32, steps=10_000)  # what a GPU has room for
     if options.quick:
         config = dataclasses.replace(PRESETS["tiny"][1], corpus_tokens=20_000, steps=5, eval_tokens=256)
         config = dataclasses.replace(config, dense_train=dataclasses.replace(config.dense_train, steps=5))

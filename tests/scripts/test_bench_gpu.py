@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file
+from bridges.run_folder import open_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "gpu.py"
 
@@ -31,9 +31,8 @@ def test_a_dry_run_measures_every_part(tmp_path: Path) -> None:
     assert found["equality"][0]["equal"]
     held_out = found["code"][-1]
     assert held_out["what"] == "held out", held_out
-    assert held_out["fp16_megabytes"] < 60
-    names = load_file(tmp_path / "code_fp16.safetensors")
-    assert {name.split(".")[0] for name in names} == {"dense", "sparse", "bridges"}
+    assert held_out["half_megabytes"] < 60
+    assert open_run(tmp_path / "code-half").sparse.cfg.d_vocab == 384
     assert len((tmp_path / "results.md").read_text().splitlines()) == 2 + sum(map(len, found.values()))
 
 
