@@ -88,7 +88,7 @@ def _braces(text: str, pieces: list[Piece]) -> Iterator[Twins]:
 def _loops(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for keyword, name, after in zip(pieces, pieces[1:], pieces[2:], strict=False):
         if (
-            keyword.first
+            keyword.statement
             and name.kind == tokenize.NAME
             and (keyword.text, after.text) in (("for", "in"), ("while", ":"))
         ):
@@ -100,7 +100,7 @@ def _loops(text: str, pieces: list[Piece]) -> Iterator[Twins]:
 def _true(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for keyword, name in pairwise(pieces):
         rest = text[name.end : name.end + _AFTER]
-        if keyword.first and keyword.text == "return" and name.text == "True" and rest.lstrip(" ").startswith("\n"):
+        if keyword.statement and keyword.text == "return" and name.text == "True" and rest.lstrip(" ").startswith("\n"):
             yield Twins(text[: keyword.start], ("return", "while"), text[keyword.end : name.end], (rest, ":\n"))
 
 
@@ -108,7 +108,7 @@ def _with(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     """`with ... as`; after `return ...` the next line is one level less deep, or nothing follows."""
     for number, keyword in enumerate(pieces):
         indent = keyword.start - 1 - text.rfind("\n", 0, keyword.start)
-        if keyword.text != "with" or not keyword.first or indent < 8:
+        if keyword.text != "with" or not keyword.statement or indent < 8:
             continue
         for before, word in pairwise(pieces[number : number + 60]):
             if word.first:
@@ -121,7 +121,7 @@ def _with(text: str, pieces: list[Piece]) -> Iterator[Twins]:
 
 def _branches(text: str, pieces: list[Piece]) -> Iterator[Twins]:
     for piece in pieces:
-        if piece.first and piece.text == "elif":
+        if piece.statement and piece.text == "elif":
             yield Twins(text[: piece.start], ("else", "elif"), "", (":\n", text[piece.end : piece.end + _AFTER]))
 
 

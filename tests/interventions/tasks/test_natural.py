@@ -59,6 +59,7 @@ def test_each_task_is_found_in_its_snippet(task: str) -> None:
         ("class_init", "class A:\n    def __init__(self, a):\n        self.a = a\n"),
         ("var_swap", "a, a = a, a\na, b = c, a\n"),
         ("for_while", "for x in (:\n"),
+        ("for_while", "x = [\n    a\n    for a in b\n]\n"),
     ],
 )
 def test_what_only_resembles_it_is_not_found(task: str, text: str) -> None:
