@@ -83,6 +83,8 @@ RULES = (
     Rule(TRAINS + r"(?!.* --help)", TRAINING),
     Rule(r".*train[-_](?:bridge|dense)(?!.* --(?:help|dense) )(?!.* --help)", OWN_DENSE),
     Rule(TRAINS + r"(?!.* --(?:dense|tokenizer|help)(?: |$))", "--sparse.d-vocab 300"),
+    # The sparse model that a training begins with is a packaged one, of its preset's shape.
+    Rule(TRAINS + r".* --start-from ", replacing(r" --sparse\.\S+ \S+", "")),
     # What looks at a run: few pairs, draws and steps.
     Rule(r"sparse-bridges find-channel(?!.* --help)", "--pairs 4 --site 1"),
     Rule(r"sparse-bridges find-channel.* --from circuit", replacing(r" --site 1$", "")),
@@ -110,6 +112,8 @@ RULES = (
     Rule(r"python scripts/studies/prune_settings\.py", f"--draws 1 --target-loss 0.5 {PRUNING}"),
     Rule(r"python scripts/studies/worst_case\.py", f"--target-loss 0.5 {PRUNING}"),
     Rule(r"python scripts/studies/prediction\.py", "--channels 4 --rows 4 --draws 2"),
+    # It takes text behind what a run is measured on; the runs made here have no more.
+    Rule(r"python scripts/studies/prediction\.py", replacing("--run runs/stdlib", "--run demo")),
     Rule(r"python scripts/studies/compare_objectives\.py", "--seconds 1 --seeds 0"),
     Rule(
         r"python scripts/studies/frontier\.py",

@@ -11,9 +11,9 @@ for and against. So here the dense model is steered, on *selection* prompts; eva
 3. Each candidate steers at the strength that `interventions.steering.strengths` chooses. Of those that reach nearly
    the largest effect the ones at the last site are taken (early reads are of words rather than of what the model has
    made of them), and of those the one that carries most of the whole read's effect in the sparse model.
-4. Sets grow from there by a beam search. They are ranked by their mean effect at several norms up to that of the one
-   channel's dose, for where all flip the answer none is better than another. The first of each size get doses of their
-   own, and of those that do nearly equally well the one is taken that carries most in the sparse model.
+4. Sets grow from there by a beam search. They are ranked by their mean effect at several strengths about 1, where each
+   channel has the value that it has on the other prompt. The first of each size get doses of their own, and of those
+   that do nearly equally well the one is taken that carries most in the sparse model.
 5. The channel is the smallest set, at most 4 indices, with 95 % of the largest effect of those: a name should work on
    nearly every prompt.
 """
@@ -28,7 +28,6 @@ from bridges.sites import Site
 from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.finding.by_patching import ChannelSearch, nameable, named_channel, size_rule
 from interventions.finding.patching import ReadPatch, eligibility_rule, eligible_sites, mean_difference, site_effects
-from interventions.steering.edits import mean_norm
 from interventions.steering.strengths import SEARCH_DRAWS, Dose, Dosing, near_largest
 from interventions.tasks.base import TaskBatch
 from sparse_model.io.progress import progress_bar
@@ -40,7 +39,7 @@ EFFECT_SHARE = 0.95
 
 _BEAM = 4
 _DOSED = 8  # candidates of a site that get a dose
-_NORMS = (0.4, 0.6, 0.8, 1.0)  # at which sets are compared, in units of the norm of one channel's dose
+_STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5)  # at which sets are compared
 
 
 class Dosed(NamedTuple):
@@ -86,13 +85,12 @@ class SteeringSite:
 
     def grow(self, first: Dosed, alone: list[Dosed], largest: int, *, progress: bool = False) -> dict[int, Dosed]:
         """The best set found of each size (step 4), of size 1 the `first`."""
-        norm = first.dose.strength * mean_norm(self.dosing.edit(first.channels))
         beams, best = [first, *(dosed for dosed in alone if dosed is not first)][:_BEAM], {1: first}
         sizes = range(2, min(largest, len(self.pool)) + 1)
         for count in progress_bar(sizes, f"site {self.site}: sets", leave=False, unit="size", disable=not progress):
             grown = [[*b.channels, c] for b in beams for c in self.pool if c not in b.channels]
             sets = list({tuple(sorted(channels)): channels for channels in grown}.values())
-            ranked = self.dosing.effects_at(sets, [norm * part for part in _NORMS]).mean(0).argsort(descending=True)
+            ranked = self.dosing.effects(sets, _STRENGTHS).mean(0).argsort(descending=True)
             beams = self._dosed([sets[i] for i in ranked[:_BEAM]])
             best[count] = best_of(beams)
         return best

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bridges.run_folder import Run
 from interventions.editing.hooks import Where
-from interventions.steering.edits import channel_edit, mean_norm, sparse_changes
+from interventions.steering.edits import channel_edit, sparse_changes
 from interventions.steering.rivals import along, random_directions
 from interventions.steering.steered_prompts import SteeredPrompts, Vectors, prompts_of, steerable
 from interventions.tasks.base import TaskBatch
@@ -91,12 +91,6 @@ class Dosing:
     ) -> Float[Tensor, "strength set"]:
         """Mean P(counterfactual answer) of every set at every strength."""
         return self._steered.answers((self.edit(channels) for channels in sets), strengths).target.mean(2)
-
-    def effects_at(self, sets: Sequence[Sequence[int]], norms: Sequence[float]) -> Float[Tensor, "norm set"]:
-        """Mean P(counterfactual answer) of every set at strengths that give its edit these mean norms."""
-        edits = [self.edit(channels) for channels in sets]
-        unit = (edit / max(mean_norm(edit), 1e-30) for edit in edits)
-        return self._steered.answers(unit, norms).target.mean(2)
 
     def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
         """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
