@@ -219,7 +219,14 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             checkpoint_every=1000,
             eval_tokens=131_072,
             sparse=SparseConfig(
-                n_layers=12, d_model=1536, d_mlp=6144, n_heads=96, n_ctx=256, d_vocab=50257, bigram="none"
+                n_layers=12,
+                d_model=1536,
+                d_mlp=6144,
+                n_heads=96,
+                n_ctx=256,
+                d_vocab=50257,
+                bigram="none",
+                positions="learned",
             ),
             sparsity=SparsityConfig(nonzero_fraction=1 / 128, min_per_neuron=4, anneal="linear", anneal_stop=0.5),
             optim=OptimConfig(lr=1.28e-3),

@@ -33,7 +33,14 @@ from interventions.report.labels import orphan_labels
 from interventions.report.metrics import checked_metrics
 from interventions.report.sites import COLUMNS, GROUPS, hybrid_chart, site_means, site_rows
 from interventions.report.steering import CONTROLS, steering_pages
-from interventions.report.tasks import changed_files, counting_words, size_ratio, size_warnings, task_rows
+from interventions.report.tasks import (
+    changed_files,
+    counting_words,
+    distance_rows,
+    size_ratio,
+    size_warnings,
+    task_rows,
+)
 from interventions.report.texts import HeldOut, blocks, held_out, visible
 from interventions.report.training import training_charts
 from interventions.steering.headline import headline
@@ -136,6 +143,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "bases": bases,
         "controls": CONTROLS,
         "tasks": task_rows(metrics, failed_circuits(run.folder)),
+        "distances": distance_rows(metrics),
         "counting": counting_words(metrics),
         "solved": SOLVED,
         "solved_by_counting": SOLVED_BY_COUNTING,

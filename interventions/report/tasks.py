@@ -10,7 +10,8 @@ from interventions.circuits.task_scores import TaskScore
 from interventions.tasks.catalogue import TASKS
 from interventions.tasks.names import NATURAL
 from interventions.tasks.of_run import change_of
-from interventions.tasks.reports import SOLVED_BY_COUNTING
+from interventions.tasks.record import DistanceFigures
+from interventions.tasks.reports import SOLVED_BY_COUNTING, TABLE_NAMES
 
 FAR = 0.05
 """Difference of two models' losses, nats, from which the sizes of their circuits do not compare."""
@@ -60,6 +61,33 @@ def task_rows(metrics: dict[str, Any], failed: Mapping[str, str] = MappingProxyT
             why = _why(name, scores_of, left_out, failed)
             floors = list(scores_of.get("floors", {}).get("evaluation", {}).values())
             rows.append(TaskRow(name, _description(name, scores_of), scores, edges, why, floors))
+    return rows
+
+
+class DistanceRow(NamedTuple):
+    """A task's pairs whose deciding token stands some tokens before the answer."""
+
+    task: str
+    distance: str
+    pairs: int
+    models: list[DistanceFigures | None]
+    """Dense and sparse."""
+    floors: list[float | None]
+    """Pair accuracy of the count tables; None where nothing was counted."""
+
+
+def distance_rows(metrics: dict[str, Any]) -> list[DistanceRow]:
+    """What solved-tasks found on natural prompts, by distance."""
+    rows = []
+    for task, scored in metrics.get("tasks", {}).items():
+        by: dict[str, dict[str, DistanceFigures]] = scored.get("by_distance", {})
+        measured = next((by[label] for label in get_args(ModelKind) if label in by), {})
+        for distance, first in measured.items():
+            if distance != "all":  # which the table above has
+                models = [by.get(label, {}).get(distance) for label in get_args(ModelKind)[::-1]]
+                counted = [by.get(table, {}).get(distance) for table in TABLE_NAMES.values()]
+                floors = [figures and figures["accuracy"] for figures in counted]
+                rows.append(DistanceRow(task, distance, first["pairs"], models, floors))
     return rows
 
 

@@ -21,6 +21,14 @@ def task_option(task: str, record: Any) -> str:
     return file if isinstance(file, str) else task
 
 
+class DistanceFigures(TypedDict):
+    """Scores on the pairs of a range of distances; a count table has no probability."""
+
+    pairs: int
+    accuracy: float
+    p_right: float | None
+
+
 class TaskFigures(TypedDict, total=False):
     """An entry of `tasks` in metrics.json, as solved-tasks writes it: as far as it is read anywhere."""
 
@@ -30,3 +38,5 @@ class TaskFigures(TypedDict, total=False):
     prompts: PromptRecord
     floors: dict[str, dict[str, float]]
     """By split, then by table."""
+    by_distance: dict[str, dict[str, DistanceFigures]]
+    """By model or count table, then by distance; of the models only where the prompts are natural."""

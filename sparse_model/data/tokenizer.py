@@ -200,7 +200,9 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerFast:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {first[0]}") from error
+        missing = "" if (folder / "tokenizer.json").is_file() else "; copy its tokenizer.json there, too"
+        said = first[0].strip().removesuffix(" from one of:")  # a list that follows is of the library's own parts
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {said}{missing}") from error
     return _fast(tokenizer, name)
 
 

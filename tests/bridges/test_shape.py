@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from bridges.config import PRESETS, RunConfig
 from bridges.families import FAMILIES
 from bridges.shape import describe_shape, fit_to
+from sparse_model.config import SparseConfig
 
 
 def test_what_the_dense_model_says() -> None:
@@ -22,7 +23,7 @@ def test_what_the_dense_model_says() -> None:
     for option in ("n-layers 30", "d-vocab 49152", "n-ctx 1024", "d-model 1152", "d-mlp 4608", "n-heads 72"):
         assert f"--sparse.{option} " in text
     assert text.startswith("./smol is a llama model of 30 layers, width 576, context 8192 and vocabulary 49152; ")
-    assert text.endswith("--sparse.bigram none --sparsity.nonzero-fraction 0.0078125")
+    assert text.endswith("--sparse.bigram none --sparse.positions none --sparsity.nonzero-fraction 0.0078125")
 
 
 @pytest.mark.parametrize(("width", "fraction"), [(2, 1), (8, 1 / 2), (64, 1 / 16), (256, 1 / 64), (1024, 1 / 256)])
@@ -53,3 +54,18 @@ def test_a_preset_that_fits_stays_as_it_is(preset: str) -> None:
 def test_every_family_names_its_sizes_alike(kind: str) -> None:
     config = fit_to(RunConfig(), AutoConfig.for_model(kind, vocab_size=384, **SETTINGS[kind]))
     assert (config.sparse.n_layers, config.sparse.n_ctx, config.sparse.d_model) == (2, 64, 32)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_learned_positions_where_the_dense_model_has_them(kind: str) -> None:
+    dense = AutoConfig.for_model(kind, vocab_size=384, **SETTINGS[kind])
+    wanted = "learned" if kind in ("gpt2", "gpt_neo", "opt") else "none"
+    config = fit_to(RunConfig(), dense)
+    assert config.sparse.positions == wanted
+    assert f" --sparse.positions {wanted} " in describe_shape(config, dense)
+    asked = SparseConfig(positions="concat_learned", d_pos=4)
+    assert fit_to(RunConfig(sparse=asked), dense).sparse.positions == "concat_learned"
+
+
+def test_the_preset_for_gpt2_has_them_too() -> None:
+    assert PRESETS["gpt2"][1].sparse.positions == "learned"

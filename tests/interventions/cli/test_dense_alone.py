@@ -43,7 +43,10 @@ def test_one_option_trains_and_everything_follows(
     assert f"lm is a {kind} model of 2 layers, width 16, context 64 and vocabulary 384; " in said
     assert "--sparse.n-layers 2 --sparse.d-vocab 384 --sparse.n-ctx 64 --sparse.d-model 32 --sparse.d-mlp 128" in said
     assert "--sparsity.nonzero-fraction 0.25" in said
+    positions = "learned" if kind == "gpt2" else "none"
+    assert f"--sparse.positions {positions} " in said
     run = open_run("run")
+    assert run.config.sparse.positions == positions
     assert (run.config.dense, run.config.sparse.d_head, run.config.sparse.d_model) == ("lm", 8, 32)
     assert torch.equal(run.dense.hf(tokens).logits, lm(tokens).logits)
     assert tokenizer_fingerprint(run.tokenizer) == tokenizer_fingerprint(load_tokenizer("lm"))
@@ -65,14 +68,14 @@ def test_one_option_trains_and_everything_follows(
 def test_options_that_are_given_win(capsys: pytest.CaptureFixture[str]) -> None:
     tiny_lm("gpt2").save_pretrained("lm")
     save_tokenizer(tiny_tokenizer(), "lm")
-    train("--sparse.n-ctx=24", "--sparse.d-model=48", "--sparsity.nonzero-fraction=0.5")
+    train("--sparse.n-ctx=24", "--sparse.d-model=48", "--sparsity.nonzero-fraction=0.5", "--sparse.positions=none")
     shape = json.loads(Path("run/config.json").read_text())
     assert (shape["sparse"]["n_ctx"], shape["sparse"]["d_model"], shape["sparsity"]["nonzero_fraction"]) == (
         24,
         48,
         0.5,
     )
-    assert shape["sparse"]["n_layers"] == 2
+    assert (shape["sparse"]["n_layers"], shape["sparse"]["positions"]) == (2, "none")
     assert "--sparse.n-ctx 24 --sparse.d-model 48" in capsys.readouterr().out
 
 

@@ -73,6 +73,28 @@ def test_floors_and_what_they_say_of_a_task(bare: Run) -> None:
     assert words["mine"].endswith("get 0%, 25%, 100% of its pairs right: this task needs more than counting.")
 
 
+def test_natural_prompts_by_distance(bare: Run) -> None:
+    def scores(*ranges: tuple[str, int, float, float | None]) -> dict[str, Any]:
+        return {far: {"pairs": n, "accuracy": right, "p_right": p} for far, n, right, p in ranges}
+
+    natural = {
+        "dense": scores(("all", 40, 0.7, 0.6), ("2", 30, 0.8, 0.65), ("9 to 16", 10, 0.4, 0.45)),
+        "trigram": scores(("all", 40, 0.5, None), ("2", 30, 0.6, None), ("9 to 16", 10, 0.2, None)),
+    }
+    sparse = {"sparse": scores(("all", 3, 0.0, 0.1), ("over 32", 3, 0.0, 0.125))}
+    only_counted = {"bigram": scores(("all", 40, 0.7, None), ("2", 40, 0.7, None))}
+    by_task = {"for_while-natural": natural, "with_as-natural": sparse, "with_as": only_counted}
+    update_metrics(bare.folder, tasks={name: {"by_distance": by} for name, by in by_task.items()})
+    page = page_of(bare)
+    assert page.tables["distance-table"][2:] == [
+        ["for_while-natural", "2", "30", "0.80", "0.65", "–", "–", "", "0.60", ""],
+        ["for_while-natural", "9 to 16", "10", "0.40", "0.45", "–", "–", "", "0.20", ""],
+        ["with_as-natural", "over 32", "3", "–", "–", "0.00", "0.12", "", "", ""],
+    ]
+    update_metrics(bare.folder, tasks={"with_as": {"by_distance": only_counted}})
+    assert "distance-table" not in page_of(bare).tables
+
+
 def test_a_changed_task_file_is_said(bare: Run, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text("as it was")

@@ -147,6 +147,17 @@ def test_loading_from_a_wrong_folder_names_it(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+def test_a_config_without_the_file_that_it_needs_names_the_file(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Its class reads tokenizer.json alone, though the vocabulary lies in other files."""
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    tokenizer.backend_tokenizer.model.save(str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot be loaded: [^\n]*[^:]; copy its tokenizer\.json there, too$"):
+        load_tokenizer(tmp_path)
+
+
 def test_an_unreachable_name_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str, **options: object) -> None:
         raise OSError("can't connect")
