@@ -109,6 +109,14 @@ RULES = (
     Rule(r"python scripts/studies/prune_settings\.py", f"--draws 1 --target-loss 0.5 {PRUNING}"),
     Rule(r"python scripts/studies/worst_case\.py", f"--target-loss 0.5 {PRUNING}"),
     Rule(r"python scripts/studies/prediction\.py", "--channels 4 --rows 4 --draws 2"),
+    Rule(
+        r"python scripts/studies/bracket_counting\.py",
+        replacing("bracket_counting.py .*", "bracket_counting.py runs/bundle --pairs 2 --draws 1 --numbers 3 4"),
+    ),
+    Rule(
+        r"python scripts/studies/variable_binding\.py",
+        replacing("variable_binding.py .*", "variable_binding.py runs/bundle --pairs 2 --draws 1"),
+    ),
     Rule(r"python scripts/studies/compare_objectives\.py", "--seconds 1 --seeds 0"),
     Rule(
         r"python scripts/studies/frontier\.py",

@@ -23,7 +23,7 @@ class Look(NamedTuple):
     """A head's attention weights from the last prompt token; means over both members of all pairs."""
 
     first: float
-    """On the first token in which the members of a pair differ."""
+    """On the first token in which the members of a pair differ, or another that was asked for."""
     rest: float
     """On each other token, the last itself among them."""
     uneven: float
@@ -31,8 +31,17 @@ class Look(NamedTuple):
 
 
 @torch.no_grad()
-def looks(model: NodeModel, heads: Iterable[Head], batch: TaskBatch, edit: NodeEdit | None = None) -> dict[Head, Look]:
-    """Where heads look from the last prompt token, in the whole model or with its nodes edited."""
+def looks(
+    model: NodeModel,
+    heads: Iterable[Head],
+    batch: TaskBatch,
+    edit: NodeEdit | None = None,
+    onto: Int[Tensor, " pair"] | None = None,
+) -> dict[Head, Look]:
+    """Where heads look from the last prompt token, in the whole model or with its nodes edited.
+
+    onto: a position in each pair, in place of the first in which its prompts differ.
+    """
     wanted, shape, device = sorted(set(heads)), model.shape, device_of(model)
     queries_and_keys: dict[str, Values] = {}
     names = {f"blocks.{layer}.attn.hook_{part}" for layer, _ in wanted for part in "qk"}
@@ -45,7 +54,7 @@ def looks(model: NodeModel, heads: Iterable[Head], batch: TaskBatch, edit: NodeE
 
     model.visit(batch.tokens.flatten(0, 1).to(device), note)
     last = batch.last.repeat_interleave(2).to(device)
-    first = first_differences(batch).repeat_interleave(2).to(device)
+    first = (first_differences(batch) if onto is None else onto).repeat_interleave(2).to(device)
     found = {}
     for layer, head in wanted:
         span = slice(head * shape.d_head, (head + 1) * shape.d_head)

@@ -138,7 +138,7 @@ def _dense(axis: Axes, results: dict[str, Any]) -> None:
         )
     axis.axhline(0, color=GREY, lw=0.7)
     axis.set(
-        title="dense models after [[ (dashed: foretold from three names)",
+        title="dense models after [[, and foretold (dashed)",
         xlabel="names in the list",
         ylabel=_MARGIN,
     )
@@ -157,7 +157,7 @@ def _steering(axis: Axes, steering: dict[str, Any]) -> None:
             )
     axis.axhline(0, color=GREY, lw=0.7)
     axis.set(
-        title=f"dense model after [[: repaired ({long} names), caused (dashed)",
+        title=f"dense, {long} names repaired, {SHORT} spoilt (dashed)",
         xlabel="strength",
         ylabel=_MARGIN,
     )

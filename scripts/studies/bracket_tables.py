@@ -38,15 +38,15 @@ def markdown(name: str, found: dict[str, Any]) -> str:
 
 def heads_table(roles: dict[str, Any]) -> str:
     rows = [
-        [head, _n(of["share"]), _n(of["first"]), _n(of["rest"]), _n(of["even"]), _n(of["uneven"])]
+        [head, digits(of["share"]), digits(of["first"]), digits(of["rest"]), digits(of["even"]), digits(of["uneven"])]
         for head, of in list(roles["heads"].items())[:_HEADS]
     ]
     shown = table(
         ["head", "share that moves", "looks at opener", "at each other token", "1/n", "off even average"], rows
     )
     if "parts" in roles:
-        parts = ", ".join(f"{part} {_n(share)}" for part, share in roles["parts"].items())
-        head, random = ".".join(map(str, roles["head"])), _n(roles["random"])
+        parts = ", ".join(f"{part} {digits(share)}" for part, share in roles["parts"].items())
+        head, random = ".".join(map(str, roles["head"])), digits(roles["random"])
         shown += f"\n\nhead {head}: by part {parts}; as many random channels at most {random}"
     return shown
 
@@ -59,14 +59,19 @@ def roles_table(roles: dict[str, Any]) -> str:
         ("in the head", roles["inner"]),
         ("threshold", roles.get("neurons", [])),
     ):
-        rows += [[role, _node(of), _n(of["share"]), *(_n(of["values"][column]) for column in columns)] for of in nodes]
+        rows += [
+            [role, _node(of), digits(of["share"]), *(digits(of["values"][column]) for column in columns)]
+            for of in nodes
+        ]
     for of in roles["written"][:3]:
-        rows.append(["depth" if of == roles["depth"] else "written", _node(of), _n(of["share"]), *[""] * len(columns)])
+        rows.append(
+            ["depth" if of == roles["depth"] else "written", _node(of), digits(of["share"]), *[""] * len(columns)]
+        )
     shown = table(["role", "node", "share", "at `[`", "at `[[`", "in the list", "before it", "last token"], rows)
     if "depth" in roles:
-        by_depth = ", ".join(f"{depth}: {_n(value)}" for depth, value in roles["by_depth"].items())
-        through = ", ".join(f"{place} {_n(share)}" for place, share in roles["through"].items())
-        weight = _n(roles["logit_weight"])
+        by_depth = ", ".join(f"{depth}: {digits(value)}" for depth, value in roles["by_depth"].items())
+        through = ", ".join(f"{place} {digits(share)}" for place, share in roles["through"].items())
+        weight = digits(roles["logit_weight"])
         shown += f"\n\ndepth channel by open brackets: {by_depth}; share through {through}"
         shown += f"; weight to `]]` over `]` {weight}"
     return shown
@@ -83,10 +88,10 @@ def numbers_table(figures: dict[str, Any]) -> str:
     if "depth" in measured:
         head += ["depth `[`", "`[[`", "foretold", "foretold"]
     for index, number in enumerate(figures["numbers"]):
-        row = [number, *map(_n, [*measured["margins"][index], *law[index]]), _n(figures["right"][index])]
-        row += [_n(measured["looks"][index][0]), _n(measured["looks"][index][3])]
+        row = [number, *map(digits, [*measured["margins"][index], *law[index]]), digits(figures["right"][index])]
+        row += [digits(measured["looks"][index][0]), digits(measured["looks"][index][3])]
         if "depth" in measured:
-            row += map(_n, [*measured["depth"][index], *figures["laws"]["depth, all heads"]["mean"][index]])
+            row += map(digits, [*measured["depth"][index], *figures["laws"]["depth, all heads"]["mean"][index]])
         rows.append(row)
     return table(head, rows)
 
@@ -98,9 +103,9 @@ def laws_table(figures: dict[str, Any]) -> str:
     if figures["other heads"]:
         of = figures["other heads"]
         rows.append(_agreement(f"best other head alone ({of['best'].split()[1]})", of))
-    rows.append(["measured", *[""] * len(_AGREEMENT), *(_n(figures["flips"][flip]) for flip in _FLIPS)])
+    rows.append(["measured", *[""] * len(_AGREEMENT), *(digits(figures["flips"][flip]) for flip in _FLIPS)])
     rows += [_agreement(f"depth channel: {law}", laws[f"depth, {law}"]) for law in _LAWS if f"depth, {law}" in laws]
-    mean, largest = _n(figures["other orders"]["mean"]), _n(figures["other orders"]["largest"])
+    mean, largest = digits(figures["other orders"]["mean"]), digits(figures["other orders"]["largest"])
     head = ["law", *(name.replace("_", " ") for name in _AGREEMENT), "flip after `[`", "after `[[`"]
     return (
         f"{table(head, rows)}\n\nall heads, numbers in another order: correlation {mean} on average, at most {largest}"
@@ -108,26 +113,30 @@ def laws_table(figures: dict[str, Any]) -> str:
 
 
 def _agreement(law: str, of: dict[str, Any]) -> list[str]:
-    return [law, *(_n(of[name]) for name in _AGREEMENT), *(_n(of[flip]) if flip in of else "" for flip in _FLIPS)]
+    return [
+        law,
+        *(digits(of[name]) for name in _AGREEMENT),
+        *(digits(of[flip]) if flip in of else "" for flip in _FLIPS),
+    ]
 
 
 def steering_table(steering: dict[str, Any]) -> str:
     long, rows = steering["names"], []
-    for number in (long, SHORT):
-        rows.append(["-", f"unsteered, {number} names", "", *map(_n, steering["unsteered"][str(number)]), "", "", ""])
+    for names in (long, SHORT):
+        rows.append(["-", f"unsteered, {names} names", "", *map(digits, steering["unsteered"][str(names)]), "", "", ""])
     for move, arms in steering["moves"].items():
         for arm, of in arms.items():
             for what in ("repair", "cause"):
                 one, four = (of[what][strength] for strength in ("1", "4"))
-                spread = f"{_n(one['least'])} to {_n(one['most'])}" if one["least"] != one["most"] else ""
+                spread = f"{digits(one['least'])} to {digits(one['most'])}" if one["least"] != one["most"] else ""
                 rows.append(
                     [
                         move,
                         f"{what}: {arm}",
-                        _n(of["norm"]),
-                        *map(_n, one["margins"]),
+                        digits(of["norm"]),
+                        *map(digits, one["margins"]),
                         spread,
-                        *map(_n, four["margins"]),
+                        *map(digits, four["margins"]),
                     ]
                 )
     head = [
@@ -144,39 +153,25 @@ def steering_table(steering: dict[str, Any]) -> str:
 
 
 def seeds_table(results: dict[str, Any]) -> str:
-    """The failure by model."""
+    """The failure by model, evaluation prompts: where it sets in and what foretells it."""
     rows = []
     for name, found in results.items():
         for label in ("sparse", "dense"):
             if label in found:
                 figures, roles = found[label]["figures"], found[label]["roles"]
-                law = figures["laws"]["all heads"]
-                margins = dict(zip(figures["numbers"], figures["measured"]["evaluation"]["margins"], strict=True))
-                at = [_n(margins[number][1]) if number in margins else "" for number in (3, 5, 10)]
+                law, flips, right = figures["laws"]["all heads"], figures["flips"], figures["right"]
+                row = [f"{name}, {label}", digits(right[figures["numbers"].index(SHORT)]), digits(right[-1])]
+                for flip in _FLIPS:
+                    row += [digits(flips[flip]), digits(law[flip])]
+                row += [digits(law[figure]) for figure in ("correlation", "explained", "gap_correlation")]
                 head, of = next(iter(roles["heads"].items()))
-                row = [f"{name}, {label}", _n(roles["pairs_right"]), *at]
-                row += [
-                    _n(figures["flips"]["flip [["]),
-                    _n(law["flip [["]),
-                    _n(law["correlation"]),
-                    _n(law["explained"]),
-                ]
-                rows.append([*row, head, _n(of["share"]), _n(of["first"]), _n(of["even"])])
-    head = [
-        "model",
-        "pairs right",
-        "margin after `[[`, 3 names",
-        "5",
-        "10",
-        "flip",
-        "foretold",
-        "correlation",
-        "explained",
-    ]
-    return "\n" + table([*head, "head", "its share", "looks at opener", "1/n"], rows)
+                rows.append([*row, head, digits(of["share"]), digits(of["first"]), digits(of["even"])])
+    head = ["model", "pairs right, 3 names", "most names", "flip after `[`", "foretold", "flip after `[[`", "foretold"]
+    head += ["correlation", "explained", "gap correlation", "head", "its share", "looks at opener", "1/n"]
+    return "\n" + table(head, rows)
 
 
-def _n(value: Any) -> str:
+def digits(value: Any) -> str:
     if value is None:
         return "never"
     return f"{value:.3g}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
