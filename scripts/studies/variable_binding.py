@@ -91,6 +91,7 @@ def masks(batch: TaskBatch) -> dict[str, Tensor]:
     return {**found, "elsewhere": ~torch.stack(list(found.values())).any(0)}
 
 
+@torch.no_grad()
 def holders(model: Sublayered, batch: TaskBatch) -> dict[str, dict[str, float]]:
     """Share of the log-odds that moves with the stream at one place alone, by site."""
     tokens = batch.tokens.flatten(0, 1)
@@ -181,6 +182,7 @@ def binding(model: NodeModel, batch: TaskBatch, tokenizer: PreTrainedTokenizerFa
     return found
 
 
+@torch.no_grad()
 def toward_set(model: NodeModel, batch: TaskBatch) -> Float[Tensor, "pair 2"]:
     """Log-odds of the set's answer behind both prompts of each pair."""
     logits = model.logits(batch.tokens.flatten(0, 1), None, batch.last.repeat_interleave(2))[:, 0].unflatten(0, (-1, 2))

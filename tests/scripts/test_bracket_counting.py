@@ -11,7 +11,7 @@ import bracket_steering
 import pytest
 import torch
 from carriers import head_nodes, share_of
-from support import helpers
+from support.helpers import make_tiny_run
 
 from bridges.run_folder import Run
 from interventions.bundle.packaged import FOLDER
@@ -20,7 +20,7 @@ from sparse_model.config import SparseConfig
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.model.transformer import SparseTransformer
 
-TOKENIZER = load_tokenizer(FOLDER / "demo" / "tokenizer")
+TOKENIZER = load_tokenizer(FOLDER / "demo" / "tokenizer")  # the tests' own has no ` [[`
 OPTIONS = bracket_counting.Options(pairs=2, draws=2, numbers=(2, 3, 4))
 DETECTOR, EVERY, DEPTH, OPENS = 0, 1, 2, 3
 """Channels of the built model: the opener's depth, a constant, what the head writes, that something opens."""
@@ -112,10 +112,7 @@ def test_directions_are_brought_to_the_length_of_others() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(helpers, "TINY_VOCAB", len(TOKENIZER))  # the tests' own tokenizer has no ` [[`
-        patch.setattr(helpers, "tiny_tokenizer", lambda: TOKENIZER)
-        return helpers.make_tiny_run(tmp_path_factory.mktemp("brackets") / "run")
+    return make_tiny_run(tmp_path_factory.mktemp("brackets") / "run", tokenizer=TOKENIZER)
 
 
 def test_the_study_registers_compares_and_goes_on(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

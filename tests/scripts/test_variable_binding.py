@@ -55,7 +55,7 @@ def test_where_the_other_name_is_used_only_the_end_differs(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return make_tiny_run(tmp_path_factory.mktemp("binding") / "run")
+    return make_tiny_run(tmp_path_factory.mktemp("binding") / "run", tokenizer=TOKENIZER)
 
 
 @torch.no_grad()
