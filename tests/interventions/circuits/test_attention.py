@@ -78,6 +78,8 @@ def test_how_uneven_a_head_looks_is_half_the_distance_from_an_even_average() -> 
         weights = seen[0][row, 1, last, : last + 1]
         wanted.append(sum(abs(float(weight) - 1 / (last + 1)) for weight in weights) / 2)
     assert looks(model, [(1, 1)], batch)[1, 1].uneven == pytest.approx(sum(wanted) / 4, abs=1e-5)
+    onto = looks(model, [(1, 1)], batch, onto=torch.tensor([0, 2]))[1, 1].first
+    assert onto == pytest.approx(float(seen[0][[0, 1, 2, 3], 1, [3, 3, 2, 2], [0, 0, 2, 2]].mean()), abs=1e-5)
     module.blocks[1].attn.qkv.weight.zero_()  # type: ignore[union-attr,operator]
     module.blocks[1].attn.qkv.bias.zero_()  # type: ignore[union-attr,operator]
     module.blocks[1].attn.sink_logit.fill_(-100.0)  # type: ignore[union-attr,operator]
