@@ -114,6 +114,14 @@ RULES = (
     Rule(r"python scripts/studies/prediction\.py", "--channels 4 --rows 4 --draws 2"),
     # It takes text behind what a run is measured on; the runs made here have no more.
     Rule(r"python scripts/studies/prediction\.py", replacing("--run runs/stdlib", "--run demo")),
+    Rule(
+        r"python scripts/studies/bracket_counting\.py",
+        replacing("bracket_counting.py .*", "bracket_counting.py runs/bundle --pairs 2 --draws 1 --numbers 3 4"),
+    ),
+    Rule(
+        r"python scripts/studies/variable_binding\.py",
+        replacing("variable_binding.py .*", "variable_binding.py runs/bundle --pairs 2 --draws 1"),
+    ),
     Rule(r"python scripts/studies/compare_objectives\.py", "--seconds 1 --seeds 0"),
     Rule(
         r"python scripts/studies/frontier\.py",

@@ -43,13 +43,13 @@ def make_tiny_run(
     d_sparse: int = 32,
     seed: int = 0,
     lm: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Run:
     """Write a complete run of random weights, or around the dense model `lm`, into `folder` and open it."""
     torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    shape = SparseConfig(
-        n_layers=n_layers, d_model=d_sparse, d_mlp=2 * d_sparse, n_heads=2, n_ctx=64, d_vocab=TINY_VOCAB
-    )
+    d_vocab = len(tokenizer) if tokenizer else TINY_VOCAB
+    tokenizer = tokenizer or tiny_tokenizer()
+    shape = SparseConfig(n_layers=n_layers, d_model=d_sparse, d_mlp=2 * d_sparse, n_heads=2, n_ctx=64, d_vocab=d_vocab)
     config = RunConfig(
         corpus_tokens=20_000, seed=seed, sparse=shape, dense_train=DenseTrainConfig(d_model=d_dense, n_heads=2)
     )
