@@ -13,10 +13,26 @@ from torch import Tensor, nn
 Shape = tuple[int, ...]
 
 
+_TYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool),
+}
+"""What torch computes with; of the others it knows little more than the name."""
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; FileNotFoundError or ValueError (damaged, truncated) name the file."""
+    """All tensors of a safetensors file.
+
+    Raises FileNotFoundError or ValueError (damaged, truncated, numbers of a type that nothing computes with), which
+    name the file.
+    """
     with _damage_named(path):
-        return load_file(path)
+        tensors = load_file(path)
+    for name, t in tensors.items():
+        if t.dtype not in _TYPES:
+            kind = str(t.dtype).removeprefix("torch.")
+            raise ValueError(f"{path} is damaged or not of this library ({name} holds {kind}): copy or train it again")
+    return tensors
 
 
 def read_shapes(path: Path) -> dict[str, Shape]:

@@ -82,3 +82,10 @@ def test_parts_that_do_not_fit_are_refused(parts: dict[str, Tensor], tmp_path: P
     save_file(parts, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w\.safetensors: the parts of w do not fit each other: copy the file again"):
         read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kind", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.complex64])
+def test_numbers_that_nothing_computes_with_are_refused(kind: torch.dtype, tmp_path: Path) -> None:
+    save_file({"w.values": torch.zeros(3, dtype=torch.uint8).to(kind)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged or not of this library \(w\.values holds \w+\)"):
+        read_weights(tmp_path / "w.safetensors")
