@@ -178,6 +178,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    with report_errors():
+    with torch.no_grad(), report_errors():
         main(tyro.cli(Options))
