@@ -37,6 +37,9 @@ from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.checkpoints import CHECKPOINT
 from sparse_model.training.trainer import check_budgets_of
 
+_PARTS = {"bases", "circuit_size", "dense", "sites", "sparse", "steering", "tasks", "training", "val_ce"}
+"""Of which metrics.json has one at least."""
+
 
 class Run(NamedTuple):
     """A finished run, opened."""
@@ -308,5 +311,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     path = folder / "metrics.json"
     if not path.exists():
         return {}
-    # A figure that is not defined, such as a share of nothing, is NaN.
-    return read_sealed(path, f"remove it and run {command_line('evaluate', '--run', folder)} again", finite=False)
+    remedy = f"remove it and run {command_line('evaluate', '--run', folder)} again"
+    metrics = read_sealed(path, remedy, finite=False)  # what is not defined, such as a share of nothing, is NaN
+    if metrics and not _PARTS & metrics.keys():  # of an earlier version, without a digest, or another file in its place
+        raise ValueError(f"{path} is damaged (it holds {', '.join(sorted(metrics)[:3])}, no figures): {remedy}")
+    return metrics

@@ -143,6 +143,9 @@ def test_errors_name_the_file(bare: Run, tmp_path: Path) -> None:
     (bare.folder / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
         write_report(bare.folder)
+    (bare.folder / "metrics.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged \(it holds a, no figures\)"):
+        write_report(bare.folder)
     assert not (bare.folder / "report.html").exists()
 
 
