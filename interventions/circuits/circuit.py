@@ -207,14 +207,20 @@ def circuit_paths(folder: Path, task: str, model: ModelKind = "sparse") -> tuple
 
 
 def save_circuit(folder: Path, circuit: Circuit) -> Path:
-    """Write a circuit into the run in `folder`, tensors first; returns the JSON file's path.
+    """Write a circuit into the run in `folder`; returns the JSON file's path.
 
-    Each file appears in one rename, and the JSON holds the tensors' digest: a kill between the two is seen on loading.
+    Both files are whole before the first takes its place: a full disk leaves the earlier circuit. The JSON holds the
+    tensors' digest, so that a kill between the two is seen on loading.
     """
     path, tensors = circuit_paths(folder, circuit.task, circuit.model)
-    with replace_file(tensors) as temporary:
+    with replace_file(path) as described, replace_file(tensors) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in circuit.ablation.values.items()}, temporary)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        described.write_text(sealed(_described(circuit) | {"tensors_sha256": digest}), encoding="utf-8")
+    return path
+
+
+def _described(circuit: Circuit) -> dict[str, Any]:
     plain = {n: getattr(circuit, n) for n in ("task", "model", "fingerprint", "tied_qk", "loss", "unpruned_loss")}
     counts = {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges, "nodes": circuit.names}
     rest = {
@@ -228,10 +234,8 @@ def save_circuit(folder: Path, circuit: Circuit) -> Path:
         "faithfulness": circuit.faithfulness and circuit.faithfulness.to_dict(),
         "seeds": [summary._asdict() for summary in circuit.seeds],
         "ngram_floor": circuit.ngram_floor,
-        "tensors_sha256": digest,
     }
-    write_text(path, sealed(plain | counts | rest))
-    return path
+    return plain | counts | rest
 
 
 def failed_circuits(folder: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interventions.circuits.prune_config import PruneConfig
+from sparse_model.io.atomic import failed_writes_named
 from sparse_model.io.progress import progress_bar
 from sparse_model.training.interrupts import stop_signals
 
@@ -55,6 +56,15 @@ def search_config(
     except ModuleNotFoundError as error:
         raise ValueError("--search needs optuna: install it with pip install 'sparse-bridges[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with failed_writes_named(path):
+        return _searched(path, key, base, edges, trials, progress)
+
+
+def _searched(
+    path: Path, key: str, base: PruneConfig, edges: Callable[[PruneConfig], int], trials: int, progress: bool
+) -> tuple[PruneConfig, int, int]:
+    import optuna
+
     path.parent.mkdir(parents=True, exist_ok=True)
     settings_digest = hashlib.sha256(json.dumps([key, asdict(base)], sort_keys=True).encode()).hexdigest()[:12]
     study = optuna.create_study(

@@ -52,6 +52,8 @@ def _reason(error: Exception) -> str | None:
     number = re.search(r"\(os error (\d+)\)", str(error))  # Rust: safetensors, tokenizers
     if number and int(number[1]) in _REFUSED:
         return os.strerror(int(number[1]))
+    if re.search("database or disk is full|readonly database|unable to open database", f"{error} {error.__cause__}"):
+        return "the disk took no more of it, or does not allow it"  # sqlite, below optuna
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
         return "the disk took no more of it"
     return None

@@ -7,6 +7,7 @@ folder is about as large as its L0; others are stored whole. Numbers take fewer 
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparse_model.config import SparseConfig, from_json, to_json
+from sparse_model.config import SparseConfig, from_json
 from sparse_model.io.atomic import recover_folder, replace_file, write_text
 from sparse_model.io.narrow import narrowed, read_weights
 from sparse_model.io.reading import read_typed
@@ -30,15 +31,18 @@ _FEW, _LARGEST_EMPTY = 64, 2**28
 def write_files(
     folder: Path, cfg: SparseConfig, state: dict[str, Tensor], measured: dict[str, Any], *, compress: bool = True
 ) -> None:
-    """Write model.safetensors, config.json, and measured.json where there are figures, each in one rename."""
+    """Write model.safetensors, config.json, and measured.json where there are figures, each in one rename.
+
+    Weights and config are whole before the first takes its place: a full disk leaves the earlier model.
+    """
     if cfg.tied:  # stored once
         state = {name: t for name, t in state.items() if name != "unembedding.weight"}
-    with replace_file(folder / WEIGHTS) as temporary:
+    with replace_file(folder / "config.json") as described, replace_file(folder / WEIGHTS) as temporary:
+        described.write_text(json.dumps(asdict(cfg), indent=2) + "\n", encoding="utf-8")
         save_file(smallest(state) if compress else _contiguous(state), temporary)
     (folder / MEASURED).unlink(missing_ok=True)
     if measured:
         write_measured(measured, folder)
-    to_json(cfg, folder / "config.json")
 
 
 def write_measured(measured: dict[str, Any], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Circuits: edges against a brute-force count, the circuit as a model, files that say what is wrong with them."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from interventions.circuits.node_model import (
     find_node,
     locations,
 )
+from sparse_model.io.atomic import WriteFailed
 from sparse_model.model.checkpoint import save_sparse
 from sparse_model.model.transformer import SparseTransformer
 
@@ -253,6 +255,22 @@ def test_saving_and_loading(run: Run, model: NodeModel, kind: str, tied: bool) -
     seeded = [torch.Generator().manual_seed(1) for _ in range(2)]
     assert torch.equal(back.run(model, tokens, seeded[0]), circuit.run(model, tokens, seeded[1]))
     assert not list((run.folder / "circuits").glob("*.tmp"))
+
+
+def test_a_full_disk_leaves_the_circuit_that_was_there(run: Run, tmp_path: Path) -> None:
+    nodes = as_nodes(run.sparse)
+    first = some_circuit(run, nodes)
+    second = some_circuit(run, nodes, loss=0.5, ablation=measure_ablation(nodes, BLOCKS, "resample"))
+    save_circuit(run.folder, first)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(WriteFailed, match=r"could not be written \(No space left on device\)"):
+            save_circuit(run.folder, second)
+    assert load_circuit(run, first.task).loss == first.loss
 
 
 def test_the_circuit_of_another_run_is_refused(run: Run, tmp_path: Path) -> None:

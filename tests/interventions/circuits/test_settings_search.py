@@ -14,6 +14,7 @@ from interventions.circuits.node_model import as_nodes, count_edges
 from interventions.circuits.prune_config import PruneConfig
 from interventions.circuits.pruning import prune
 from interventions.circuits.settings_search import RANGES, search_config
+from sparse_model.io.atomic import WriteFailed
 
 
 def test_two_trials_of_pruning(tmp_path: Path) -> None:
@@ -77,3 +78,24 @@ def test_a_search_without_optuna_or_trials_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ValueError, match=r"pip install 'sparse-bridges\[search\]'"):
         search_config(lambda _: 1, CONFIG, 1, tmp_path / "search.db", "k")
+
+
+def test_a_database_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "search.db").mkdir()
+    with pytest.raises(WriteFailed, match=r"search\.db could not be written"):
+        search_config(lambda _: 1, CONFIG, 1, tmp_path / "search.db", "k")
+
+
+def test_a_full_disk_is_one_sentence_and_what_is_finished_stays(tmp_path: Path) -> None:
+    path = tmp_path / "search.db"
+    search_config(lambda _: 1, CONFIG, 1, path, "k")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("interventions.circuits.settings_search._finished", full_disk)
+        with pytest.raises(WriteFailed, match=r"search\.db could not be written \(the disk took no more of it"):
+            search_config(lambda _: 1, CONFIG, 2, path, "k")
+    assert search_config(lambda _: 1, CONFIG, 1, path, "k")[2] == 1
+
+
+def full_disk(_: object) -> int:
+    """As optuna tells it: an error of its own, whose cause is sqlite's."""
+    raise RuntimeError("An exception is raised during the commit.") from OSError("database or disk is full")
