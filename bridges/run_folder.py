@@ -37,7 +37,10 @@ from sparse_model.model.transformer import SparseTransformer
 from sparse_model.training.checkpoints import CHECKPOINT
 from sparse_model.training.trainer import check_budgets_of
 
-_PARTS = {"bases", "circuit_size", "dense", "sites", "sparse", "steering", "tasks", "training", "val_ce"}
+_PARTS = {
+    *("training", "dense", "sparse", "sites", "paths", "val_ce"),
+    *("dense_task", "task_prompts", "tasks", "steering", "bases", "circuit_size"),
+}
 """Of which metrics.json has one at least."""
 
 
