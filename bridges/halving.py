@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bridges.dense_training import save_dense
+from bridges.packaged import find_run
 from bridges.pipeline import evaluate_run, held_out_blocks
 from bridges.run_folder import Run, open_run, read_metrics, save_trained, update_metrics, write_digests
 from bridges.scales import measure_scales
@@ -13,23 +14,24 @@ from bridges.self_text import keep_samples
 from sparse_model.config import to_json
 from sparse_model.data.prepare import prepare_corpus
 from sparse_model.data.tokenizer import save_tokenizer
-from sparse_model.io.atomic import replace_folder
+from sparse_model.io.atomic import check_writable, replace_folder
 from sparse_model.io.narrow import rounded_half, rounded_rows
 
 
 def halve_run(run: str | Path, out: str | Path, *, device: str = "cpu", progress: bool = True) -> dict:
-    """Write a finished run anew to `out`, its weights rounded to half precision, and evaluate it; returns the metrics.
+    """Write a finished run, or a packaged bundle, anew in half precision, and evaluate it; returns the metrics.
 
-    The bigram table is rounded further, to 8 bits and a scale for each row. All still compute in float32.
+    Weights are rounded, the bigram table further, to 8 bits and a scale for each row. All still compute in float32.
     Channels, circuits and steering belong to the weights as they were, and are found anew.
 
-    Raises FileExistsError where `out` is not empty, ValueError for weights beyond half precision's range, and what
-    `open_run` and reading the run's corpus raise.
+    Raises FileExistsError where `out` is not empty, OSError where it cannot be written, ValueError for weights beyond
+    half precision's range, and what `find_run`, `open_run` and reading the run's corpus raise.
     """
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: name another folder for the halved run")
-    source = open_run(run, device)
+    check_writable(folder)
+    source = open_run(find_run(run), device)
     blocks = prepare_corpus(source.config, source.tokenizer, samples=source.samples, progress=progress).val
     for part, model in (("dense", source.dense), ("sparse", source.sparse), ("bridges", source.bridges)):
         round_weights(model, f"{source.folder / part}")

@@ -14,7 +14,7 @@ class Options:
     """Write a finished run anew with its weights rounded to half precision, half as large, and evaluate it."""
 
     run: str
-    """Run folder."""
+    """Run folder, or the name of a packaged bundle."""
     out: str
     """Folder of the new run; channels and circuits are found there anew."""
     device: str = "cpu"

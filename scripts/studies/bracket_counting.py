@@ -49,6 +49,7 @@ from interventions.tasks.reports import models_in
 from sparse_model.config import require
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.io.atomic import check_writable, replace_file, write_text
+from sparse_model.io.reading import read_json
 from sparse_model.training.identity import digest_of
 
 TASK = "bracket_counting"
@@ -103,8 +104,8 @@ class Kept:
         """What is in NAME.json, made where it is not there or of something else."""
         path = self.folder / f"{name}.json"
         if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored.get("key") == self.key:
+            stored = read_json(path, "remove it, and it is made again", finite=False)
+            if isinstance(stored, dict) and stored.get("key") == self.key:
                 return stored
         made = {"key": self.key, **make()}
         write_text(path, json.dumps(made, indent=1) + "\n")

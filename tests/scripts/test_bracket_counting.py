@@ -131,6 +131,9 @@ def test_the_study_registers_compares_and_goes_on(run: Run, tmp_path: Path, caps
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(ValueError, match="is not what was registered"):
         bracket_counting.main(options)
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(ValueError, match=r"prediction-sparse\.json is damaged .*: remove it, and it is made again"):
+        bracket_counting.main(options)
 
 
 def test_too_many_names_are_refused(run: Run, tmp_path: Path) -> None:
