@@ -90,6 +90,11 @@ class BridgeSet(nn.Module):
         return weight.detach().T
 
 
+def kept_by_encoders(share: float, d_sparse: int) -> int:
+    """Entries that an encoder's AbsTopK keeps: this share of the sparse width, rounded down, at least one."""
+    return max(1, int(share * d_sparse))
+
+
 @dataclass(frozen=True)
 class BridgeShape:
     """The sizes of a `BridgeSet`, as its config.json has them."""

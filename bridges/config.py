@@ -137,8 +137,9 @@ class RunConfig(TrainConfig):
     """Local folder or hub name of the model to bridge (GPT-2, Llama, ...), from which on the command line the sparse
     model's shape follows, or the name of a bundle in the package; unset: a small GPT-2 is trained on the corpus."""
     start_from: str | None = None
-    """Run of a sparse model trained alone (train-sparse), or the name of a bundle in the package, of this shape and
-    tokenizer, with whose weights the joint training begins; unset: random ones."""
+    """Where the sparse model's weights begin: unset: random; dense: as the dense model's own (a GPT-2), bridges too, in
+    a basis that AbsTopK hurts little; or the run of one trained alone (train-sparse), or the name of a bundle in the
+    package, of this shape and tokenizer."""
     dense_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the frozen dense model's sublayers run during training."""
     samples: SampleConfig = field(default_factory=SampleConfig)

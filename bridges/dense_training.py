@@ -159,23 +159,25 @@ def _optimizers(model: GPT2LMHeadModel, options: DenseTrainConfig) -> dict[str, 
     }
 
 
-def _new_gpt2(config: RunConfig, end_of_text: int | None) -> GPT2LMHeadModel:
-    options = config.dense_train
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.sparse.d_vocab,
-            n_positions=config.sparse.n_ctx,
-            n_embd=options.d_model,
-            n_layer=config.sparse.n_layers,
-            n_head=options.n_heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=end_of_text,
-            eos_token_id=end_of_text,
-        )
+def small_gpt2(config: RunConfig, end_of_text: int | None = None) -> GPT2Config:
+    """The configuration of the GPT-2 that a run trains for itself."""
+    return GPT2Config(
+        vocab_size=config.sparse.d_vocab,
+        n_positions=config.sparse.n_ctx,
+        n_embd=config.dense_train.d_model,
+        n_layer=config.sparse.n_layers,
+        n_head=config.dense_train.n_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
     )
-    if not options.positions:
+
+
+def _new_gpt2(config: RunConfig, end_of_text: int | None) -> GPT2LMHeadModel:
+    model = GPT2LMHeadModel(small_gpt2(config, end_of_text))
+    if not config.dense_train.positions:
         model.transformer.wpe.weight.data.zero_()
         model.transformer.wpe.requires_grad_(False)
     return model

@@ -8,12 +8,13 @@ from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
 
-from bridges.bridge import BridgeSet
+from bridges.bridge import BridgeSet, kept_by_encoders
 from bridges.config import RunConfig
 from bridges.dense import DenseModel, check_fit
 from bridges.hybrid import residuals
 from bridges.joint_step import JointLosses, draw, joint_backward
 from sparse_model.model.transformer import SparseTransformer
+from sparse_model.sparsity.projection import annealed_topk
 from sparse_model.sparsity.topk import NotFiniteError
 from sparse_model.training.identity import Identity, digest_of
 from sparse_model.training.trainer import FreeRule, SparseTrainer, sublayer_not_finite
@@ -42,6 +43,12 @@ class JointTrainer(SparseTrainer):
         super().__init__(config, sparse, blocks, folder, accelerator, free_rule=rule, beside={"bridges": bridges})
         self.bridge_config, self.bridges = config.bridge, bridges
         self.dense = dense.to(self.device)
+
+    def set_topk(self, progress: float) -> None:
+        """Set what AbsTopK keeps in the sparse model, and in the encoders, at this share of all steps."""
+        super().set_topk(progress)
+        share = annealed_topk(self.bridge_config.encoder_topk, self.config.sparsity, progress)
+        self.bridges.encoder_k = kept_by_encoders(share, self.bridges.d_sparse)
 
     def backward(self, tokens: Int[Tensor, "batch pos"], batch: int, scale: float | Tensor) -> JointLosses:
         """The joint loss of this batch's draw of hybrids and positions."""

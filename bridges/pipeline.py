@@ -17,6 +17,7 @@ from torch import Tensor
 from bridges import run_folder as run_folder
 from bridges.config import KEPT, RunConfig
 from bridges.dense import DenseModel, cast_parameters
+from bridges.dense_start import DENSE, begin_as_dense
 from bridges.dense_training import DENSE_CHECKPOINT
 from bridges.evaluation import evaluate, evaluation_table
 from bridges.joint_trainer import JointTrainer
@@ -94,6 +95,8 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     cast_parameters(hf, getattr(torch, config.dense_dtype))
     dense, sparse = DenseModel(hf), parts.sparse or _new_sparse(config, blocks.train)
     bridges = run_folder.new_bridges(config, dense.d_model)
+    if config.start_from == DENSE and not run_folder.has_begun(folder):
+        begin_as_dense(sparse, bridges, hf, blocks.train)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if (folder / "bridges").exists():  # written last
         return _finish(trainer, run_folder.open_run(folder), blocks.val, progress) if main else {}

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bridges.bridge import SCALES, BridgeSet, load_bridges, save_bridges
+from bridges.bridge import SCALES, BridgeSet, kept_by_encoders, load_bridges, save_bridges
 from bridges.bundle_format import check_format, dense_files, load_dense_part
 from bridges.config import RunConfig
 from bridges.dense import DenseModel, check_fit
-from bridges.dense_training import DENSE_CHECKPOINT, save_dense, train_dense
+from bridges.dense_start import DENSE, check_dense_start
+from bridges.dense_training import DENSE_CHECKPOINT, save_dense, small_gpt2, train_dense
 from bridges.lens_view import boot
 from bridges.loading import load_lm, read_config
 from bridges.packaged import dense_source, packaged
@@ -88,6 +89,8 @@ def check_parts(config: RunConfig, folder: Path, device: torch.device, *, progre
     """
     check_corpus(config, folder / SAMPLES if config.dense else None)
     check_budgets_of(config)
+    if config.start_from == DENSE and config.dense is None:
+        check_dense_start(config.sparse, small_gpt2(config))
     for part in ("tokenizer", "dense"):
         recover_folder(folder / part)
     if config.dense and not (folder / "dense").exists():
@@ -96,6 +99,8 @@ def check_parts(config: RunConfig, folder: Path, device: torch.device, *, progre
     dense = _dense(config, folder, tokenizer)
     if dense is not None:
         check_fit(DenseModel(dense), config.sparse)
+        if config.start_from == DENSE:
+            check_dense_start(config.sparse, dense.config)
         boot(dense, tokenizer)  # what cannot be steered afterwards is refused before it is trained
     sparse = _sparse(config, folder, tokenizer)
     samples = samples_in(folder)
@@ -150,7 +155,7 @@ def _dense(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) 
 
 def _sparse(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> SparseTransformer | None:
     """The model that the configuration names to begin with; None where none is, or the training has begun."""
-    if config.start_from is None or any((folder / part).exists() for part in (CHECKPOINT, "sparse")):
+    if config.start_from in (None, DENSE) or has_begun(folder):
         return None
     start = packaged(config.start_from) or Path(config.start_from).expanduser()
     if not (start / "sparse").is_dir():
@@ -195,6 +200,11 @@ def prepare_dense(
     return model
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether there is a sparse model in the folder that is trained or in training."""
+    return any((folder / part).exists() for part in (CHECKPOINT, "sparse"))
+
+
 def check_unfinished(folder: Path, resume: bool) -> None:
     """Raise FileExistsError where the training of a dense model was stopped and is not to go on."""
     if (folder / DENSE_CHECKPOINT).exists() and not resume:
@@ -207,7 +217,8 @@ def check_unfinished(folder: Path, resume: bool) -> None:
 def new_bridges(config: RunConfig, d_dense: int) -> BridgeSet:
     """Untrained bridges of a run's shape."""
     sparse = config.sparse
-    return BridgeSet(sparse.n_sites, d_dense, sparse.d_model, max(1, int(config.bridge.encoder_topk * sparse.d_model)))
+    kept = kept_by_encoders(config.bridge.encoder_topk, sparse.d_model)
+    return BridgeSet(sparse.n_sites, d_dense, sparse.d_model, kept)
 
 
 def save_trained(folder: Path, sparse: SparseTransformer, bridges: BridgeSet) -> None:

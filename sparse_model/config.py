@@ -129,6 +129,9 @@ class SparsityConfig:
     """Share of the steps after which annealing starts."""
     anneal_stop: float = 0.35
     """Share of the steps after which the target is reached."""
+    topk_anneal_stop: float = 0.0
+    """Share of the steps over which the share that AbsTopK keeps falls, evenly in its logarithm, from 1 to
+    sparse.topk_fraction (and that of the encoders to bridge.encoder_topk); 0: it is there from the first step."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -142,6 +145,7 @@ class SparsityConfig:
             (self.anneal_start, self.anneal_stop),
             "need 0 <= start <= stop <= 1",
         )
+        require(0 <= self.topk_anneal_stop <= 1, "topk_anneal_stop", self.topk_anneal_stop, "must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +235,12 @@ class TrainConfig:
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         check_choices(self)
+        require(
+            not (self.compile and self.sparsity.topk_anneal_stop),
+            "compile",
+            self.compile,
+            "every share of AbsTopK would be compiled anew: leave it out, or topk_anneal_stop",
+        )
 
 
 def differing(a: Any, b: Any) -> list[str]:

@@ -104,7 +104,9 @@ def parse_run(
     if kept is not None:
         chosen, origin = kept, str(place)
     elif fit and dense:
-        chosen = fit(chosen, dense, place)
+        start = _given(arguments, "--start-from")
+        begin: dict[str, Any] = {"start_from": start} if start else {}
+        chosen = fit(dataclasses.replace(chosen, **begin), dense, place)
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

@@ -73,6 +73,7 @@ class Sublayer(nn.Module):
     def __init__(self, cfg: SparseConfig, location: str) -> None:
         super().__init__()
         self.cfg = cfg
+        self.topk_fraction = cfg.topk_fraction  # training may begin with more
         self.location = location
         self.hook_in = HookPoint()
 
@@ -80,7 +81,7 @@ class Sublayer(nn.Module):
         """AbsTopK where the config asks for it."""
         if location not in self.cfg.topk_locations:
             return x
-        return abs_topk(x, int(self.cfg.topk_fraction * x.shape[-1]))
+        return abs_topk(x, int(self.topk_fraction * x.shape[-1]))
 
     def read(self, normalized: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         """The sublayer's sparsified residual read."""
@@ -241,6 +242,11 @@ class SparseTransformer(ReadsText, LensWeights, HookedRootModule, HubModel):
             return None
         table = self.pos_embed.weight if self.cfg.positions == "concat_learned" else self.pos_table
         return table[offset : offset + length]
+
+    def keep_activations(self, fraction: float) -> None:
+        """Let AbsTopK keep another share than the configuration's, until it is set again; for training."""
+        for block in self.blocks:
+            block.attn.topk_fraction = block.mlp.topk_fraction = fraction
 
     def compile_sublayers(self, **options: Any) -> None:
         """Run the sublayers through torch.compile (its options apply), one graph for all attentions, one for all MLPs.

@@ -155,6 +155,13 @@ def annealed_fraction(final: float, config: SparsityConfig, progress: float) -> 
     return math.exp(share * math.log(final))
 
 
+def annealed_topk(final: float, config: SparsityConfig, progress: float) -> float:
+    """Share that AbsTopK keeps at `progress`: from 1, linearly in its logarithm, to `final` at topk_anneal_stop."""
+    if progress >= config.topk_anneal_stop:
+        return final
+    return final ** (progress / config.topk_anneal_stop)
+
+
 class NonzeroCount(NamedTuple):
     """Real sparsity of one parameter."""
 

@@ -27,7 +27,13 @@ from sparse_model.data.batch_order import BatchOrder
 from sparse_model.io.progress import progress_bar
 from sparse_model.io.tensors import to_device
 from sparse_model.model.transformer import SparseTransformer
-from sparse_model.sparsity.projection import SparseParameter, annealed_fraction, check_budgets, project_
+from sparse_model.sparsity.projection import (
+    SparseParameter,
+    annealed_fraction,
+    annealed_topk,
+    check_budgets,
+    project_,
+)
 from sparse_model.sparsity.sparse_linear import sparse_products
 from sparse_model.sparsity.topk import NotFiniteError
 from sparse_model.training.accelerator import matmul_precision
@@ -163,6 +169,7 @@ class SparseTrainer:
     def train_step(self) -> Any:
         """One optimizer step on the next batch; returns its losses on the device."""
         config = self.config
+        self.set_topk((self.step + 1) / config.steps)
         losses = self._accumulate()
         self._reduce_gradients()
         for optimizer in self.optimizers.values():
@@ -184,6 +191,10 @@ class SparseTrainer:
             self._refuse(first_not_finite(parameters_of(self.modules)) or f"a weight ({error})", self.step + 1)
         self.step += 1
         return losses
+
+    def set_topk(self, progress: float) -> None:
+        """Set what AbsTopK keeps at this share of all steps."""
+        self.sparse.keep_activations(annealed_topk(self.config.sparse.topk_fraction, self.config.sparsity, progress))
 
     def _rates(self, step: int) -> tuple[float, float]:
         """The learning rates of sparse and of free parameters in a step, counted from 0."""
