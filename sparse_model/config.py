@@ -196,6 +196,10 @@ class TrainConfig:
     special_tokens: Literal["text", "ids"] = "text"
     """What a special token of the tokenizer, such as <|endoftext|>, is where a text spells it out: text like any
     other, or the one id that it names."""
+    documents: Literal["joined", "apart"] = "joined"
+    """How documents become blocks of n_ctx tokens. joined: one behind the other, each behind end-of-text, the stream
+    cut into blocks. apart: every block is the head of one document, behind beginning-of-text where the tokenizer has
+    that token; shorter documents are left out."""
     seed: int = 0
     """Seeds initial weights, batch order and everything else that is drawn."""
     steps: int = 6000

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from sparse_model.data.sources import Source, open_source, parse_spec
 from sparse_model.data.text_files import SPLITS, FileSource, SourceReport, Split
 from sparse_model.data.tokenizer import tokenizer_fingerprint
 from sparse_model.io.progress import Bar, progress_bar
+
+Documents = Literal["joined", "apart"]
+"""How documents become blocks: joined in a stream that is cut, or the head of one in each, shorter ones left out."""
 
 FORMAT_VERSION = 3
 """Part of the cache's name: raise it when the same configuration should give other blocks or another report."""
@@ -59,7 +62,8 @@ class CorpusConfig:
     """Field that holds the text in .jsonl and hub rows; by default the first of text, content, code."""
     special_tokens: SpecialTokens = "text"
     """What a special token of the tokenizer is where a text spells it out: text, or the id that it names."""
-
+    documents: Documents = "joined"
+    """How documents become blocks: one behind the other, or the head of one in each."""
     samples: str | None = None
     """File of documents that `self`, the dense model's own text, stands for (`bridges.self_text`)."""
 
@@ -81,7 +85,8 @@ class CorpusBlocks(NamedTuple):
     """A tokenized corpus."""
 
     train: Int[Tensor, "train_block n_ctx"]
-    """Token ids, int32 on the CPU; every document in the stream follows an end-of-text id."""
+    """Token ids, int32 on the CPU; every document in the stream follows an end-of-text id. Of documents kept apart each
+    is a block's, behind beginning-of-text where the tokenizer has that."""
     val: Int[Tensor, "val_block n_ctx"]
     """Likewise, from documents that train never sees."""
     fingerprint: str
@@ -188,7 +193,7 @@ def _build_all(
     with progress_bar(total=0, unit=" tokens", unit_scale=True, desc="corpus", disable=not progress) as bar:
         for split in SPLITS:
             blocks[split], splits[split] = _build(config, split, sources, tokenizer, n_ctx, bar)
-            notes += _notes(config, split, splits[split])
+            notes += _notes(config, split, splits[split], n_ctx)
     notes += _note_on_special_tokens(config, splits)
     report = {"splits": splits, "notes": notes, "sources": [source.report().as_json() for source in sources]}
     return blocks, report
@@ -214,7 +219,11 @@ def _fingerprint(
 ) -> str:
     parts = [
         FORMAT_VERSION,
-        {name: value for name, value in asdict(config).items() if name != "samples"},  # a run's copy is the same
+        {
+            name: value
+            for name, value in asdict(config).items()
+            if name != "samples" and (name, value) != ("documents", "joined")  # a run's copy of them is the same
+        },
         [source.identity() for source in sources],
         tokenizer_fingerprint(tokenizer),
         n_ctx,
@@ -232,17 +241,20 @@ def _build(
 ) -> tuple[Int32[np.ndarray, "block n_ctx"], dict[str, Any]]:
     """The blocks of one side, and their entry in the report."""
     budget, spelled = config.budget(split), [Spelled(tokenizer) for _ in sources]
+    apart, short = config.documents == "apart", Counter[str]()
     bar.total += budget
 
     def ids(source: Source, spelled: Spelled) -> Iterator["array[int]"]:
         again = bool(spelled.times)  # a source is read again to keep its share: what it spells is counted once
-        return encode_documents(
+        documents = encode_documents(
             source.documents(split),
             tokenizer,
-            budget,
+            min(budget, n_ctx) if apart else budget,
             special_tokens=config.special_tokens,
             spelled=None if again else spelled,
+            begin=tokenizer.bos_token_id if apart else None,  # type: ignore[arg-type]
         )
+        return _long_enough(documents, n_ctx, source.name, short) if apart else documents
 
     feeds = [
         Feed(entry.name, entry.share, partial(ids, source, of_source))
@@ -262,7 +274,27 @@ def _build(
             " lower n_ctx, raise max_tokens or val_fraction, or give more text"
         )
     times = sum((of_source.times for of_source in spelled), Counter[str]())
-    return packed.blocks, _split_report(feeds, packed) | {"special_tokens": dict(times.most_common())}
+    report = _split_report(feeds, packed) | {"special_tokens": dict(times.most_common())}
+    return packed.blocks, report | ({"too_short": dict(short)} if apart else {})
+
+
+def _long_enough(
+    documents: Iterator["array[int]"], n_ctx: int, name: str, short: Counter[str]
+) -> Iterator["array[int]"]:
+    """The documents that fill a block, the others counted under the source's name."""
+    used, left_out = 0, 0
+    for ids in documents:
+        if len(ids) == n_ctx:
+            used += 1
+            yield ids
+        else:
+            left_out += 1
+            short[name] = max(short[name], left_out)  # not again where the source is repeated
+    if not used and left_out:
+        raise ValueError(
+            f"n_ctx={n_ctx}: each of the {left_out} documents of corpus {name!r} is shorter, and with documents=apart "
+            "each must fill a block: lower n_ctx, or leave documents out"
+        )
 
 
 def _split_report(feeds: Sequence[Feed["array[int]"]], packed: Packed) -> dict[str, Any]:
@@ -280,7 +312,11 @@ def _split_report(feeds: Sequence[Feed["array[int]"]], packed: Packed) -> dict[s
     return {"tokens": total, "blocks": len(packed.blocks), "sources": per_source}
 
 
-def _notes(config: CorpusConfig, split: Split, report: dict[str, Any]) -> list[str]:
+def _notes(config: CorpusConfig, split: Split, report: dict[str, Any], n_ctx: int) -> list[str]:
+    short = sum(report.get("too_short", {}).values())
+    if short:
+        left = f"{short} {split} documents have fewer than {n_ctx} tokens and are left out (--documents apart)"
+        return [left, *_notes(config, split, report | {"too_short": {}}, n_ctx)]
     ended = {name: source for name, source in report["sources"].items() if source["complete_passes"]}
     if split == "val":
         return [f"{name} has no more val documents; its {of['tokens']} tokens are all" for name, of in ended.items()]

@@ -70,8 +70,9 @@ def encode_documents(
     *,
     special_tokens: SpecialTokens = "text",
     spelled: Spelled | None = None,
+    begin: int | None = None,
 ) -> Iterator["array[int]"]:
-    """The ids of each document, end-of-text first, at most `most`: of a longer one the rest is not read.
+    """The ids of each document behind `begin` (unset: end-of-text), at most `most`: more of it is not read.
 
     Short documents are encoded in batches, which tokenizers do in parallel.
     """
@@ -82,9 +83,11 @@ def encode_documents(
                 spelled.count(text)
         return encode_texts(tokenizer, texts, special_tokens=special_tokens)
 
+    begin = tokenizer.eos_token_id if begin is None else begin  # type: ignore[assignment]
+
     def flush() -> Iterator["array[int]"]:
         for ids in encode(waiting):
-            yield array("i", [tokenizer.eos_token_id, *ids[: most - 1]])
+            yield array("i", [begin, *ids[: most - 1]])
         waiting.clear()
 
     waiting: list[str] = []
@@ -97,7 +100,7 @@ def encode_documents(
                 yield from flush()
             continue
         yield from flush()
-        long = array("i", [tokenizer.eos_token_id])
+        long = array("i", [begin])
         for piece in chain([first, second], pieces):
             long.extend(encode([piece])[0])
             if len(long) >= most:

@@ -29,6 +29,7 @@ def corpus_config(config: TrainConfig, samples: Path | None = None) -> CorpusCon
         seed=config.seed,
         text_field=config.text_field,
         special_tokens=config.special_tokens,
+        documents=config.documents,
         samples=None if samples is None else str(samples),
     )
 

@@ -1,5 +1,6 @@
 """Corpora: specs, the division into train and val, mixing, packing, and the cache."""
 
+import copy
 import warnings
 from itertools import islice, pairwise
 from pathlib import Path
@@ -84,6 +85,32 @@ def test_special_tokens_are_text_and_said_or_ids(tmp_path: Path, tokenizer: PreT
     assert any("each of which is read as the one id" in note for note in ids.report["notes"])
     found = [int((blocks.train == tokenizer.eos_token_id).sum() + (blocks.val == 0).sum()) for blocks in (text, ids)]
     assert found == [10, 12]
+
+
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_documents_kept_apart_are_one_a_block(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, bos: str | None
+) -> None:
+    """For a model that learned one at a time, behind its own beginning-of-text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": bos})
+    texts = write_documents(tmp_path, 40) + write_documents(tmp_path, 7, words=1, tag="s")
+    config = CorpusConfig(spec=f"{tmp_path}", val_fraction=0.3, documents="apart")
+    blocks = load(config, tokenizer)
+    begin = tokenizer.bos_token_id if bos else tokenizer.eos_token_id
+    heads = {(begin, *tokenizer(text)["input_ids"][:15]) for text in texts}
+    both = torch.cat([blocks.train, blocks.val])
+    assert len(both) == 40
+    assert {tuple(row) for row in both.tolist()} <= heads
+    left_out = sum(split["too_short"].get(str(tmp_path), 0) for split in blocks.report["splits"].values())
+    assert left_out == 7
+    said = [note for note in blocks.report["notes"] if "have fewer than 16 tokens and are left out" in note]
+    assert sum(int(note.split()[0]) for note in said) == 7
+    assert load(CorpusConfig(spec=f"{tmp_path}", val_fraction=0.3), tokenizer).fingerprint != blocks.fingerprint
+    message = "n_ctx=400: each of the .* documents of corpus .* is shorter, and with documents=apart .* lower n_ctx"
+    with pytest.raises(ValueError, match=message):
+        load(config, tokenizer, 400)
 
 
 def test_stdlib_is_python_that_people_wrote() -> None:
