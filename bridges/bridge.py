@@ -27,6 +27,7 @@ SCALES = ("rms_dense", "std_dense", "rms_sparse")
 class BridgeSet(nn.Module):
     """Encoders f_i = AbsTopK(linear), dense to sparse, and decoders g_i = linear, sparse to dense, at sites 0 .. 2L.
 
+    Under autocast a stream keeps its type: products are rounded, sums in a stream are not.
     `encoder_k` entries survive each encoder's AbsTopK; d_sparse keeps all (the identity bridges of the tests).
     """
 
@@ -52,11 +53,11 @@ class BridgeSet(nn.Module):
 
     def encode(self, site: int, resid: DenseResid) -> SparseResid:
         """f_site: a dense residual stream as a sparse one."""
-        return abs_topk(self.encoders[site](resid), self.encoder_k)
+        return abs_topk(self.encoders[site](resid), self.encoder_k).to(resid.dtype)
 
     def decode(self, site: int, resid: SparseResid) -> DenseResid:
         """g_site: a sparse residual stream as a dense one."""
-        return self.decoders[site](resid)
+        return self.decoders[site](resid).to(resid.dtype)
 
     def encode_sites(self, resids: list[DenseResid]) -> Float[Tensor, "site batch pos d_sparse"]:
         """Every site's encoder on its stream, in the launches of one."""
@@ -120,7 +121,7 @@ def _linear_sites(
     weights = torch.stack([layer.weight for layer in layers])  # type: ignore[misc]
     biases = torch.stack([layer.bias for layer in layers])  # type: ignore[misc]
     rows = torch.stack(resids).flatten(1, 2)
-    return torch.baddbmm(biases[:, None], rows, weights.mT).unflatten(1, resids[0].shape[:2])
+    return torch.baddbmm(biases[:, None], rows, weights.mT).unflatten(1, resids[0].shape[:2]).to(rows.dtype)
 
 
 def save_bridges(bridges: BridgeSet, folder: Path) -> None:

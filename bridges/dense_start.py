@@ -2,8 +2,9 @@
 
 A GPT-2 is a sparse model with no zeros: once what it writes to the stream is centred, its LayerNorms are RMSNorms, and
 a norm's bias is part of the next matrix. Its stream may be turned by any P with P^T P = 1 (x becomes P x, each reading
-matrix W becomes W P^T), so P is free: it is chosen such that AbsTopK of P x keeps most of x. The bridges begin as P and
-its transpose, with NMSE and KL near 0. Training then takes weights and activations away (`SparsityConfig`).
+matrix W becomes W P^T), into more channels too, so P is free: it is chosen such that few entries of P x hold most of x,
+for what is read as for the weights that read and write. The bridges begin as P and its transpose, with NMSE and KL near
+0. Projection and AbsTopK then take little away, and training makes up for that.
 
 The paper trains its sparse models from nothing, on ten billion tokens; this is for those with a dense model and little
 time.
@@ -20,7 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from bridges.bridge import BridgeSet
 from bridges.dense import DenseModel
 from bridges.hybrid import residuals
-from sparse_model.config import SparseConfig, require
+from sparse_model.config import SparseConfig, SparsityConfig, require
+from sparse_model.io.progress import progress_bar
 from sparse_model.model.transformer import SparseTransformer
 from sparse_model.sparsity.abs_topk import abs_topk
 
@@ -66,16 +68,29 @@ def check_dense_start(cfg: SparseConfig, dense: PretrainedConfig) -> None:
 
 
 def begin_as_dense(
-    sparse: SparseTransformer, bridges: BridgeSet, hf: PreTrainedModel, blocks: Int[Tensor, "block pos"]
+    sparse: SparseTransformer,
+    bridges: BridgeSet,
+    hf: PreTrainedModel,
+    blocks: Int[Tensor, "block pos"],
+    sparsity: SparsityConfig,
+    *,
+    progress: bool = True,
 ) -> Float[Tensor, "d_sparse d_dense"]:
     """Give sparse model and bridges the dense model's weights, in place; returns P, which turns its stream into theirs.
 
-    With topk_fraction 1 the sparse model's logits are then the dense model's. `blocks` of training text decide on P.
-    Raises what `check_dense_start` raises.
+    With topk_fraction 1 the sparse model's logits are then the dense model's. What `blocks` of training text make the
+    dense model read, and its weights, decide on P. Raises what `check_dense_start` raises.
     """
     check_dense_start(sparse.cfg, hf.config)
-    kept = max(1, int(sparse.cfg.topk_fraction * sparse.d_model))
-    frame = sparsest_frame(stream_sample(hf, blocks), sparse.d_model, kept)
+    width = sparse.d_model
+    frame = sparsest_frame(
+        stream_sample(hf, blocks),
+        stream_weights(hf),
+        width,
+        max(1, int(sparse.cfg.topk_fraction * width)),
+        max(1, int(sparsity.nonzero_fraction * width)),
+        progress=progress,
+    )
     copy_weights(sparse, hf, frame)
     with torch.no_grad():
         for encoder, decoder in zip(bridges.encoders, bridges.decoders, strict=True):
@@ -96,29 +111,62 @@ def stream_sample(hf: PreTrainedModel, blocks: Int[Tensor, "block pos"]) -> Floa
     return torch.cat(rows)
 
 
-def sparsest_frame(
-    reads: Float[Tensor, "token d_dense"], width: int, kept: int, steps: int = _STEPS
-) -> Float[Tensor, "width d_dense"]:
-    """P with P^T P = 1 such that P^T AbsTopK(P x) is near x: Adam on the share of the reads' power that is lost.
+@torch.no_grad()
+def stream_weights(hf: PreTrainedModel) -> list[Float[Tensor, "_ d_dense"]]:
+    """Every matrix that reads or writes the stream, a neuron a row, gains in it, each with an RMS of 1."""
+    body: Any = hf.transformer
+    head: Any = hf.get_output_embeddings()
+    found = [_centred(body.wte.weight), head.weight * body.ln_f.weight]
+    for block in body.h:
+        found += [block.attn.c_attn.weight.T * block.ln_1.weight, _centred(block.attn.c_proj.weight)]
+        found += [block.mlp.c_fc.weight.T * block.ln_2.weight, _centred(block.mlp.c_proj.weight)]
+    return [(w / w.square().mean().sqrt()).float().cpu() for w in found]
 
-    P is A (A^T A)^(-1/2) with a triangular root; A begins as the stream's own axes, and random ones where it is wider.
+
+def sparsest_frame(
+    reads: Float[Tensor, "token d_dense"],
+    weights: list[Float[Tensor, "_ d_dense"]],
+    width: int,
+    active: int,
+    nonzeros: int,
+    *,
+    steps: int = _STEPS,
+    progress: bool = False,
+) -> Float[Tensor, "width d_dense"]:
+    """P with P^T P = 1 such that little is lost of reads and of neurons' weights where few entries of P x are kept.
+
+    Adam on the sum of two shares of power: what P^T AbsTopK(P x) misses of reads x with `active` entries kept, and of
+    neurons' weights x with `nonzeros` kept. P is A times the inverse of a triangular root of A^T A; A begins as the
+    stream's own axes, and random ones beside them where it is wider.
     """
     d_dense = reads.shape[1]
-    if kept >= width:
-        return torch.eye(width, d_dense)
     axes = [torch.eye(d_dense)]
     while len(axes) * d_dense < width:
         axes.append(torch.linalg.qr(torch.randn(d_dense, d_dense))[0])
     start = torch.cat(axes)[:width]
+    if min(active, nonzeros) >= width:
+        return _isometry(start)
     a = nn.Parameter(start + 0.01 * torch.randn_like(start))
     optimizer = torch.optim.Adam([a], lr=2e-3)
-    for _ in range(steps):
-        x = reads[torch.randint(len(reads), (_ROWS,))]
-        frame = _isometry(a)
-        loss = (abs_topk(x @ frame.T, kept) @ frame - x).square().sum() / x.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    rows = max(1, _ROWS // len(weights))
+
+    def missed(x: Tensor, frame: Tensor, kept: int) -> Tensor:
+        return (abs_topk(x @ frame.T, kept) @ frame - x).square().sum() / x.square().sum()
+
+    bar = progress_bar(total=steps, desc="basis", unit="step", disable=not progress)
+    with bar:
+        for _ in range(steps):
+            frame = _isometry(a)
+            some_reads = reads[torch.randint(len(reads), (_ROWS,))]
+            some_weights = torch.cat([w[torch.randint(len(w), (rows,))] for w in weights])
+            of_reads, of_weights = missed(some_reads, frame, active), missed(some_weights, frame, nonzeros)
+            optimizer.zero_grad()
+            (of_reads + of_weights).backward()
+            optimizer.step()
+            bar.set_postfix_str(
+                f"lost of reads {float(of_reads.detach()):.3f}, of weights {float(of_weights.detach()):.3f}"
+            )
+            bar.update()
     return _isometry(a).detach()
 
 
@@ -155,6 +203,8 @@ def copy_weights(sparse: SparseTransformer, hf: PreTrainedModel, frame: Float[Te
     head: Any = hf.get_output_embeddings()
     read(sparse.unembedding, head.weight, None, body.ln_f)
     sparse.logits_bias.copy_(head.weight @ body.ln_f.bias)
+    if sparse.cfg.bigram != "none":  # whatever it was made of, the dense model has none
+        sparse.bigram.zero_()
 
 
 def _centred(rows: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from bridges.families import Anatomy
 from bridges.loading import check_same_logits, sample_tokens
 
+_REMEDY = "train beside a model that it knows; a run that is trained already opens without it by load_hf"
+
 
 def boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: str | torch.device = "cpu") -> Any:
     """A TransformerLens view of an HF model that shares its tensors and leaves the HF object as it was.
@@ -32,7 +34,7 @@ def boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, device: str
             name, hf_model=copy.deepcopy(model, shared), tokenizer=tokenizer, device=str(device)
         ).eval()
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{what} cannot be made ({error}): load_hf takes the model without TransformerLens") from error
+        raise ValueError(f"{what} cannot be made ({error}): {_REMEDY}") from error
     _compare(dense, anatomy, what)
     return dense
 
@@ -45,7 +47,7 @@ def _compare(dense: Any, anatomy: Anatomy, what: str) -> None:
     try:
         found = dense(tokens)
     except Exception as error:
-        raise ValueError(f"{what} does not run ({type(error).__name__}: {error}): use load_hf") from error
+        raise ValueError(f"{what} does not run ({type(error).__name__}: {error}): {_REMEDY}") from error
     # A GPU may be set to round its products to ten bits.
     exact = model.device.type == "cpu" and wanted.dtype == torch.float32
     check_same_logits(found, wanted, what, 1e-4 if exact else 5e-2)

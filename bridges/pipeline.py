@@ -96,7 +96,7 @@ def _train_bridge(config: RunConfig, folder: Path, accelerator: Accelerator, res
     dense, sparse = DenseModel(hf), parts.sparse or _new_sparse(config, blocks.train)
     bridges = run_folder.new_bridges(config, dense.d_model)
     if config.start_from == DENSE and not run_folder.has_begun(folder):
-        begin_as_dense(sparse, bridges, hf, blocks.train)
+        begin_as_dense(sparse, bridges, hf, blocks.train, config.sparsity, progress=progress)
     trainer = JointTrainer(config, dense, sparse, bridges, blocks.train, folder, accelerator)
     if (folder / "bridges").exists():  # written last
         return _finish(trainer, run_folder.open_run(folder), blocks.val, progress) if main else {}

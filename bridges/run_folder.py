@@ -206,12 +206,13 @@ def has_begun(folder: Path) -> bool:
 
 
 def check_unfinished(folder: Path, resume: bool) -> None:
-    """Raise FileExistsError where the training of a dense model was stopped and is not to go on."""
-    if (folder / DENSE_CHECKPOINT).exists() and not resume:
-        raise FileExistsError(
-            f"{folder} holds the unfinished training of a dense model: add --resume to go on with it, or name another "
-            "folder with --run"
-        )
+    """Raise FileExistsError where a training was stopped and is not to go on."""
+    for part, what in ((DENSE_CHECKPOINT, "a dense model"), (CHECKPOINT, "a sparse model")):
+        if (folder / part).exists() and not resume:
+            raise FileExistsError(
+                f"{folder} holds the unfinished training of {what}: add --resume to go on with it, or name another "
+                "folder with --run"
+            )
 
 
 def new_bridges(config: RunConfig, d_dense: int) -> BridgeSet:

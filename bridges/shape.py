@@ -68,15 +68,18 @@ def _dense_itself(config: RunConfig, dense: PretrainedConfig) -> RunConfig:
         positions="learned",
         d_pos=0,
         act_fn=ACTIVATIONS[dense.activation_function],
+        topk_fraction=0.5,
     )
     if config.sparsity.topk_anneal_stop:  # of a preset that begins so
         return dataclasses.replace(config, sparse=shape)
     return dataclasses.replace(
         config,
         sparse=shape,
-        sparsity=dataclasses.replace(config.sparsity, nonzero_fraction=1 / 8, anneal_stop=0.5, topk_anneal_stop=0.3),
+        sparsity=dataclasses.replace(
+            config.sparsity, nonzero_fraction=1 / 4, bias_fraction=1.0, anneal_stop=0.5, topk_anneal_stop=0.3
+        ),
         optim=dataclasses.replace(config.optim, lr=1e-3),
-        bridge=dataclasses.replace(config.bridge, lr=5e-4),
+        bridge=dataclasses.replace(config.bridge, lr=5e-4, encoder_topk=0.5),
     )
 
 

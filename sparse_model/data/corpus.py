@@ -244,7 +244,7 @@ def _build(
     apart, short = config.documents == "apart", Counter[str]()
     bar.total += budget
 
-    def ids(source: Source, spelled: Spelled) -> Iterator["array[int]"]:
+    def ids(source: Source, name: str, spelled: Spelled) -> Iterator["array[int]"]:
         again = bool(spelled.times)  # a source is read again to keep its share: what it spells is counted once
         documents = encode_documents(
             source.documents(split),
@@ -252,12 +252,12 @@ def _build(
             min(budget, n_ctx) if apart else budget,
             special_tokens=config.special_tokens,
             spelled=None if again else spelled,
-            begin=tokenizer.bos_token_id if apart else None,  # type: ignore[arg-type]
+            begin=tokenizer.bos_token_id if apart else None,
         )
-        return _long_enough(documents, n_ctx, source.name, short) if apart else documents
+        return _long_enough(documents, n_ctx, name, short) if apart else documents
 
     feeds = [
-        Feed(entry.name, entry.share, partial(ids, source, of_source))
+        Feed(entry.name, entry.share, partial(ids, source, entry.name, of_source))
         for entry, source, of_source in zip(parse_spec(config.spec), sources, spelled, strict=True)
     ]
 

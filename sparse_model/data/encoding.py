@@ -83,7 +83,7 @@ def encode_documents(
                 spelled.count(text)
         return encode_texts(tokenizer, texts, special_tokens=special_tokens)
 
-    begin = tokenizer.eos_token_id if begin is None else begin  # type: ignore[assignment]
+    begin = tokenizer.eos_token_id if begin is None else begin
 
     def flush() -> Iterator["array[int]"]:
         for ids in encode(waiting):

@@ -12,7 +12,14 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from bridges.bridge import BridgeSet
 from bridges.config import PRESETS, BridgeConfig, DenseTrainConfig, RunConfig
 from bridges.dense import DenseModel
-from bridges.dense_start import begin_as_dense, check_dense_start, copy_weights, sparsest_frame, stream_sample
+from bridges.dense_start import (
+    begin_as_dense,
+    check_dense_start,
+    copy_weights,
+    sparsest_frame,
+    stream_sample,
+    stream_weights,
+)
 from bridges.evaluation import evaluate
 from bridges.pipeline import train_bridge
 from bridges.run_folder import open_run
@@ -54,7 +61,7 @@ def test_every_logit_and_stream_is_the_dense_models(gpt2: GPT2LMHeadModel, width
     torch.manual_seed(2)
     sparse = SparseTransformer(dataclasses.replace(SHAPE, d_model=width))
     bridges = BridgeSet(5, 16, width, width)
-    frame = begin_as_dense(sparse, bridges, gpt2, TOKENS)
+    frame = begin_as_dense(sparse, bridges, gpt2, TOKENS, SparsityConfig(nonzero_fraction=0.5), progress=False)
     torch.testing.assert_close(frame.T @ frame, torch.eye(16), atol=1e-5, rtol=0)
     torch.testing.assert_close(sparse(TOKENS), gpt2(TOKENS).logits, atol=2e-4, rtol=1e-4)
     figures = evaluate(DenseModel(gpt2), sparse, bridges, TOKENS, progress=False)
@@ -65,23 +72,44 @@ def test_every_logit_and_stream_is_the_dense_models(gpt2: GPT2LMHeadModel, width
     assert figures["dense"]["ce"] == pytest.approx(figures["sparse"]["ce"], abs=1e-5)
 
 
-def test_a_turned_basis_keeps_more_of_the_reads() -> None:
+def test_a_turned_basis_keeps_more_of_reads_and_weights() -> None:
     torch.manual_seed(0)
-    hidden = torch.randn(2000, 24) * (torch.rand(2000, 24) < 0.15)  # sparse in axes that the stream's are not
-    reads = hidden @ torch.linalg.qr(torch.randn(24, 24))[0]
+    turn = torch.linalg.qr(torch.randn(24, 24))[0]
 
-    def lost(frame: torch.Tensor) -> float:
-        return float((abs_topk(reads @ frame.T, 6) @ frame - reads).square().sum() / reads.square().sum())
+    def sparse_elsewhere(rows: int) -> torch.Tensor:  # in axes that are not the stream's
+        return (torch.randn(rows, 24) * (torch.rand(rows, 24) < 0.15)) @ turn
 
-    frame = sparsest_frame(reads, 24, 6)
-    assert lost(frame) < 0.25 * lost(torch.eye(24))
-    assert torch.equal(sparsest_frame(reads, 30, 30), torch.eye(30, 24))
+    def lost(x: torch.Tensor, frame: torch.Tensor) -> float:
+        return float((abs_topk(x @ frame.T, 6) @ frame - x).square().sum() / x.square().sum())
+
+    reads, weights, axes = sparse_elsewhere(2000), [sparse_elsewhere(50), sparse_elsewhere(80)], torch.eye(24)
+    frame = sparsest_frame(reads, weights, 24, 6, 6)
+    for x in (reads, *weights):
+        assert lost(x, frame) < 0.25 * lost(x, axes)
+    torch.testing.assert_close(sparsest_frame(reads, weights, 24, 24, 24), axes)  # nothing is lost there
 
 
 def test_reads_are_sampled_at_every_site_a_sublayer_reads(gpt2: GPT2LMHeadModel) -> None:
     rows = stream_sample(gpt2, TOKENS)
     assert rows.shape == (4 * TOKENS.numel(), 16)
     torch.testing.assert_close(rows.square().mean(1), torch.ones(len(rows)), atol=1e-3, rtol=0)
+
+
+def test_neurons_of_every_matrix_at_the_stream_count_alike(gpt2: GPT2LMHeadModel) -> None:
+    found = stream_weights(gpt2)
+    assert [len(w) for w in found] == [40, 40] + 2 * [48, 16, 64, 64]
+    for w in found:
+        torch.testing.assert_close(w.square().mean(), torch.ones(()))
+    body: Any = gpt2.transformer
+    gained = body.h[1].mlp.c_fc.weight[:, 3] * body.h[1].ln_2.weight
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(found[8][3], gained, dim=0), torch.ones(()))
+
+
+def test_a_bigram_table_made_of_counts_is_taken_out(gpt2: GPT2LMHeadModel) -> None:
+    sparse = SparseTransformer(SHAPE)
+    sparse.bigram.data.fill_(1.0)
+    copy_weights(sparse, gpt2, torch.eye(16))
+    assert not sparse.bigram.any()
 
 
 def test_a_tied_head_without_biases_of_norms_is_the_plain_gpt2(gpt2: GPT2LMHeadModel) -> None:
