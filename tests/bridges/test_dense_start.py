@@ -21,7 +21,7 @@ from bridges.dense_start import (
     stream_weights,
 )
 from bridges.evaluation import evaluate
-from bridges.pipeline import train_bridge
+from bridges.pipeline import evaluate_run, train_bridge
 from bridges.run_folder import open_run
 from bridges.shape import fit_to
 from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig
@@ -173,7 +173,18 @@ def test_a_run_begins_there() -> None:
     figures = train_bridge(dataclasses.replace(JOINT, sparse=everything), "run", progress=False)
     assert figures["sparse"]["ce"] == pytest.approx(figures["dense"]["ce"], abs=2e-3)  # tanh GELU, another epsilon
     assert all(site["nmse_encode"] < 1e-4 and site["kl_dense_to_sparse"] < 1e-3 for site in figures["sites"])
-    assert open_run("run").config.start_from == "dense"
+    run = open_run("run")
+    assert run.config.start_from == "dense"
+    assert run.sparse.logits_bias.any()  # the final norm's bias
+    assert evaluate_run(run, progress=False)["sparse"]["ce"] == pytest.approx(figures["sparse"]["ce"], abs=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_what_a_killed_start_left_is_not_taken_for_the_dense_model() -> None:
+    """A checkpoint alone, without the configuration: neither random weights nor the dense model go on from it."""
+    Path("run/checkpoint").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="run holds the unfinished training of a sparse model: add --resume"):
+        train_bridge(JOINT, "run", progress=False)
 
 
 @pytest.mark.usefixtures("here")
