@@ -72,6 +72,11 @@ RULES = (
         f"--tasks single_double_quote --levels 0.6 --draws 2 --target-loss 0.5 {PRUNING}",
     ),
     Rule(r"python scripts/studies/prune_settings\.py", f"--draws 1 --target-loss 0.5 {PRUNING}"),
+    Rule(
+        r"python scripts/studies/dense_start\.py",
+        "--corpus generated --corpus-tokens 20000 --widths 64 --topk 0.5 --kept 0.5 --eval-tokens 512",
+    ),
+    Rule(r"python scripts/studies/dense_start\.py", replacing("runs/code/dense", "demo")),
     Rule(r"python scripts/studies/worst_case\.py", f"--target-loss 0.5 {PRUNING}"),
     Rule(r"python scripts/studies/prediction\.py", "--channels 4 --rows 4 --draws 2"),
     # It takes text behind what a run is measured on; the runs made here have no more.
