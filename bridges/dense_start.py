@@ -104,9 +104,9 @@ def stream_sample(hf: PreTrainedModel, blocks: Int[Tensor, "block pos"]) -> Floa
     """What the dense model's sublayers read, before gain and bias: the normalised stream at every site but the last."""
     device = next(hf.parameters()).device
     picked = torch.randperm(len(blocks))[: max(1, _SAMPLE // blocks.shape[1])].sort().values
-    rows = []
+    dense, rows = DenseModel(hf), []
     for some in blocks[picked].split(8):
-        streams = residuals(DenseModel(hf), some.long().to(device))[:-1]
+        streams = residuals(dense, some.long().to(device))[:-1]
         rows += [nn.functional.layer_norm(x.flatten(0, 1), x.shape[-1:]).float().cpu() for x in streams]
     return torch.cat(rows)
 
@@ -179,21 +179,21 @@ def _isometry(a: Float[Tensor, "width d_dense"]) -> Float[Tensor, "width d_dense
 def copy_weights(sparse: SparseTransformer, hf: PreTrainedModel, frame: Float[Tensor, "d_sparse d_dense"]) -> None:
     """The dense model's weights as the sparse model's, its stream turned by `frame`; the same function at topk 1."""
     body: Any = hf.transformer
-    frame = frame.to(body.wte.weight)
+    frame = frame.to(body.wte.weight.device)
     # The turned stream has the same length in d_sparse channels, so that its RMS is smaller.
     shrink = math.sqrt(frame.shape[1] / frame.shape[0])
 
     def read(linear: Any, weight: Tensor, bias: Tensor | None, norm: Any) -> None:
-        linear.weight.copy_((weight * norm.weight * shrink) @ frame.T)
+        linear.weight.copy_((weight * norm.weight * shrink).float() @ frame.T)
         if bias is not None:
             linear.bias.copy_(bias + weight @ norm.bias)
 
     def write(linear: Any, weight: Tensor, bias: Tensor) -> None:
-        linear.weight.copy_((_centred(weight) @ frame.T).T)
-        linear.bias.copy_(frame @ _centred(bias))
+        linear.weight.copy_((_centred(weight.float()) @ frame.T).T)
+        linear.bias.copy_(frame @ _centred(bias.float()))
 
-    sparse.token_embed.weight.copy_(_centred(body.wte.weight) @ frame.T)
-    sparse.pos_embed.weight.copy_((_centred(body.wpe.weight) @ frame.T)[: sparse.n_ctx])
+    sparse.token_embed.weight.copy_(_centred(body.wte.weight.float()) @ frame.T)
+    sparse.pos_embed.weight.copy_((_centred(body.wpe.weight.float()) @ frame.T)[: sparse.n_ctx])
     blocks: Any = sparse.blocks
     for theirs, ours in zip(body.h, blocks, strict=True):
         read(ours.attn.qkv, theirs.attn.c_attn.weight.T, theirs.attn.c_attn.bias, theirs.ln_1)

@@ -98,9 +98,9 @@ def check_parts(config: RunConfig, folder: Path, device: torch.device, *, progre
     tokenizer = _tokenizer(config, folder)
     dense = _dense(config, folder, tokenizer)
     if dense is not None:
-        check_fit(DenseModel(dense), config.sparse)
         if config.start_from == DENSE:
             check_dense_start(config.sparse, dense.config)
+        check_fit(DenseModel(dense), config.sparse)
         boot(dense, tokenizer)  # what cannot be steered afterwards is refused before it is trained
     sparse = _sparse(config, folder, tokenizer)
     samples = samples_in(folder)

@@ -222,7 +222,8 @@ def _fingerprint(
         {
             name: value
             for name, value in asdict(config).items()
-            if name != "samples" and (name, value) != ("documents", "joined")  # a run's copy of them is the same
+            # A run's copy of its samples is the same text, and joined documents keep their older name.
+            if name != "samples" and (name, value) != ("documents", "joined")
         },
         [source.identity() for source in sources],
         tokenizer_fingerprint(tokenizer),
@@ -313,14 +314,14 @@ def _split_report(feeds: Sequence[Feed["array[int]"]], packed: Packed) -> dict[s
 
 
 def _notes(config: CorpusConfig, split: Split, report: dict[str, Any], n_ctx: int) -> list[str]:
-    short = sum(report.get("too_short", {}).values())
-    if short:
-        left = f"{short} {split} documents have fewer than {n_ctx} tokens and are left out (--documents apart)"
-        return [left, *_notes(config, split, report | {"too_short": {}}, n_ctx)]
+    notes = []
+    if short := sum(report.get("too_short", {}).values()):
+        notes.append(f"{short} {split} documents have fewer than {n_ctx} tokens and are left out (--documents apart)")
     ended = {name: source for name, source in report["sources"].items() if source["complete_passes"]}
     if split == "val":
-        return [f"{name} has no more val documents; its {of['tokens']} tokens are all" for name, of in ended.items()]
-    notes = []
+        return notes + [
+            f"{name} has no more val documents; its {of['tokens']} tokens are all" for name, of in ended.items()
+        ]
     if len(ended) == len(report["sources"]):
         notes.append(f"the corpus ended at {report['tokens']} of max_tokens={config.max_tokens} train tokens")
     elif ended:

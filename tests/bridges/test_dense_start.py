@@ -89,6 +89,14 @@ def test_a_turned_basis_keeps_more_of_reads_and_weights() -> None:
     torch.testing.assert_close(sparsest_frame(reads, weights, 24, 24, 24), axes)  # nothing is lost there
 
 
+def test_a_model_in_bfloat16_is_turned_in_float32(gpt2: GPT2LMHeadModel) -> None:
+    sparse, turn = SparseTransformer(SHAPE), torch.linalg.qr(torch.randn(16, 16))[0]
+    copy_weights(sparse, gpt2.bfloat16(), turn)
+    body: Any = gpt2.transformer
+    centred = body.wte.weight.float() - body.wte.weight.float().mean(1, keepdim=True)
+    torch.testing.assert_close(sparse.token_embed.weight.detach(), centred @ turn.T)
+
+
 def test_reads_are_sampled_at_every_site_a_sublayer_reads(gpt2: GPT2LMHeadModel) -> None:
     rows = stream_sample(gpt2, TOKENS)
     assert rows.shape == (4 * TOKENS.numel(), 16)
