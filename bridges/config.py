@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, check_choices, require
 from sparse_model.io.reading import NOTHING_ELSE
@@ -153,9 +153,41 @@ class RunConfig(TrainConfig):
 KEPT = ("config.json", "dense-config.json")
 """Where a run folder keeps the configuration that it was begun with; the second is that of train-dense."""
 
+_AS_DENSE = SparseConfig(
+    n_layers=4,
+    d_model=256,
+    d_mlp=1024,
+    n_heads=4,
+    d_head=64,
+    n_ctx=256,
+    d_vocab=2048,
+    bigram="none",
+    positions="learned",
+    topk_fraction=0.5,
+)
+_BEGUN_AS_DENSE: dict[str, Any] = {
+    "sparsity": SparsityConfig(nonzero_fraction=1 / 4, bias_fraction=1.0, anneal_stop=0.5, topk_anneal_stop=0.3),
+    "optim": OptimConfig(lr=1e-3),
+    "bridge": BridgeConfig(encoder_topk=0.5, lr=5e-4),
+}
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "demo": (
-        "2 layers on generated Python; minutes on two CPU cores",
+        "bridges into the packaged four-layer model of real code; minutes on one CPU core",
+        RunConfig(
+            dense="demo",
+            start_from="dense",
+            corpus="packages:0.85,stdlib:0.15",
+            corpus_tokens=1_000_000,
+            steps=450,
+            batch_size=8,
+            eval_tokens=16_384,
+            sparse=dataclasses.replace(_AS_DENSE, n_ctx=128),
+            **_BEGUN_AS_DENSE,
+        ),
+    ),
+    "toy": (
+        "2 layers on generated Python, from nothing; minutes on two CPU cores",
         # Of the dense seeds tried (0, 1, 2, 4, 5, 6) the one where a single read decides the quote most surely, on
         # selection prompts; in others two sublayers share the work, and no read-only edit can flip the answer.
         RunConfig(dense_train=DenseTrainConfig(seed=4)),
@@ -185,18 +217,17 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         ),
     ),
     "code": (
-        "4 layers on real code; a night on one CPU core, minutes on one GPU",
+        "4 layers on real code, the sparse model begun as the dense one; a night on one CPU core, minutes on one GPU",
         RunConfig(
+            start_from="dense",
             corpus="packages:0.85,stdlib:0.15",
             corpus_tokens=33_000_000,
             steps=8000,
             batch_size=4,
             tf32=True,
-            bigram_init="counts",
-            sparse=SparseConfig(
-                n_layers=4, d_model=512, d_mlp=2048, n_heads=32, n_ctx=256, d_vocab=2048, positions="learned"
-            ),
-            sparsity=SparsityConfig(nonzero_fraction=1 / 32),
+            checkpoint_every=250,
+            sparse=_AS_DENSE,
+            **_BEGUN_AS_DENSE,
             dense_train=DenseTrainConfig(
                 d_model=256,
                 n_heads=4,

@@ -7,8 +7,8 @@ Every basis goes through the same stages. Selection prompts decide everything, e
 2. Sets, greedily: of size 1 the candidate that steers best at half of the equal norm and at all of it, then one more
    at a time.
 3. The equal norm is the largest of the ladder at which 95 % of random directions, as long at every token that the exact
-   patch moves, leave P(counterfactual answer) quiet. The equal effects are P of .5 and .9: the norm at which each set
-   first reaches them on selection prompts.
+   patch moves, leave P(counterfactual answer) quiet. The equal effects are half and nine tenths of the way from the
+   prompts' own P to that of their counterfactuals: the norm at which each set first reaches them on selection prompts.
 4. On evaluation prompts: P at every norm of the ladder. An edit has no value on other text, so side effects are
    those of its mean vector over the selection prompts, added at every token: that vector's own P, KL on other text, the
    other tasks and the perplexity of generated text, where it reaches the equal effects on selection prompts.
@@ -193,7 +193,8 @@ class _Pending(NamedTuple):
             side = stand.bystanders.measure(factor * stand.unit * vector)
             return Effects(factor, side.p_target, side.kl, side.perplexity_counterfactual, side.pair_accuracy)
 
-        fixed = {f"{target:g}": first_reached(fixed_on, target) for target in TARGETS}
+        targets = {f"{share:g}": stand.selection.p_at(share) for share in TARGETS}
+        fixed = {name: first_reached(fixed_on, p_target) for name, p_target in targets.items()}
         return Row(
             basis=self.name,
             latents=max(1, len(self.indices)),
@@ -202,7 +203,7 @@ class _Pending(NamedTuple):
             where=stand.place.where,
             p=p,
             equal=p[LADDER.index(equal)],
-            reached={f"{target:g}": first_reached(chosen_on, target) for target in TARGETS},
+            reached={name: first_reached(chosen_on, p_target) for name, p_target in targets.items()},
             p_fixed=[stand.bystanders.p_target(stand.evaluation.prompts, norm * vector) for norm in norms],
             kl=[stand.bystanders.kl(norm * vector) for norm in norms],
             fixed={name: effects(factor) for name, factor in fixed.items() if factor},
@@ -224,7 +225,8 @@ def _equal_norm(stand: _Stand, draws: int) -> tuple[float, list[float]]:
         norms = [factor * stand.unit for factor in LADDER]
         p = steered.answers(along(drawn.to(exact), moved), norms).target.mean(2)
         p95.append(p.quantile(0.95, dim=1).tolist())
-    quiet = [factor for i, factor in enumerate(LADDER) if max(p95[0][: i + 1]) <= QUIET]
+    limit = stand.selection.p_at(QUIET)
+    quiet = [factor for i, factor in enumerate(LADDER) if max(p95[0][: i + 1]) <= limit]
     return (quiet[-1] if quiet else LADDER[0]), p95[1]
 
 

@@ -15,7 +15,8 @@ from sparse_model.io.reading import typed
 
 OURS = "sparse channels"
 TARGETS = (0.5, 0.9)
-"""P(counterfactual answer) at which edits are compared at equal effect."""
+"""Shares of the way from P(counterfactual answer) on the prompts to that on their counterfactuals at which edits are
+compared at equal effect."""
 _OTHER = {"difference of means": "#9a7f4f", "difference of means, last token": "#7d6f9a", "logistic probe": "#b05a7a"}
 
 
@@ -54,13 +55,13 @@ class Row(NamedTuple):
     equal: float
     """The same at the equal norm."""
     reached: dict[str, float | None]
-    """The norm at which P first reaches each target on selection prompts; None where none does."""
+    """The norm at which P first goes each share of the way on selection prompts; None where none does."""
     p_fixed: list[float]
     """P with the mean vector at every token, on evaluation prompts, at every norm of the ladder."""
     kl: list[float]
     """KL on other text with that vector."""
     fixed: dict[str, Effects]
-    """Where that vector's P first reaches each target on selection prompts; left out where it does not."""
+    """Where that vector's P first goes each share of the way on selection prompts; left out where it does not."""
 
 
 class Bases(NamedTuple):
@@ -112,11 +113,9 @@ def verdict(result: Bases) -> str:
     others = [row for row in result.rows if row.indices and row.latents == size and OURS not in row.basis]
     target = next((name for name in reversed([f"{t:g}" for t in TARGETS]) if own.reached[name]), None)
     if target is None:
-        return f"{size} sparse channels never reach a P(counterfactual answer) of {TARGETS[0]:g} at these norms."
+        return f"{size} sparse channels never go {TARGETS[0]:g} of the way to the counterfactual's P at these norms."
     reach = {row.basis: row.reached[target] or 0.0 for row in others if row.reached[target]}
-    said = (
-        f"{size} sparse channels reach P {target} at norm {own.reached[target]:g}; so do {len(reach)} of {len(others)} "
-    )
+    said = f"{size} sparse channels go {target} of the way to the counterfactual's P at norm {own.reached[target]:g}; so do {len(reach)} of {len(others)} "
     said += "other bases" + (
         f", at {min(reach.values()):g} ({min(reach, key=reach.__getitem__)}) or more" * bool(reach)
     )

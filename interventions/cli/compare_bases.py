@@ -108,9 +108,9 @@ def rows_of(result: "Bases") -> list[list[str]]:
     """The table: each set at the equal norm, the norms it needs, and its mean vector at equal effect."""
     from interventions.bases.result import TARGETS, title
 
-    head = ["basis", "equal: P", *(f"P {target:g} at" for target in TARGETS)]
+    head = ["basis", "equal: P", *(f"{target:g} at" for target in TARGETS)]
     for target in TARGETS:
-        head += [f"vector P {target:g}: P", "KL", "others"]
+        head += [f"vector {target:g}: P", "KL", "others"]
     rows = [head]
     for row in result.rows:
         norms = ["never" if norm is None else f"{norm:.3g}" for norm in row.reached.values()]

@@ -200,7 +200,7 @@ def channel_by_patching(
         quick = {i: search_channels(run, batch, i, largest=MOST_INDICES, beam=2, progress=progress) for i in sites}
     chosen = choose_site(effects, quick) if quick else sites[0]
     search = search_channels(run, batch, chosen, progress=progress)
-    rules = [eligibility_rule(effects[chosen])] if site is None else []
+    rules = [eligibility_rule(effects, chosen)] if site is None else []
     rules += site_rules(effects, quick, chosen) if quick else []
     return named_channel(
         run,

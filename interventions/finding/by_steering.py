@@ -133,7 +133,7 @@ def channel_by_steering(
     sets = {n: dosed._replace(dose=dose) for (n, dosed), dose in zip(sets.items(), doses, strict=True)}
     least_p = EFFECT_SHARE * max(dosed.dose.p for n, dosed in sets.items() if nameable(n))
     size = next(n for n, dosed in sets.items() if dosed.dose.p >= least_p)
-    site_rule = [eligibility_rule(effects[chosen.site])] if site is None else []
+    site_rule = [eligibility_rule(effects, chosen.site)] if site is None else []
     return named_channel(
         run,
         name,

@@ -84,6 +84,8 @@ class Steering(NamedTuple):
     `trained bridge` is ours."""
     digest: str
     """Of the channel as it was chosen."""
+    reach: float
+    """P(counterfactual answer) of the counterfactual prompts themselves, unsteered."""
 
     def plot(self) -> Figure:
         """The strength curves with their controls; needs no display."""
@@ -239,7 +241,7 @@ def strength_chart(result: Steering, chart_id: str = "steering") -> Chart:
         title="Strength curves",
         caption=f"Mean over {result.prompts} evaluation prompts; site {result.site}, where={result.where}. What is "
         f"drawn at random is, token by token, as long as the edit with {set_name(result.reference)}. Around the "
-        "channels' curves: 95 % bootstrap interval over prompts.",
+        f"channels' curves: 95 % bootstrap interval over prompts. Counterfactual prompts, unsteered: {result.reach:.3f}.",
         x=numbers(result.strength),
         x_title="steering strength (1: fully patched)",
         y_title="P(counterfactual answer)",

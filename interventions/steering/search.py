@@ -92,9 +92,9 @@ class EqualSearch:
         moved = (self._changes[0] != 0).any(-1, keepdim=True).to(self.columns)
         generator = torch.Generator().manual_seed(0)
         directions = list(along(random_directions(SEARCH_DRAWS, self.columns.shape[1], generator), moved))
-        quiet = 0.0
+        quiet, limit = 0.0, self._steered[0].p_at(QUIET)
         for norm in NORMS:
-            if float(self._steered[0].answers(directions, [norm]).target.mean(2)[0].quantile(0.95)) > QUIET:
+            if float(self._steered[0].answers(directions, [norm]).target.mean(2)[0].quantile(0.95)) > limit:
                 break
             quiet = norm
         return quiet

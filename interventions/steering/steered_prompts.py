@@ -26,6 +26,7 @@ Vectors = Float[Tensor, "prompt pos d_dense"]
 """The change of the dense stream at every token of the prompts: one edit at full strength."""
 
 _TOKENS = 8192  # of a pass; more no longer stay in a CPU core's cache
+_ROWS = 32  # of an unedited pass
 _ENTRIES = 2**24  # of the edits in memory at a time
 
 
@@ -108,10 +109,29 @@ class SteeredPrompts:
         self._groups = list(self._grouped())
         self.base = Answers(torch.zeros(len(prompts.last)), torch.zeros(len(prompts.last)))
         """Without an edit."""
+        self.reach = self._reach()
+        """Mean P(counterfactual answer) of the counterfactual prompts themselves: what there is to reach."""
         for group in self._groups:
             logits = group.suffix.logits(None, torch.ones(1))[0, 0]
             for all_rows, of_group in zip(self.base, self._answers(group, logits), strict=True):
                 all_rows[group.rows.cpu()] = of_group
+
+    def _reach(self) -> float:
+        given = self.prompts
+        parts = zip(*(part.split(_ROWS) for part in (given.counterfactual, given.last, given.target)), strict=True)
+        p = [
+            logits_at(self.hf, tokens, last).float().softmax(-1).gather(1, target[:, None])
+            for tokens, last, target in parts
+        ]
+        return float(torch.cat(p).mean())
+
+    def p_at(self, share: float) -> float:
+        """Mean P(counterfactual answer) at a share of the way from the unsteered prompts to their counterfactuals.
+
+        Where many tokens may follow, as in ordinary text, the counterfactual prompts' own P is far from 1.
+        """
+        base = float(self.base.target.mean())
+        return base + share * max(self.reach - base, 0.0)
 
     @torch.no_grad()
     def answers(self, edits: Iterable[Vectors], strengths: Sequence[int | float]) -> Answers:

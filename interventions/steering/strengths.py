@@ -4,8 +4,9 @@
    pair, as in a steering experiment (paper A.4). Strengths beyond 1 are tried, too: of all that the sparse model moves
    between the two prompts, a few channels are a short edit.
 2. A strength is quiet if there and at all smaller ones 95 % of random directions of the edit's own norm, token by
-   token, leave P(counterfactual answer) at or below .05. What is quiet here may not be on other prompts: an experiment
-   keeps the strength, and says what random directions do there.
+   token, take P(counterfactual answer) at most 5 % of the way from the prompts' own to that of their counterfactuals.
+   What is quiet here may not be on other prompts: an experiment keeps the strength, and says what random directions do
+   there.
 3. Of the quiet strengths the smallest is taken that reaches 90 % of the largest P(counterfactual answer) among them.
 """
 
@@ -26,7 +27,7 @@ from interventions.tasks.base import TaskBatch
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 """Strengths that are tried."""
 QUIET = 0.05
-"""P(counterfactual answer) that 95 % of random directions must not pass."""
+"""Share of the way to the counterfactual prompts' own P that 95 % of random directions must not pass."""
 NEAR_LARGEST = 0.9
 """Share of the largest effect from which one is nearly as large."""
 
@@ -47,9 +48,9 @@ class Dose(NamedTuple):
     """95th percentile of random directions as long."""
 
 
-def quiet_count(random: Sequence[float]) -> int:
-    """How many strengths, from the first on, are quiet."""
-    return next((i for i, p in enumerate(random) if p > QUIET), len(random))
+def quiet_count(random: Sequence[float], limit: float) -> int:
+    """How many strengths, from the first on, leave P at or below a limit."""
+    return next((i for i, p in enumerate(random) if p > limit), len(random))
 
 
 def near_largest(p: float, largest: float) -> bool:
@@ -99,17 +100,17 @@ class Dosing:
     def _quiet(self, edits: Sequence[Vectors], draws: int) -> list[list[float]]:
         norms = [edit.norm(dim=-1, keepdim=True) for edit in edits]
         percentiles: list[list[float]] = [[] for _ in edits]
-        left = list(range(len(edits)))
+        left, limit = list(range(len(edits))), self._steered.p_at(QUIET)
         for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
             drawn = (edit for i in left for edit in along(self._random[:draws], norms[i]))
             random = self._steered.answers(drawn, [strength]).target.mean(2).view(len(left), -1)
             at_strength = random.quantile(0.95, dim=1).tolist()
             for i, p in zip(left, at_strength, strict=True):
                 percentiles[i].append(p)
-            left = [i for i in left if percentiles[i][-1] <= QUIET]
+            left = [i for i in left if percentiles[i][-1] <= limit]
             if not left:
                 break
-        return [p[: quiet_count(p)] for p in percentiles]
+        return [p[: quiet_count(p, limit)] for p in percentiles]
 
     def doses(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[Dose]:
         """The strength of each set."""

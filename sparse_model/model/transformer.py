@@ -54,6 +54,13 @@ class KVCache:
         self._layers[layer] = k, v
         return k, v
 
+    def copy(self, rows: Int[Tensor, " row"] | slice = slice(None)) -> "KVCache":
+        """One that begins as this one, or as these rows of it; extending either leaves the other as it is."""
+        other = KVCache()
+        other.length = self.length
+        other._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+        return other
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, with the dtype's machine epsilon, as torch.nn.RMSNorm; hooks as in TransformerLens."""

@@ -83,6 +83,7 @@ def steering(task: str = TASK, *, p95: float = 0.05) -> Steering:
         search_norm=1.0,
         searched={"trained bridge": {"1": [0.42]}, "shuffled decoder": {"1": [0.1, 0.2, 0.6]}},
         digest="",
+        reach=0.9994,
     )
 
 

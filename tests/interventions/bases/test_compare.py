@@ -16,7 +16,7 @@ from interventions.steering.rivals import exact_patch
 from interventions.steering.search import attribution
 from interventions.steering.setting import Setting
 from interventions.steering.side_effects import fixed_vector
-from interventions.steering.steered_prompts import prompts_of
+from interventions.steering.steered_prompts import SteeredPrompts, prompts_of
 
 
 def row_of(result: Bases, basis: str, latents: int = 1):
@@ -122,7 +122,7 @@ def test_sets_are_found_on_selection_prompts(result: Bases, run: Run, setting: S
 def test_the_equal_norm_is_the_largest_quiet_one(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     stand = _Stand.at(setting, Place(setting.site, "read"))
     for threshold in (0.0, 1.0):
-        monkeypatch.setattr("interventions.bases.compare.QUIET", threshold)
+        monkeypatch.setattr(SteeredPrompts, "p_at", lambda steered, share, limit=threshold: limit)
         assert _equal_norm(stand, 3)[0] == (LADDER[0] if threshold == 0 else LADDER[-1])
 
 
@@ -141,7 +141,8 @@ def test_results_are_json_and_read_back(result: Bases, tmp_path) -> None:
 
 def test_the_figure_and_the_verdict(result: Bases, tmp_path) -> None:
     assert plot_bases(result, tmp_path / "bases.png").read_bytes().startswith(b"\x89PNG")
-    assert "3 sparse channels never reach a P(counterfactual answer) of 0.5" in verdict(result)
+    weak = [row._replace(reached={"0.5": None, "0.9": None}) for row in result.rows]
+    assert "3 sparse channels never go 0.5 of the way" in verdict(result._replace(rows=weak))
     strong = [
         row._replace(
             reached={"0.5": float(n), "0.9": None},
@@ -152,7 +153,7 @@ def test_the_figure_and_the_verdict(result: Bases, tmp_path) -> None:
     said = verdict(result._replace(rows=strong))
     own = strong.index(next(row for row in strong if row.basis == OURS and row.latents == 3)) + 1
     assert (
-        f"3 sparse channels reach P 0.5 at norm {own}; so do 4 of 4 other bases, at 7 (ridge regression) or more."
+        f"3 sparse channels go 0.5 of the way to the counterfactual's P at norm {own}; so do 4 of 4 other bases, at 7 (ridge regression) or more."
         in said
     )
     assert f"with a KL of {1 / own:.3f} on other text, the quietest other, rotated axes, with" in said

@@ -18,7 +18,15 @@ from interventions.circuits.node_model import as_nodes, locations
 from interventions.cli.find_channel import Options, main
 from interventions.finding.by_circuit import channel_by_circuit, read_channels
 from interventions.finding.by_patching import SET_SHARE, ChannelSearch, channel_by_patching, search_channels
-from interventions.finding.patching import ReadPatch, SiteEffect, eligible_sites, flipped, log_p, site_effects
+from interventions.finding.patching import (
+    ReadPatch,
+    SiteEffect,
+    eligibility_rule,
+    eligible_sites,
+    flipped,
+    log_p,
+    site_effects,
+)
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import TASKS, get_task
 
@@ -93,6 +101,11 @@ def test_eligible_sites() -> None:
     assert eligible_sites(effects((0.9, 0.9), (0.1, 0.7), (0.1, 0.1), (0.0, 1.0))) == [0, 1]
     assert eligible_sites(effects((0.9, 0.2), (0.8, 0.3), (0.1, 0.1), (0.0, 1.0))) == [1]
     assert eligible_sites(effects((0.3, 0.2), (0.2, 0.3), (0.1, 0.1), (0.0, 1.0))) == [0]
+    # Ordinary text: the counterfactual prompts themselves have .42, the prompts .08, and halfway is .25.
+    natural = effects((0.425, 0.089), (0.423, 0.427), (0.36, 0.24), (0.359, 0.369), (0.086, 0.106), (0.08, 0.42))
+    assert eligible_sites(natural) == [1, 3]
+    assert eligibility_rule(natural, 3).threshold == pytest.approx(0.25)
+    assert eligible_sites(effects((0.3, 0.1), (0.3, 0.1), (0.1, 0.1), (0.08, 0.42))) == [1]
 
 
 def found(whole: float, *shares: float) -> ChannelSearch:
@@ -233,7 +246,7 @@ def limits(channel: Channel) -> list[tuple[str, int | float, int | float, bool]]
 
 def test_a_channel_carries_the_rules_that_chose_it(run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: half of the largest read, nine tenths of the surest site, nine tenths of the read, four indices."""
-    effects = [SiteEffect(i, "", 0.1, p) for i, p in enumerate((0.1, 0.96, 0.1, 0.91, 0.1))]
+    effects = [SiteEffect(i, "", 0.02, p) for i, p in enumerate((0.1, 0.96, 0.1, 0.91, 0.98))]
     searches = {1: found(8.0, 0.7, 0.95), 3: found(5.0, 0.7, 0.8, 0.85, 0.89, 0.99)}
     monkeypatch.setattr("interventions.finding.by_patching.site_effects", lambda *_: effects)
     monkeypatch.setattr(

@@ -38,7 +38,7 @@ def batch(run: Run) -> TaskBatch:
 
 
 def test_quiet_strengths_end_at_the_first_loud_one() -> None:
-    assert [quiet_count(p) for p in ([], [0.06], [0.05, 0.051], [0.01, 0.06, 0.01])] == [0, 0, 1, 1]
+    assert [quiet_count(p, 0.05) for p in ([], [0.06], [0.05, 0.051], [0.01, 0.06, 0.01])] == [0, 0, 1, 1]
 
 
 def test_the_dose_is_the_smallest_quiet_strength_that_does_nearly_as_much_as_any() -> None:
@@ -56,7 +56,7 @@ def test_doses_are_those_of_the_edits_themselves(run: Run, batch: TaskBatch, mon
     edit = sparse_changes(run, 2, prompts)[..., [4, 9]] @ run.bridges.directions(2)[[4, 9]]
     p = steered.answers([edit], LADDER).target.mean(2)[:, 0]
     torch.testing.assert_close(dosing.effects([[4, 9]])[:, 0], p)
-    monkeypatch.setattr(doses, "QUIET", math.inf)
+    monkeypatch.setattr(SteeredPrompts, "p_at", lambda steered, share: math.inf)
     random = torch.tensor(dosing.quiet([[4, 9]])[0])
     assert len(random) == len(LADDER)
     norm = edit.norm(dim=-1, keepdim=True)
@@ -65,10 +65,10 @@ def test_doses_are_those_of_the_edits_themselves(run: Run, batch: TaskBatch, mon
     torch.testing.assert_close(random, steered.answers(edits, LADDER).target.mean(2).quantile(0.95, dim=1))
     # Cut off between two strengths.
     limit = float(random.sort().values[4:6].mean())
-    monkeypatch.setattr(doses, "QUIET", limit)
+    monkeypatch.setattr(SteeredPrompts, "p_at", lambda steered, share: limit)
     quiet, other = dosing.quiet([[4, 9], [5]])
     assert other == dosing.quiet([[5]])[0]
-    assert quiet == random.tolist()[: quiet_count(random.tolist())]
+    assert quiet == random.tolist()[: quiet_count(random.tolist(), limit)]
     assert dosing.doses([[4, 9]])[0] == choose_dose(p.tolist(), quiet, dosing.base)
 
 
@@ -81,8 +81,10 @@ def test_of_sets_that_steer_alike_the_one_that_the_sparse_model_uses_most() -> N
     assert best_of([*found, dosed(0.86, 0.01, site=3)]).site == 3
 
 
-def test_a_planted_channel_is_found(run: Run, batch: TaskBatch) -> None:
+def test_a_planted_channel_is_found(run: Run, batch: TaskBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     """One channel's column is made the dense model's own difference at the site; the others are made short."""
+    # The tiny model does not solve the task: there is no way to go a share of.
+    monkeypatch.setattr(SteeredPrompts, "p_at", lambda steered, share: share)
     site, planted = 2, 7
     dosing = Dosing(run, batch, site)
     patch = ReadPatch(run, batch, site)
@@ -188,5 +190,7 @@ def test_the_channel_carries_the_rules_that_chose_it(
     assert not read_matters(0.499)
     chosen = channel_by_steering(run, "quote_type", TASK, batch, largest=2, candidates=3)
     decides = chosen.selection["site_effects"][chosen.site]
-    assert (chosen.rules[0].bound, chosen.rules[0].threshold) == ("more than", 0.5)
+    ends = chosen.selection["site_effects"][-1]
+    halfway = (ends["p_stream"] + ends["p_read"]) / 2
+    assert (chosen.rules[0].bound, chosen.rules[0].threshold) == ("more than", pytest.approx(halfway))
     assert chosen.rules[0].reached in (decides["p_read"], decides["p_stream"])

@@ -20,7 +20,8 @@ def test_the_table(page: Page) -> None:
 
 def test_the_words(page: Page) -> None:
     words = " ".join(page.words["bases"].split())
-    assert "4 sparse channels reach P 0.9 at norm 1; so do 1 of 1 other bases, at 2 (rotated axes) or more." in words
+    assert "4 sparse channels go 0.9 of the way to the counterfactual's P at norm 1; so do 1 of 1 other bases," in words
+    assert "at 2 (rotated axes) or more." in words
     assert "As one vector at every token they do with a KL of 0.025 on other text," in words
     assert "the quietest other, rotated axes, with 0.050." in words
     assert "TopK autoencoder, k 8 0.123." in words

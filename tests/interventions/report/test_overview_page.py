@@ -58,10 +58,10 @@ def test_steering_is_read_at_strength_1(page: Page) -> None:
 
 @pytest.mark.parametrize("task", ["single_double_quote", "while_return_true", "for_while"])
 def test_the_packaged_runs_steering_is_read_at_strength_1(task: str) -> None:
-    metrics = read(FOLDER / "demo" / "metrics.json")
+    metrics = read(FOLDER / "toy" / "metrics.json")
     found = metrics["steering"][task]
     place = [round(s, 6) for s in found["strength"]].index(1)
-    (page,) = [page for page in steering_pages(FOLDER / "demo", metrics) if page.result.task == task]
+    (page,) = [page for page in steering_pages(FOLDER / "toy", metrics) if page.result.task == task]
     assert len(page.claims) == 8
     for claim, (n, curve) in zip(page.claims[4:], found["by_patching"].items(), strict=True):
         assert claim.edit == f"{n} channel{'' if n == '1' else 's'} from the sparse model alone"
@@ -197,8 +197,8 @@ def test_the_report_opens_with_what_was_found_at_the_chosen_strength(full: Run, 
     assert (verdict, unescape(words)) == (
         "middling",
         "Found in part: 2 channels of the sparse model at strength 0.5, chosen on other prompts, take the dense "
-        f"model's P(counterfactual answer) on {TASK} from 0.010 to 0.300; 95 % of random directions as long give at "
-        "most 0.030, and it does not turn the answer round.",
+        f"model's P(counterfactual answer) on {TASK} from 0.010 to 0.300, where the counterfactual prompts have "
+        "0.999; 95 % of random directions as long give at most 0.030, and it does not turn the answer round.",
     )
     assert page.html.index('class="finding') < page.html.index('class="cards"') < page.html.index('class="warnings"')
     assert '<p class="finding">Nothing has been steered yet: what the channels do' in page_of(bare).html
@@ -206,10 +206,10 @@ def test_the_report_opens_with_what_was_found_at_the_chosen_strength(full: Run, 
 
 @pytest.mark.parametrize("task", ["single_double_quote", "while_return_true", "for_while"])
 def test_the_packaged_findings_are_those_of_its_files(task: str) -> None:
-    metrics, channels = read(FOLDER / "demo" / "metrics.json"), load_channels(FOLDER / "demo")
+    metrics, channels = read(FOLDER / "toy" / "metrics.json"), load_channels(FOLDER / "toy")
     found = metrics["steering"][task]
     (name,) = [c["channel"] for c in [found["experiment"]]]
-    size = str(len(read(FOLDER / "demo" / "channels.json")[name]["indices"]))
+    size = str(len(read(FOLDER / "toy" / "channels.json")[name]["indices"]))
     strength = found["chosen"][size]
     place = [round(s, 6) for s in found["strength"]].index(strength)
     finding = headline(Steering(**found), channels)
@@ -218,19 +218,30 @@ def test_the_packaged_findings_are_those_of_its_files(task: str) -> None:
     assert finding.unsteered == found["channels"][size][0]
     assert finding.steered == found["channels"][size][place]
     assert finding.random_p95 == found["random_own_p95"][size][place]
+    assert finding.reach == found["reach"]
 
 
 @pytest.mark.parametrize(
     ("steered", "random", "verdict", "begins"),
     [
-        (0.9, 0.05, "good", "Found: 1 channel of"),
-        (0.9, 0.06, "middling", "Found in part: "),
-        (0.5, 0.01, "middling", "Found in part: "),
+        (0.9, 0.0595, "good", "Found: 1 channel of"),
+        (0.9, 0.0596, "middling", "Found in part: "),
+        (0.505, 0.02, "middling", "Found in part: "),
+        (0.506, 0.02, "good", "Found: 1 channel of"),
         (0.3, 0.3, "bad", "Nothing was found: "),
     ],
 )
 def test_verdicts_at_their_limits(steered: float, random: float, verdict: str, begins: str) -> None:
-    finding = Headline("t", "1", 1.5, 0.01, steered, random)
+    finding = Headline("t", "1", 1.5, 0.01, steered, random, 1.0)
     assert finding.verdict == verdict
     assert finding.words.startswith(begins)
     assert f"{random:.3f}" in finding.words
+
+
+def test_a_verdict_is_a_share_of_what_there_is_to_reach() -> None:
+    """In ordinary text many tokens may follow; halfway from .086 to .425 the answer is turned round."""
+    assert Headline("t", "1", 1.5, 0.086, 0.26, 0.1, 0.425).verdict == "good"
+    assert Headline("t", "1", 1.5, 0.086, 0.25, 0.1, 0.425).verdict == "middling"
+    assert Headline("t", "1", 1.5, 0.086, 0.26, 0.11, 0.425).verdict == "middling"
+    assert "where the counterfactual prompts have 0.425;" in Headline("t", "1", 1.5, 0.086, 0.26, 0.1, 0.425).words
+    assert Headline("t", "1", 1.5, 0.2, 0.3, 0.2, 0.2).verdict == "middling"  # nothing to reach

@@ -1,6 +1,7 @@
 """What an experiment leaves open is filled in: sets of channels and strengths."""
 
 import dataclasses
+import math
 
 import pytest
 from support.steering_runs import CHANNEL, SMALL, TASK
@@ -94,7 +95,7 @@ def test_what_was_frozen_is_read_from_the_channel(dense, monkeypatch: pytest.Mon
 def test_the_difference_of_means_gets_a_strength_like_any_set(dense, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     selection = {"task": TASK, "sets": {"1": [3]}, "doses": {"1": {"strength": 1.25}}}
     monkeypatch.setitem(get_bundle(dense).channels, "pair", dataclasses.replace(CHANNEL, selection=selection))
-    monkeypatch.setattr(doses, "QUIET", 1.0)
+    monkeypatch.setattr(SteeredPrompts, "p_at", lambda steered, share: math.inf)
     monkeypatch.setattr(doses, "NEAR_LARGEST", 1.0)
     chosen_on = get_task(TASK, run.tokenizer, max_tokens=run.config.sparse.n_ctx).sample(6, split="selection", seed=1)
     found = steer(dense, dataclasses.replace(SMALL, strengths=(), sets=(), seed=1), progress=False)

@@ -41,3 +41,17 @@ def test_every_task_is_steered_from_its_own_answer(dense, run: Run) -> None:
         own = p_target(run.dense(prompts.tokens), prompts._replace(target=prompts.own_answer))
         assert torch.allclose(base.target, p, rtol=1e-3), name
         assert torch.allclose(base.two_way, p / (p + own), rtol=1e-3), name
+
+
+def test_what_there_is_to_reach_is_what_the_counterfactual_prompts_have(
+    dense, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "_ROWS", 8)  # in parts
+    prompts = prompts_of(get_task(TASK, run.tokenizer).sample(20, split="evaluation", seed=0))
+    steered = SteeredPrompts(plain_model(dense), prompts, 2, "read")
+    here, there = (float(p_target(run.dense(tokens), prompts).mean()) for tokens in prompts[:2])
+    assert steered.reach == pytest.approx(there, rel=1e-4)
+    steered.reach = 2 * here
+    assert [steered.p_at(share) for share in (0.0, 0.05, 1.0)] == pytest.approx([here, 1.05 * here, 2 * here], rel=1e-4)
+    steered.reach = here / 2  # nothing to reach
+    assert steered.p_at(0.5) == pytest.approx(here, rel=1e-4)
