@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from sparse_model.config import OptimConfig, SparseConfig, SparsityConfig, TrainConfig, check_choices, require
 from sparse_model.io.reading import NOTHING_ELSE
@@ -153,41 +153,9 @@ class RunConfig(TrainConfig):
 KEPT = ("config.json", "dense-config.json")
 """Where a run folder keeps the configuration that it was begun with; the second is that of train-dense."""
 
-_AS_DENSE = SparseConfig(
-    n_layers=4,
-    d_model=256,
-    d_mlp=1024,
-    n_heads=4,
-    d_head=64,
-    n_ctx=256,
-    d_vocab=2048,
-    bigram="none",
-    positions="learned",
-    topk_fraction=0.5,
-)
-_BEGUN_AS_DENSE: dict[str, Any] = {
-    "sparsity": SparsityConfig(nonzero_fraction=1 / 4, bias_fraction=1.0, anneal_stop=0.5, topk_anneal_stop=0.3),
-    "optim": OptimConfig(lr=1e-3),
-    "bridge": BridgeConfig(encoder_topk=0.5, lr=5e-4),
-}
-
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "demo": (
-        "bridges into the packaged four-layer model of real code; minutes on one CPU core",
-        RunConfig(
-            dense="demo",
-            start_from="dense",
-            corpus="packages:0.85,stdlib:0.15",
-            corpus_tokens=1_000_000,
-            steps=450,
-            batch_size=8,
-            eval_tokens=16_384,
-            sparse=dataclasses.replace(_AS_DENSE, n_ctx=128),
-            **_BEGUN_AS_DENSE,
-        ),
-    ),
-    "toy": (
-        "2 layers on generated Python, from nothing; minutes on two CPU cores",
+        "2 layers on generated Python; minutes on two CPU cores",
         # Of the dense seeds tried (0, 1, 2, 4, 5, 6) the one where a single read decides the quote most surely, on
         # selection prompts; in others two sublayers share the work, and no read-only edit can flip the answer.
         RunConfig(dense_train=DenseTrainConfig(seed=4)),
@@ -226,8 +194,21 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             batch_size=4,
             tf32=True,
             checkpoint_every=250,
-            sparse=_AS_DENSE,
-            **_BEGUN_AS_DENSE,
+            sparse=SparseConfig(
+                n_layers=4,
+                d_model=256,
+                d_mlp=1024,
+                n_heads=4,
+                d_head=64,
+                n_ctx=256,
+                d_vocab=2048,
+                bigram="none",
+                positions="learned",
+                topk_fraction=0.5,
+            ),
+            sparsity=SparsityConfig(nonzero_fraction=1 / 4, bias_fraction=1.0, anneal_stop=0.5, topk_anneal_stop=0.3),
+            optim=OptimConfig(lr=1e-3),
+            bridge=BridgeConfig(encoder_topk=0.5, lr=5e-4),
             dense_train=DenseTrainConfig(
                 d_model=256,
                 n_heads=4,

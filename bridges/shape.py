@@ -23,7 +23,7 @@ def fit_to(config: RunConfig, dense: PretrainedConfig) -> RunConfig:
 
     A new sparse model is twice as wide, with heads of its configured width and four neurons per channel, and keeps a
     share of its weights, a power of 1/2, that leaves a row of a square matrix at least eight. One that begins as the
-    dense model (`bridges.dense_start`) has its width, heads and neurons.
+    dense model (`bridges.dense_start`) has its width, heads and neurons, and no bigram table, as it has none.
     """
     if config.start_from == DENSE:
         return _dense_itself(config, dense)
@@ -65,6 +65,7 @@ def _dense_itself(config: RunConfig, dense: PretrainedConfig) -> RunConfig:
         d_mlp=dense.n_inner or 4 * dense.hidden_size,
         n_heads=heads,
         d_head=dense.hidden_size // heads,
+        bigram="none",
         positions="learned",
         d_pos=0,
         act_fn=ACTIVATIONS[dense.activation_function],

@@ -47,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sparse_model.model.transformer import SparseTransformer
 
     folder = tmp_path_factory.mktemp("docs")
-    shutil.copytree(FOLDER / "toy", folder / "runs" / "demo")
-    shutil.copytree(FOLDER / "toy" / "sparse", folder / "runs" / "sparse" / "sparse")
+    shutil.copytree(FOLDER / "demo", folder / "runs" / "demo")
+    shutil.copytree(FOLDER / "demo" / "sparse", folder / "runs" / "sparse" / "sparse")
     shape = SparseConfig(n_layers=1, d_model=32, d_mlp=64, n_heads=2, n_ctx=16, d_vocab=64, positions="learned")
     to_openai(SparseTransformer(shape), folder / "csp_yolo2")
     return folder

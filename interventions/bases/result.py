@@ -115,7 +115,9 @@ def verdict(result: Bases) -> str:
     if target is None:
         return f"{size} sparse channels never go {TARGETS[0]:g} of the way to the counterfactual's P at these norms."
     reach = {row.basis: row.reached[target] or 0.0 for row in others if row.reached[target]}
-    said = f"{size} sparse channels go {target} of the way to the counterfactual's P at norm {own.reached[target]:g}; so do {len(reach)} of {len(others)} "
+    norm = own.reached[target]
+    said = f"{size} sparse channels go {target} of the way to the counterfactual's P at norm {norm:g}; so do "
+    said += f"{len(reach)} of {len(others)} "
     said += "other bases" + (
         f", at {min(reach.values()):g} ({min(reach, key=reach.__getitem__)}) or more" * bool(reach)
     )

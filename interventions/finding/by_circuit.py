@@ -14,7 +14,8 @@ from bridges.sites import all_sites
 from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.circuits.circuit import Circuit
 from interventions.finding.by_patching import MOST_INDICES, ChannelSearch, named_channel, share_rules
-from interventions.finding.patching import ReadPatch, flipped, log_p, mean_difference, site_effects
+from interventions.finding.patching import flipped, log_p, mean_difference, site_effects
+from interventions.finding.read_patch import ReadPatch
 from interventions.tasks.base import TaskBatch
 
 

@@ -29,13 +29,13 @@ from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.finding.patching import (
-    ReadPatch,
     SiteEffect,
     eligibility_rule,
     eligible_sites,
     mean_difference,
     site_effects,
 )
+from interventions.finding.read_patch import ReadPatch
 from interventions.tasks.base import TaskBatch
 from sparse_model.io.progress import progress_bar
 
@@ -82,12 +82,8 @@ def search_channels(
     patch = ReadPatch(run, batch, site)
     nodes = [residual_reads(run.sparse, batch.tokens[:, member], site) for member in (0, 1)]
     size = (nodes[0] - nodes[1]).abs().sum((0, 1)) * run.bridges.directions(site).norm(dim=1)
-    single = torch.zeros(run.sparse.d_model)
     # A channel that never differs has no effect to measure.
-    for c in progress_bar(
-        size.nonzero().flatten().tolist(), desc=f"site {site}", unit="channel", leave=False, disable=not progress
-    ):
-        single[c] = patch.effect([c])
+    single = patch.singles(size.nonzero().flatten().tolist(), progress=progress)
     ranked = [single.argsort(descending=True)[:candidates], size.argsort(descending=True)[:candidates]]
     pool = sorted({int(c) for ranking in ranked for c in ranking if size[int(c)] > 0})
     if not pool:

@@ -27,7 +27,8 @@ from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions.bundle.channels import Channel, Rule, residual_reads
 from interventions.finding.by_patching import ChannelSearch, nameable, named_channel, size_rule
-from interventions.finding.patching import ReadPatch, eligibility_rule, eligible_sites, mean_difference, site_effects
+from interventions.finding.patching import eligibility_rule, eligible_sites, mean_difference, site_effects
+from interventions.finding.read_patch import ReadPatch
 from interventions.steering.strengths import SEARCH_DRAWS, Dose, Dosing, near_largest
 from interventions.tasks.base import TaskBatch
 from sparse_model.io.progress import progress_bar
@@ -69,12 +70,10 @@ class SteeringSite:
 
     def __init__(self, run: Run, batch: TaskBatch, site: int, candidates: int) -> None:
         self.site, self.patch, self.dosing = site, ReadPatch(run, batch, site), Dosing(run, batch, site)
-        self.single = torch.zeros(run.sparse.d_model)
         moved = self.dosing.changes.abs().sum((0, 1)) > 0
         if not moved.any():
             raise ValueError(f"site {site}: no channel of the sparse read differs between the task's prompts")
-        for c in moved.nonzero().flatten().tolist():
-            self.single[c] = self.patch.effect([c])
+        self.single = self.patch.singles(moved.nonzero().flatten().tolist())
         self.pool = [c for c in self.single.argsort(descending=True)[:candidates].tolist() if moved[c]]
 
     def alone(self) -> list[Dosed]:

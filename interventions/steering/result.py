@@ -241,7 +241,8 @@ def strength_chart(result: Steering, chart_id: str = "steering") -> Chart:
         title="Strength curves",
         caption=f"Mean over {result.prompts} evaluation prompts; site {result.site}, where={result.where}. What is "
         f"drawn at random is, token by token, as long as the edit with {set_name(result.reference)}. Around the "
-        f"channels' curves: 95 % bootstrap interval over prompts. Counterfactual prompts, unsteered: {result.reach:.3f}.",
+        "channels' curves: 95 % bootstrap interval over prompts. Counterfactual prompts, unsteered: "
+        f"{result.reach:.3f}.",
         x=numbers(result.strength),
         x_title="steering strength (1: fully patched)",
         y_title="P(counterfactual answer)",

@@ -95,19 +95,22 @@ class Dosing:
 
     def quiet(self, sets: Sequence[Sequence[int]], draws: int = DRAWS) -> list[list[float]]:
         """95th percentile, over random directions as long as a set's edit, at each of its quiet strengths."""
-        return self._quiet([self.edit(channels) for channels in sets], draws)
+        return self._quiet([self.edit(channels) for channels in sets], draws, [len(LADDER)] * len(sets))
 
-    def _quiet(self, edits: Sequence[Vectors], draws: int) -> list[list[float]]:
+    def _quiet(self, edits: Sequence[Vectors], draws: int, most: Sequence[int]) -> list[list[float]]:
+        """At the first strengths, at most so many of each edit."""
         norms = [edit.norm(dim=-1, keepdim=True) for edit in edits]
         percentiles: list[list[float]] = [[] for _ in edits]
         left, limit = list(range(len(edits))), self._steered.p_at(QUIET)
-        for strength in LADDER:  # one after the other: most of the time goes into those that are not quiet
+        for tried, strength in enumerate(
+            LADDER, 1
+        ):  # one after the other: most of the time goes into those that are not quiet
             drawn = (edit for i in left for edit in along(self._random[:draws], norms[i]))
             random = self._steered.answers(drawn, [strength]).target.mean(2).view(len(left), -1)
             at_strength = random.quantile(0.95, dim=1).tolist()
             for i, p in zip(left, at_strength, strict=True):
                 percentiles[i].append(p)
-            left = [i for i in left if percentiles[i][-1] <= limit]
+            left = [i for i in left if percentiles[i][-1] <= limit and tried < most[i]]
             if not left:
                 break
         return [p[: quiet_count(p, limit)] for p in percentiles]
@@ -119,4 +122,5 @@ class Dosing:
     def edit_doses(self, edits: Sequence[Vectors], draws: int = DRAWS) -> list[Dose]:
         """The strength of each edit, whatever it was made from."""
         effects = self._steered.answers(edits, LADDER).target.mean(2).T.tolist()
-        return [choose_dose(p, q, self.base) for p, q in zip(effects, self._quiet(edits, draws), strict=True)]
+        peaks = [1 + p.index(max(p)) for p in effects]  # a larger strength is never chosen
+        return [choose_dose(p, q, self.base) for p, q in zip(effects, self._quiet(edits, draws, peaks), strict=True)]

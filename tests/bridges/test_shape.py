@@ -44,6 +44,7 @@ def test_a_preset_that_fits_stays_as_it_is(preset: str) -> None:
         "gpt2",
         n_layer=config.sparse.n_layers,
         n_embd=width,
+        n_head=12 if config.dense else config.dense_train.n_heads,
         vocab_size=config.sparse.d_vocab,
         n_positions=max(config.sparse.n_ctx, 1024 * (preset == "gpt2")),
     )

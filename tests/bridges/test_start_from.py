@@ -53,16 +53,16 @@ def test_it_begins_with_those_weights_and_goes_on_without_them() -> None:
 
 
 def test_both_models_may_be_those_of_a_packaged_bundle() -> None:
-    toy = open_run(FOLDER / "toy")
+    demo = open_run(FOLDER / "demo")
     config = dataclasses.replace(
-        JOINT, dense="toy", start_from="toy", tokenizer=None, sparse=toy.config.sparse, eval_tokens=128
+        JOINT, dense="demo", start_from="demo", tokenizer=None, sparse=demo.config.sparse, eval_tokens=128
     )
     train_bridge(config, "joint", progress=False)
     joint = open_run("joint")
-    assert joint.config.dense == "toy"
-    for name, t in toy.dense.state_dict().items():
+    assert joint.config.dense == "demo"
+    for name, t in demo.dense.state_dict().items():
         assert torch.equal(joint.dense.state_dict()[name], t), name
-    for old, new in zip(toy.sparse.sparse_parameters(1.0), joint.sparse.sparse_parameters(1.0), strict=True):
+    for old, new in zip(demo.sparse.sparse_parameters(1.0), joint.sparse.sparse_parameters(1.0), strict=True):
         assert torch.allclose(old.tensor, new.tensor, atol=1e-4), old
 
 

@@ -20,7 +20,7 @@ from sparse_model.config import SparseConfig
 from sparse_model.data.tokenizer import load_tokenizer
 from sparse_model.model.transformer import SparseTransformer
 
-TOKENIZER = load_tokenizer(FOLDER / "toy" / "tokenizer")  # the tests' own has no ` [[`
+TOKENIZER = load_tokenizer(FOLDER / "demo" / "tokenizer")  # the tests' own has no ` [[`
 OPTIONS = bracket_counting.Options(pairs=2, draws=2, numbers=(2, 3, 4))
 DETECTOR, EVERY, DEPTH, OPENS = 0, 1, 2, 3
 """Channels of the built model: the opener's depth, a constant, what the head writes, that something opens."""

@@ -16,7 +16,7 @@ from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import get_task
 from sparse_model.data.tokenizer import load_tokenizer
 
-TOKENIZER = load_tokenizer(FOLDER / "toy" / "tokenizer")
+TOKENIZER = load_tokenizer(FOLDER / "demo" / "tokenizer")
 OPTIONS = variable_binding.Options(pairs=4, draws=2)
 
 

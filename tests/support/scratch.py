@@ -17,7 +17,7 @@ from sparse_model.config import TrainConfig
 from sparse_model.data.generated_python import generate_document
 
 ROOT = Path(__file__).parents[2]
-BUNDLE = FOLDER / "toy"
+BUNDLE = FOLDER / "demo"
 
 
 def furnish(place: Path) -> None:

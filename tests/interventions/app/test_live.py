@@ -30,8 +30,8 @@ EVIL = "<script>alert(1)</script> & </pre>"
 
 
 @pytest.fixture(scope="module")
-def toy():
-    return load_dense("toy")
+def demo():
+    return load_dense("demo")
 
 
 def wrong_quote(found: Comparison) -> tuple[float, float]:
@@ -40,18 +40,18 @@ def wrong_quote(found: Comparison) -> tuple[float, float]:
     return float(found.unsteered[token]), float(found.steered[token])
 
 
-def test_delta_moves_the_quote_of_the_packaged_bundle(toy) -> None:
-    means = delta_range(channel_named(toy, "quote_type")).means
+def test_delta_moves_the_quote_of_the_packaged_bundle(demo) -> None:
+    means = delta_range(channel_named(demo, "quote_type")).means
     assert means
     difference = means[1] - means[0]
-    moved = [compare(toy, PROMPT, "quote_type", k * difference, new_tokens=1) for k in (0, 3, 5, 6)]
+    moved = [compare(demo, PROMPT, "quote_type", k * difference, new_tokens=1) for k in (0, 3, 5, 6)]
     before = wrong_quote(moved[0])[0]
     assert before < 0.05
     assert max(wrong_quote(found)[1] for found in moved) > 0.5
     best = max(moved, key=lambda found: wrong_quote(found)[1])
     assert (best.unsteered_generation.text, best.steered_generation.text) == ('")', "')")
     assert best.kl > 0.5
-    away = compare(toy, PROMPT, "quote_type", -difference)
+    away = compare(demo, PROMPT, "quote_type", -difference)
     assert wrong_quote(away)[1] < 0.05
 
 
@@ -202,18 +202,18 @@ def test_the_range_of_delta_comes_from_the_class_means() -> None:
     assert delta_range(equal) == DeltaRange(largest=10.0, means=(0.8, 0.8))
 
 
-def test_examples_are_those_of_the_channels_task(toy) -> None:
-    own = example_prompts(toy, channel_named(toy, "quote_type"))
+def test_examples_are_those_of_the_channels_task(demo) -> None:
+    own = example_prompts(demo, channel_named(demo, "quote_type"))
     assert len(own) == 6
     for number, prompt in enumerate(own):
         quote = prompt.split("(")[-1][0]
         assert quote == ('"', "'")[number % 2], prompt
-    every = example_prompts(toy, channel_named(toy, "attn.0.read.1"), 9)
+    every = example_prompts(demo, channel_named(demo, "attn.0.read.1"), 9)
     assert len(set(every)) == 9
     for prompt in own + every:
-        compare(toy, prompt, "quote_type", 0, new_tokens=0)
+        compare(demo, prompt, "quote_type", 0, new_tokens=0)
     unknown = Channel(name="x", site=0, indices=(0,), weights=(1.0,), selection={"task": EVIL})
-    assert example_prompts(toy, unknown, 9) == every
+    assert example_prompts(demo, unknown, 9) == every
 
 
 def test_what_the_page_shows_is_escaped(dense, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,14 +268,14 @@ def test_only_a_loopback_address_is_served_on_without_a_warning(caplog: pytest.L
 def test_without_gradio_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install 'sparse-bridges\[serve\]'"):
-        server.serve("toy")
+        server.serve("demo")
 
 
-def test_why_a_channels_own_prompts_are_missing_is_shown(toy) -> None:
+def test_why_a_channels_own_prompts_are_missing_is_shown(demo) -> None:
     name = "quote_type"
-    channel = channel_named(toy, name)
-    assert example_problem(toy, channel) == ""
+    channel = channel_named(demo, name)
+    assert example_problem(demo, channel) == ""
     gone = {"prompts": "file", "file": "/gone/mine.jsonl", "sha256": "0"}
     lost = replace(channel, selection=channel.selection | {"task": "mine", "prompts": gone})
-    assert example_problem(toy, lost).startswith("the task file /gone/mine.jsonl is gone")
-    assert example_prompts(toy, lost)  # of other tasks
+    assert example_problem(demo, lost).startswith("the task file /gone/mine.jsonl is gone")
+    assert example_prompts(demo, lost)  # of other tasks

@@ -16,53 +16,53 @@ from interventions.bundle.channels import Channel
 
 
 @pytest.fixture(scope="module")
-def toy() -> Any:
-    return load_dense("toy")
+def demo() -> Any:
+    return load_dense("demo")
 
 
 @pytest.mark.parametrize("name", ["quote_type", "true_keyword", "loop_type"])
 @torch.no_grad()
-def test_it_starts_on_the_smallest_delta_that_flips_its_own_prompt(toy: Any, name: str) -> None:
-    channel, run = channel_named(toy, name), get_bundle(toy).run
+def test_it_starts_on_the_smallest_delta_that_flips_its_own_prompt(demo: Any, name: str) -> None:
+    channel, run = channel_named(demo, name), get_bundle(demo).run
     batch = own_batch(run, channel)
     assert batch is not None
     own, wanted = batch.answers[0].tolist()
     prompt = batch.prompts[0][0]
-    assert prompt == example_prompts(toy, channel)[0]
+    assert prompt == example_prompts(demo, channel)[0]
     tokens, step = encode_prompt(run, prompt)[None], delta_range(channel).largest / 20
-    assert int(toy(tokens)[0, -1].argmax()) == own
+    assert int(demo(tokens)[0, -1].argmax()) == own
 
     def flips(delta: float) -> bool:
-        with intervene(toy, name, delta=delta):
-            return int(toy(tokens)[0, -1].argmax()) == wanted
+        with intervene(demo, name, delta=delta):
+            return int(demo(tokens)[0, -1].argmax()) == wanted
 
     works = next(d for size in range(1, 21) for d in (size * step, -size * step) if flips(d))
-    found = start_of(toy, channel)
+    found = start_of(demo, channel)
     assert found.delta == pytest.approx(works)
-    shown = compare(toy, prompt, name, found.delta, new_tokens=0)
+    shown = compare(demo, prompt, name, found.delta, new_tokens=0)
     assert (int(shown.unsteered.argmax()), int(shown.steered.argmax())) == (own, wanted)
     assert int(shown.random.argmax()) == own
     assert f"the smallest in steps of {step:g}, turns" in found.words
 
 
-def test_the_sentence_says_where_nothing_works(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    channel = channel_named(toy, "quote_type")
+def test_the_sentence_says_where_nothing_works(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = channel_named(demo, "quote_type")
     idle = replace(channel, weights=(1e-6, 1e-6), statistics={})
-    found = start_of(toy, idle)
+    found = start_of(demo, idle)
     assert found.words.startswith("No delta up to ±10 turns <code>&#34;)</code> into <code>&#39;)</code> at the first")
     assert 0.5 <= abs(found.delta) <= 10
-    plain = compare(toy, example_prompts(toy, channel)[0], "quote_type", 0, new_tokens=0).unsteered
-    (token,) = get_bundle(toy).run.tokenizer.encode("')", add_special_tokens=False)
+    plain = compare(demo, example_prompts(demo, channel)[0], "quote_type", 0, new_tokens=0).unsteered
+    (token,) = get_bundle(demo).run.tokenizer.encode("')", add_special_tokens=False)
     assert found.words.endswith(f"with p = {float(plain[token]):.3f}.")
-    batch = own_batch(get_bundle(toy).run, channel)
+    batch = own_batch(get_bundle(demo).run, channel)
     assert batch is not None
     monkeypatch.setattr(start, "own_batch", lambda *_: batch._replace(answers=batch.answers.flip(1)))
-    assert start_of(toy, channel).delta == 0
-    assert "already ends in <code>&#34;)</code>" in start_of(toy, channel).words
+    assert start_of(demo, channel).delta == 0
+    assert "already ends in <code>&#34;)</code>" in start_of(demo, channel).words
     nameless = Channel(name="x", site=0, indices=(0,), weights=(1.0,))
     monkeypatch.undo()
-    assert start_of(toy, nameless).delta == 0
-    assert "was not measured" in start_of(toy, nameless).words
+    assert start_of(demo, nameless).delta == 0
+    assert "was not measured" in start_of(demo, nameless).words
 
 
 @pytest.mark.parametrize("where", ["read", "stream"])

@@ -152,10 +152,8 @@ def test_the_figure_and_the_verdict(result: Bases, tmp_path) -> None:
     ]
     said = verdict(result._replace(rows=strong))
     own = strong.index(next(row for row in strong if row.basis == OURS and row.latents == 3)) + 1
-    assert (
-        f"3 sparse channels go 0.5 of the way to the counterfactual's P at norm {own}; so do 4 of 4 other bases, at 7 (ridge regression) or more."
-        in said
-    )
+    assert f"3 sparse channels go 0.5 of the way to the counterfactual's P at norm {own}; so do 4 of 4 other" in said
+    assert "other bases, at 7 (ridge regression) or more." in said
     assert f"with a KL of {1 / own:.3f} on other text, the quietest other, rotated axes, with" in said
     silent = [row._replace(fixed={}) for row in strong]
     assert verdict(result._replace(rows=silent)).endswith("As one vector at every token they never do.")

@@ -11,15 +11,15 @@ from interventions.bundle import generation_check
 
 def test_both_views_of_the_packaged_model_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation_check, "_checked", set())
-    load_dense("toy")
-    load_hf("toy")
+    load_dense("demo")
+    load_hf("demo")
     assert len(generation_check._checked) == 2
 
 
 @pytest.mark.parametrize("option", ["use_past_kv_cache", "use_cache"])
 def test_a_lost_prompt_is_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation_check, "_checked", set())
-    model = load_dense("toy") if option == "use_past_kv_cache" else load_hf("toy")
+    model = load_dense("demo") if option == "use_past_kv_cache" else load_hf("demo")
     monkeypatch.setattr(generation_check, "_checked", set())
     generate = model.generate
 

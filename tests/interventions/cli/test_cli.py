@@ -115,21 +115,21 @@ def test_the_module_and_the_wrappers_are_the_command() -> None:
         ("evaluate --run no/such", "no run at no/such: train one with sparse-bridges train-bridge --run no/such"),
         ("check-task --run no/such --task for_while", "no run at no/such: train one"),
         (
-            "check-task --run toy --task ./none.jsonl",
+            "check-task --run demo --task ./none.jsonl",
             "no task file at none.jsonl: give one of the twenty",
         ),
         (
-            "check-task --run toy --task lambda_func --prompts natural",
+            "check-task --run demo --task lambda_func --prompts natural",
             "task 'lambda_func' has no natural prompts",
         ),
         ("solved-tasks no/such", "no/such has neither dense/ nor sparse/"),
         ("solved-tasks no/such --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
         ("find-channel --run no/such --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
         ("find-circuit --run no/such --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
-        ("steer --run toy --out x --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
-        ("steer --run toy --out x --channel quote_typ", "unknown channel 'quote_typ': did you mean quote_type"),
+        ("steer --run demo --out x --task for_whil", "unknown task 'for_whil'; did you mean for_while"),
+        ("steer --run demo --out x --channel quote_typ", "unknown channel 'quote_typ': did you mean quote_type"),
         ("find-circuit --graphml /proc/none/x.graphml", "/proc/none/x.graphml cannot be written"),
-        ("steer --run toy --out /proc/none", "/proc/none cannot be written"),
+        ("steer --run demo --out /proc/none", "/proc/none cannot be written"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +160,7 @@ def test_options_are_named_as_they_are_typed(capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """The packaged bundle as a run of one's own."""
-    shutil.copytree(FOLDER / "toy", tmp_path / "run")
+    shutil.copytree(FOLDER / "demo", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -181,8 +181,8 @@ def test_what_cannot_be_steered_is_said_first(bundle: Path, capsys: pytest.Captu
     assert errors.rstrip().endswith("or add --anyway")
     with pytest.raises(AssertionError, match="was begun"):
         main(["steer", *run, "--anyway"])
-    assert "part of the package" in said(capsys, "steer", "--run", "toy")[2]
-    assert "part of the package" in said(capsys, "compare-bases", "--run", "toy")[2]
+    assert "part of the package" in said(capsys, "steer", "--run", "demo")[2]
+    assert "part of the package" in said(capsys, "compare-bases", "--run", "demo")[2]
     assert "a task counts as solved" in said(capsys, "compare-bases", *run)[2]
     assert "unknown channel 'no.such'" in said(capsys, "compare-bases", *run, "--channel", "no.such")[2]
     assert "--kept (8, 2): give whole numbers from 1 on" in said(capsys, "compare-bases", *run, "--kept", "8", "2")[2]
@@ -266,7 +266,7 @@ def test_each_module_holds_one_command() -> None:
         ("find-channel", "--run", "RUN"),
         ("find-circuit", "--run", "RUN"),
         ("steer", "--run", "RUN"),
-        ("steer", "--run", "toy", "--out", "RUN"),
+        ("steer", "--run", "demo", "--out", "RUN"),
         ("solved-tasks", "RUN"),
         ("report", "--run", "RUN"),
         ("train-bridge", "tiny", "--run", "RUN"),

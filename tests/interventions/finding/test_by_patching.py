@@ -19,7 +19,6 @@ from interventions.cli.find_channel import Options, main
 from interventions.finding.by_circuit import channel_by_circuit, read_channels
 from interventions.finding.by_patching import SET_SHARE, ChannelSearch, channel_by_patching, search_channels
 from interventions.finding.patching import (
-    ReadPatch,
     SiteEffect,
     eligibility_rule,
     eligible_sites,
@@ -27,6 +26,7 @@ from interventions.finding.patching import (
     log_p,
     site_effects,
 )
+from interventions.finding.read_patch import ReadPatch
 from interventions.tasks.base import TaskBatch
 from interventions.tasks.catalogue import TASKS, get_task
 

@@ -12,8 +12,7 @@ from interventions.finding import by_steering as find_steering
 from interventions.finding.by_patching import channel_by_patching, search_channels
 from interventions.finding.by_steering import Dosed, SteeringSite, best_of, channel_by_steering, read_matters
 from interventions.finding.channel_search import freeze
-from interventions.finding.patching import ReadPatch
-from interventions.steering import strengths as doses
+from interventions.finding.read_patch import ReadPatch
 from interventions.steering.edits import sparse_changes
 from interventions.steering.rivals import difference_of_means, exact_patch
 from interventions.steering.steered_prompts import SteeredPrompts, prompts_of, steerable

@@ -309,6 +309,6 @@ def test_on_a_phone_no_column_is_cut(page: Page) -> None:
 
 @pytest.mark.slow
 def test_the_demo_opens_too(context: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(FOLDER / "toy", tmp_path / "demo")
+    folder = shutil.copytree(FOLDER / "demo", tmp_path / "demo")
     for page in opened(context, write_report(folder)):
         assert page.locator("figure.chart canvas").count() == page.locator("figure.chart").count() > 0

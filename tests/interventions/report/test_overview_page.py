@@ -58,10 +58,10 @@ def test_steering_is_read_at_strength_1(page: Page) -> None:
 
 @pytest.mark.parametrize("task", ["single_double_quote", "while_return_true", "for_while"])
 def test_the_packaged_runs_steering_is_read_at_strength_1(task: str) -> None:
-    metrics = read(FOLDER / "toy" / "metrics.json")
+    metrics = read(FOLDER / "demo" / "metrics.json")
     found = metrics["steering"][task]
     place = [round(s, 6) for s in found["strength"]].index(1)
-    (page,) = [page for page in steering_pages(FOLDER / "toy", metrics) if page.result.task == task]
+    (page,) = [page for page in steering_pages(FOLDER / "demo", metrics) if page.result.task == task]
     assert len(page.claims) == 8
     for claim, (n, curve) in zip(page.claims[4:], found["by_patching"].items(), strict=True):
         assert claim.edit == f"{n} channel{'' if n == '1' else 's'} from the sparse model alone"
@@ -206,10 +206,10 @@ def test_the_report_opens_with_what_was_found_at_the_chosen_strength(full: Run, 
 
 @pytest.mark.parametrize("task", ["single_double_quote", "while_return_true", "for_while"])
 def test_the_packaged_findings_are_those_of_its_files(task: str) -> None:
-    metrics, channels = read(FOLDER / "toy" / "metrics.json"), load_channels(FOLDER / "toy")
+    metrics, channels = read(FOLDER / "demo" / "metrics.json"), load_channels(FOLDER / "demo")
     found = metrics["steering"][task]
     (name,) = [c["channel"] for c in [found["experiment"]]]
-    size = str(len(read(FOLDER / "toy" / "channels.json")[name]["indices"]))
+    size = str(len(read(FOLDER / "demo" / "channels.json")[name]["indices"]))
     strength = found["chosen"][size]
     place = [round(s, 6) for s in found["strength"]].index(strength)
     finding = headline(Steering(**found), channels)

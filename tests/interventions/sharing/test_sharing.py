@@ -58,9 +58,9 @@ def refusal(kind: type[Exception], call: Callable[[], object]) -> str:
 
 
 def test_a_folder_comes_back_with_logits_steering_and_circuits(tmp_path: Path) -> None:
-    out = save_pretrained("toy", tmp_path / "bundle")
+    out = save_pretrained("demo", tmp_path / "bundle")
     assert json.loads((out / "bundle.json").read_text())["format"] == FORMAT
-    before, after = load_dense("toy"), load_dense(out)
+    before, after = load_dense("demo"), load_dense(out)
     assert torch.equal(before(TOKENS), after(TOKENS))
     assert torch.equal(steered(before, "quote_type"), steered(after, "quote_type"))
     assert get_bundle(before).channels == get_bundle(after).channels
@@ -68,10 +68,10 @@ def test_a_folder_comes_back_with_logits_steering_and_circuits(tmp_path: Path) -
     run = get_bundle(after).run
     assert load_circuit(run, "single_double_quote").fingerprint == fingerprint(run)
     rewritten = dict.fromkeys(("bundle.json", "config.json", "digests.json", "README.md"), "")
-    wanted = digests(FOLDER / "toy") | rewritten
+    wanted = digests(FOLDER / "demo") | rewritten
     assert digests(out).keys() == wanted.keys()
     assert {name: d for name, d in digests(out).items() if wanted[name]} == {n: d for n, d in wanted.items() if d}
-    save_pretrained("toy", out)  # over itself
+    save_pretrained("demo", out)  # over itself
 
 
 def test_another_folder_is_not_replaced(folder: Path, tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_another_folder_is_not_replaced(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_hub_gives_back_what_was_pushed(hub: Hub) -> None:
-    url = push_to_hub("toy", "me/quotes", private=True)
+    url = push_to_hub("demo", "me/quotes", private=True)
     assert url.startswith(f"{hub.url}/me/quotes/commit/")
     assert hub.private == {"me/quotes"}
-    before, after = load_dense("toy"), load_dense("me/quotes")
+    before, after = load_dense("demo"), load_dense("me/quotes")
     assert torch.equal(before(TOKENS), after(TOKENS))
     assert torch.equal(steered(before, "quote_type"), steered(after, "quote_type"))
     plain = load_hf("me/quotes")
@@ -97,7 +97,7 @@ def test_the_hub_gives_back_what_was_pushed(hub: Hub) -> None:
 def test_a_second_push_leaves_nothing_of_the_first_and_a_revision_is_a_branch(
     folder: Path, hub: Hub, capsys: pytest.CaptureFixture
 ) -> None:
-    push_to_hub("toy", "me/quotes")
+    push_to_hub("demo", "me/quotes")
     files = hub.files("me/quotes")
     assert files is not None
     first = hub.commit("me/quotes", "main", files | {"notes.txt": b"mine"})
@@ -110,7 +110,7 @@ def test_a_second_push_leaves_nothing_of_the_first_and_a_revision_is_a_branch(
     assert [name for name in found if name.startswith("circuits/")] == []
     tiny = load_dense("me/quotes", revision="tiny")
     assert torch.equal(tiny(TOKENS), load_dense(folder)(TOKENS))
-    assert torch.equal(load_dense("me/quotes", revision=first)(TOKENS), load_dense("toy")(TOKENS))
+    assert torch.equal(load_dense("me/quotes", revision=first)(TOKENS), load_dense("demo")(TOKENS))
 
 
 def test_refused_pushes_change_nothing_on_the_hub(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_refused_pushes_change_nothing_on_the_hub(folder: Path, hub: Hub, monkey
     assert "hf auth login" in said
     assert hub.refs == {}
     assert "use owner/name" in refusal(OSError, lambda: push_to_hub(folder, "me/a/b"))
-    push_to_hub("toy", "me/bundle")
+    push_to_hub("demo", "me/bundle")
     before = hub.files("me/bundle")
     hub.failing = "POST */commit/*"
     assert "give the same call again" in refusal(OSError, lambda: push_to_hub(folder, "me/bundle"))
@@ -133,7 +133,7 @@ def test_what_the_hub_does_not_have_or_show_is_said(hub: Hub, monkeypatch: pytes
         said = refusal(FileNotFoundError, lambda load=load: load("me/nothing"))
         assert "no run at me/nothing" in said
         assert hub.url in said
-    push_to_hub("toy", "me/quotes", private=True)
+    push_to_hub("demo", "me/quotes", private=True)
     said = refusal(FileNotFoundError, lambda: load_dense("me/quotes", revision="v9"))
     assert "no such revision" in said
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -144,7 +144,7 @@ def test_a_download_that_breaks_off_is_not_used_and_goes_on_later(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, fresh_cache: Callable[[], None]
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    push_to_hub("toy", "me/quotes")
+    push_to_hub("demo", "me/quotes")
     hub.broken = "sparse/model.safetensors"
     said = refusal(OSError, lambda: load_dense("me/quotes"))
     assert "broke off" in said
@@ -153,11 +153,11 @@ def test_a_download_that_breaks_off_is_not_used_and_goes_on_later(
         offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         refusal(OSError, lambda: load_dense("me/quotes"))  # half of it is in the cache
     hub.broken = None
-    assert torch.equal(load_dense("me/quotes")(TOKENS), load_dense("toy")(TOKENS))
+    assert torch.equal(load_dense("me/quotes")(TOKENS), load_dense("demo")(TOKENS))
 
 
 def test_a_file_of_another_length_than_the_hub_says_is_refused(hub: Hub, tmp_path: Path) -> None:
-    out = save_pretrained("toy", tmp_path / "bundle")
+    out = save_pretrained("demo", tmp_path / "bundle")
     weights = out / "bridges" / "bridges.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])  # cut before it was pushed
     hub.add_folder("me/cut", out)
@@ -165,7 +165,7 @@ def test_a_file_of_another_length_than_the_hub_says_is_refused(hub: Hub, tmp_pat
 
 
 def test_nothing_but_weights_and_json_is_fetched_and_nothing_is_run(hub: Hub, tmp_path: Path) -> None:
-    out = save_pretrained("toy", tmp_path / "bundle")
+    out = save_pretrained("demo", tmp_path / "bundle")
     trap = f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Trap: pass\n"
     for part in ("dense", "tokenizer", "sparse", "."):
         for name in ("modeling_trap.py", "pytorch_model.bin", "model.pkl", "conftest.py"):
@@ -176,7 +176,7 @@ def test_nothing_but_weights_and_json_is_fetched_and_nothing_is_run(hub: Hub, tm
     (out / "digests.json").unlink()  # otherwise the change is refused
     hub.add_folder("me/trap", out)
     for name in ("me/trap", out):
-        assert torch.equal(load_dense(name)(TOKENS), load_dense("toy")(TOKENS))
+        assert torch.equal(load_dense(name)(TOKENS), load_dense("demo")(TOKENS))
         load_hf(name)
     assert not (tmp_path / "sprung").exists()
     fetched = [asked for asked in hub.asked if asked.startswith("GET") and "/resolve/" in asked]
@@ -276,10 +276,10 @@ def test_a_reference_to_what_others_would_not_find_is_refused(
 
 
 def test_the_command_says_a_refusal_in_a_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "interventions.cli", "push", "--run", "toy", "--to", "me/quotes"]
+    command = [sys.executable, "-m", "interventions.cli", "push", "--run", "demo", "--to", "me/quotes"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)  # tests run offline
     assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot push toy to 'me/quotes'")
+    assert done.stderr.startswith("error: cannot push demo to 'me/quotes'")
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
@@ -287,7 +287,7 @@ def test_the_card_shows_the_run_s_figures_with_controls_and_names_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(FOLDER / "toy", run)
+    shutil.copytree(FOLDER / "demo", run)
     path = run / "circuits" / "single_double_quote.json"
     circuit = json.loads(path.read_text())
     card = (save_pretrained(run, tmp_path / "bundle") / "README.md").read_text()
