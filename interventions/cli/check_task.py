@@ -67,7 +67,8 @@ def main(options: Options) -> None:
     verdict = f"solved by the {' and the '.join(solved)} model" if solved else "no model solves it: raise --steps"
     print(verdict)
     if len(solved) == 2 and not folder.is_relative_to(FOLDER):
-        say_next("find-channel", "--run", options.run, "--task", options.task, "--prompts", options.prompts)
+        found = ("--run", options.run, "--task", options.task, "--prompts", options.prompts)
+        say_next("find-channel", *found, device=options.device)
 
 
 def describe(task: "Task", report: "TaskReport") -> None:

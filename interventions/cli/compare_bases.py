@@ -78,7 +78,9 @@ def _compare(dense: "nn.Module", folder: Path, options: Options) -> None:
     update_metrics(folder, merge=True, bases={result.task: result.plain()}, task_prompts={result.task: record})
     describe(result)
     print(f"plot: {plot}")
-    say_next("report", "--run", str(folder if folder == get_bundle(dense).folder else options.run))
+    say_next(
+        "report", "--run", str(folder if folder == get_bundle(dense).folder else options.run), device=options.device
+    )
 
 
 def describe(result: "Bases") -> None:

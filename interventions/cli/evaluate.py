@@ -32,4 +32,4 @@ def main(options: Options) -> None:
 
     with writing_into(options.run):
         print(evaluation_table(evaluate_run(open_run(options.run, options.device), tokens=options.tokens)))
-    say_next("find-channel", "--run", options.run)
+    say_next("find-channel", "--run", options.run, device=options.device)

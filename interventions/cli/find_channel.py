@@ -71,7 +71,7 @@ def main(options: Options) -> None:
         save_channel(run.folder, channel)
     describe(channel)
     print(f"saved in {Path(options.run) / FILE}")
-    say_next("steer", "--run", options.run, "--channel", channel.name)
+    say_next("steer", "--run", options.run, "--channel", channel.name, device=options.device)
 
 
 def describe(channel: "Channel") -> None:

@@ -77,7 +77,7 @@ def command(arguments: list[str]) -> None:
     with writing_into(options.run):
         main(options)
     if options.controls:
-        say_next("report", "--run", options.run)
+        say_next("report", "--run", options.run, device=options.device)
     else:
         say_next("find-circuit", *arguments, "--controls")
 

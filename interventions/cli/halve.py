@@ -30,4 +30,4 @@ def main(options: Options) -> None:
     from bridges.halving import halve_run
 
     print(evaluation_table(halve_run(options.run, options.out, device=options.device)))
-    say_next("find-channel", "--run", options.out)
+    say_next("find-channel", "--run", options.out, device=options.device)

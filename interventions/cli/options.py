@@ -205,9 +205,10 @@ def loss_verdict(loss: float, d_vocab: int) -> str:
     return f"a guess among the {d_vocab} tokens would cost {guess:.2f} nats{words}"
 
 
-def say_next(command: str, *arguments: str) -> None:
-    """Print the command that comes next, ready to be typed."""
-    print(f"next: {command_line(command, *arguments)}")
+def say_next(command: str, *arguments: str, device: str = "cpu") -> None:
+    """Print the command that comes next, ready to be typed; on the device of this one."""
+    where = [] if device == "cpu" else ["--device", device]
+    print(f"next: {command_line(command, *arguments, *where)}")
 
 
 class _Handler(logging.Handler):

@@ -81,7 +81,8 @@ def say_next_steps(options: Options, scores: "TaskScores") -> None:
     if not solved:
         print("no task is solved by all models: train longer, more --steps, before a channel is looked for")
     elif (Path(run) / "bridges").is_dir():
-        say_next("find-channel", "--run", run, "--task", files.get(solved[0], solved[0]))
+        task = files.get(solved[0], solved[0])
+        say_next("find-channel", "--run", run, "--task", task, device=options.device)
 
 
 def measure(folder: Path, options: Options) -> "tuple[TaskScores, dict[str, TaskReport | str]]":

@@ -117,7 +117,9 @@ def _steer(dense: "nn.Module", folder: Path, options: Options) -> None:
     )
     describe(result, baseline, get_bundle(dense).channels)
     print(f"plot: {plot}")
-    say_next("report", "--run", str(folder if folder == get_bundle(dense).folder else options.run))
+    say_next(
+        "report", "--run", str(folder if folder == get_bundle(dense).folder else options.run), device=options.device
+    )
 
 
 def check_solved(accuracy: float, *, anyway: bool) -> None:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.dense import Sublayered
-from bridges.hybrid import residuals, suffix
+from bridges.hybrid import advance, residuals
 from bridges.sites import all_sites
 from interventions.bundle.channels import Rule
 from interventions.tasks.base import TaskBatch
@@ -49,10 +49,14 @@ def site_effects(dense: Sublayered, batch: TaskBatch) -> list[SiteEffect]:
     """P(counterfactual answer) after patching the dense stream, or the next read alone, at each site."""
     tokens, other, answers, last = flipped(batch)
     here, there = residuals(dense, tokens), residuals(dense, other)
+    row, column = torch.arange(len(last))[:, None], last[:, None]
     before_last = (torch.arange(tokens.shape[1], device=tokens.device) < last[:, None])[..., None]
 
     def p(site: int, resid: Tensor) -> float:
-        return float(log_p(suffix(dense, site, resid, tokens), answers, last).exp().mean())
+        end = advance(dense, site, resid)
+        # Only the last position's logits count.
+        logits = dense.unembed(end[row, column], tokens[row, column])
+        return float(log_p(logits, answers, torch.zeros_like(last)).exp().mean())
 
     effects = []
     for site in all_sites(dense.n_layers):

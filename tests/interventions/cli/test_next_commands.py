@@ -13,7 +13,7 @@ from bridges.run_folder import open_run
 from interventions.circuits.circuit import finding_command
 from interventions.cli import find_circuit, solved_tasks
 from interventions.cli.main import main
-from interventions.cli.options import parse_run
+from interventions.cli.options import parse_run, say_next
 from interventions.steering.result import Steering
 from sparse_model.config import TrainConfig, to_json
 
@@ -139,3 +139,11 @@ def test_messages_name_folders_that_a_shell_would_take_apart(tmp_path: Path) -> 
         assert command
         assert shlex.split(command[1])[:3] == ["train-bridge", "--run", str(missing)]
         folder.mkdir(exist_ok=True)
+
+
+def test_the_next_command_runs_where_this_one_did(capsys: pytest.CaptureFixture[str]) -> None:
+    say_next("steer", "--run", "runs/a b", device="cuda:1")
+    say_next("steer", "--run", "runs/a", device="cpu")
+    assert capsys.readouterr().out == (
+        "next: sparse-bridges steer --run 'runs/a b' --device cuda:1\nnext: sparse-bridges steer --run runs/a\n"
+    )
