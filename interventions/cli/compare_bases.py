@@ -92,11 +92,11 @@ def describe(result: "Bases") -> None:
     print(
         paragraph(
             f"equal: P(counterfactual answer) at the equal norm, {result.equal:g}, the largest at which 95 % of random "
-            "directions do nothing. 0.5 at: the norm that first takes selection prompts so much of the way to P on their "
-            "counterfactuals, in units of the exact patch's. vector: the set's mean vector at every token, where it "
-            "first does so: P on evaluation prompts, KL in nats per token of other text, pairs right on other tasks. "
-            "own: candidates of the sparse model alone. A transcoder's edits are of its sublayer's output, and so are "
-            "their norms."
+            "directions do nothing. 0.5 at: the norm that first takes selection prompts so much of the way to P on "
+            "their counterfactuals, in units of the exact patch's. vector: the set's mean vector at every token, where "
+            "it first does so: P on evaluation prompts, KL in nats per token of other text, pairs right on other "
+            "tasks. own: candidates of the sparse model alone. A transcoder's edits are of its sublayer's output, and "
+            "so are their norms."
         )
     )
     coders = [
