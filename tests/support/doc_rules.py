@@ -47,6 +47,11 @@ RULES = (
     Rule(TRAINS + r"(?!.* --(?:dense|tokenizer|help)(?: |$))", "--sparse.d-vocab 300"),
     # The sparse model that a training begins with is a packaged one, of its preset's shape.
     Rule(TRAINS + r".* --start-from ", replacing(r" --sparse\.\S+ \S+", "")),
+    # One that begins as the dense model has its shape.
+    Rule(
+        TRAINS + r" code(?= |$)",
+        replacing(r" --(?:sparse\.(?!d-vocab|n-ctx)|dense-train\.(?:d-model|n-heads))\S* \S+", ""),
+    ),
     # What looks at a run: few pairs, draws and steps.
     Rule(r"sparse-bridges find-channel(?!.* --help)", "--pairs 4 --site 1"),
     Rule(r"sparse-bridges find-channel.* --from circuit", replacing(r" --site 1$", "")),
