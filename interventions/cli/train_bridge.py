@@ -19,4 +19,4 @@ def command(arguments: list[str]) -> None:
     from bridges.pipeline import train_bridge
 
     if train_bridge(options.config, options.folder, **options.how):  # of the processes, the one that evaluates
-        say_next("find-channel", "--run", str(options.folder))
+        say_next("find-channel", "--run", str(options.folder), device=options.how["device"] or "cpu")

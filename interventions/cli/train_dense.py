@@ -20,4 +20,5 @@ def command(arguments: list[str]) -> None:
     loss = make_dense(options.config, options.folder, resume=options.how["resume"], device=options.how["device"])
     print(f"dense CE on held-out text: {loss:.4f} nats per token; saved in {options.folder / 'dense'}")
     print(loss_verdict(loss, options.config.sparse.d_vocab))
-    say_next("train-bridge", "--run", str(options.folder), "--resume")  # with the options that were given here
+    # With the options that were given here.
+    say_next("train-bridge", "--run", str(options.folder), "--resume", device=options.how["device"] or "cpu")

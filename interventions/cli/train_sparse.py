@@ -32,4 +32,4 @@ def command(arguments: list[str]) -> None:
             f"weights, 1 in {1 / metrics['nonzero_fraction']:.1f}; saved in {options.folder / 'sparse'}"
         )
         print(loss_verdict(metrics["val_ce"], config.sparse.d_vocab))
-        say_next("solved-tasks", str(options.folder))
+        say_next("solved-tasks", str(options.folder), device=options.how["device"] or "cpu")

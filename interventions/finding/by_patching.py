@@ -6,9 +6,9 @@ Only *selection* prompts are looked at, and steering not at all:
    the last (where does the feature still wait to be read?), and what the next sublayer reads, at all tokens (does that
    read alone decide the answer?). Sites before a sublayer whose read decides it are eligible; where several sublayers
    share the work no read does, and the last site where the stream still flips the answer is taken.
-2. Candidates, in the sparse model. Each channel of its read at a site is set alone to its counterfactual value at every
-   token; its effect is the gain in log P(counterfactual answer). The strongest by effect, and by activation difference
-   times decoder norm, go on.
+2. Candidates, in the sparse model. Each channel of its read at a site (of more than 128 those with the largest effects
+   to first order) is set alone to its counterfactual value at every token; its effect is the gain in log
+   P(counterfactual answer). The strongest by effect, and by activation difference times decoder norm, go on.
 3. Sets. A beam search adds channels one at a time, by the joint effect of patching the whole set.
 4. Of the eligible sites those are kept whose read the sparse model, too, hangs on (a large share of next to nothing is
    nothing), and of those the ones whose read decides the dense model's answer about as surely as any does. Of what is

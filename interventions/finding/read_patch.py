@@ -14,7 +14,7 @@ from interventions.tasks.base import TaskBatch, since_difference
 from sparse_model.io.progress import progress_bar
 from sparse_model.model.transformer import KVCache
 
-_APART = 16
+_APART = 16  # tokens from one group of prompts to the next
 _MOST_SINGLES = 128
 
 
@@ -52,8 +52,7 @@ class ReadPatch:
             shown = tokens[rows, first:end]
             self._groups.append(_Group(shown, here, there, before, answers[rows], last[rows] - first))
         self._width = self._groups[0].counterfactual.shape[-1]
-        self.base = 0.0
-        self.base = self.effect([])
+        self.base = self._patched([])
         self.whole = self.effect(list(range(self._width)))
 
     def _unpatched(
@@ -79,10 +78,13 @@ class ReadPatch:
 
     def effect(self, channels: list[int]) -> float:
         """Gain in mean log P(counterfactual answer) from patching a set of channels, nats."""
+        return self._patched(channels) - self.base
+
+    @torch.no_grad()
+    def _patched(self, channels: list[int]) -> float:
         share = torch.zeros(self._width)
         share[channels] = 1
-        with torch.no_grad():
-            return float(self._score(share)) - self.base
+        return float(self._score(share))
 
     def first_order(self) -> Float[Tensor, " width"]:
         """What patching each channel alone gives to first order, nats: gradient times change, summed over tokens."""
@@ -90,12 +92,12 @@ class ReadPatch:
             share = torch.zeros(self._width, requires_grad=True)
             return torch.autograd.grad(self._score(share), share)[0]
 
-    def singles(self, channels: Sequence[int], *, progress: bool = False) -> Float[Tensor, " width"]:
-        """The effect of patching each of these channels alone, zero for the others.
+    def singles(self, channels: Sequence[int], *, progress: bool = False) -> Float[Tensor, " d_sparse"]:
+        """The effect of patching each of these channels of the stream alone, zero for the others.
 
         Of many only those are patched that have the largest effects to first order; the others' are left at zero.
         """
-        first_order, effects = self.first_order(), torch.zeros(self._width)
+        first_order, effects = self.first_order(), torch.zeros(self.sparse.d_model)
         largest = sorted(channels, key=lambda c: -float(first_order[c]))[:_MOST_SINGLES]
         words = f"site {self.site.index}"
         for c in progress_bar(largest, desc=words, unit="channel", leave=False, disable=not progress):
@@ -125,8 +127,9 @@ class ReadPatch:
 def _near(starts: Int[Tensor, " prompt"]) -> list[Int[Tensor, " row"]]:
     """The prompts in groups whose first differing tokens are near each other."""
     groups: list[list[int]] = []
-    for row in starts.argsort(stable=True).tolist():
-        if not groups or starts[row] - starts[groups[-1][0]] >= _APART:
+    first = starts.tolist()
+    for row in sorted(range(len(first)), key=first.__getitem__):
+        if not groups or first[row] - first[groups[-1][0]] >= _APART:
             groups.append([])
         groups[-1].append(row)
     return [torch.tensor(rows, device=starts.device) for rows in groups]

@@ -49,8 +49,8 @@ def steer(dense: nn.Module, experiment: Experiment, *, progress: bool = True) ->
     curves = edit_curves(setting, steered, edits)
     random = random_curves(setting, steered, edits, drawn, progress=progress)
     norm, searched = search_all(setting, progress=progress)
-    result = _result(setting, edits, drawn, curves, random)
-    result = result._replace(search_norm=norm, searched=searched, reach=steered.reach)
+    result = _result(setting, edits, drawn, curves, random, steered.reach)
+    result = result._replace(search_norm=norm, searched=searched)
     movable = edits.sets | {"difference_of_means": edits.difference_of_means}
     chosen = {name: chosen_strength(result, name) * edit for name, edit in movable.items()}
     return result._replace(side_effects=side_effects(setting, chosen, drawn, progress=progress))
@@ -62,6 +62,7 @@ def _result(
     drawn: Drawn,
     curves: EditCurves,
     random: RandomCurves,
+    reach: float,
 ) -> Steering:
     """Everything but the searches, and the side effects, which are measured at strengths that the result tells."""
     sets, plan = setting.sets, setting.plan
@@ -95,7 +96,7 @@ def _result(
         search_norm=0.0,
         searched={},
         digest=setting.channel.digest,
-        reach=0.0,
+        reach=reach,
     )
 
 

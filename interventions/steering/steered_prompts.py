@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -109,14 +110,15 @@ class SteeredPrompts:
         self._groups = list(self._grouped())
         self.base = Answers(torch.zeros(len(prompts.last)), torch.zeros(len(prompts.last)))
         """Without an edit."""
-        self.reach = self._reach()
-        """Mean P(counterfactual answer) of the counterfactual prompts themselves: what there is to reach."""
         for group in self._groups:
             logits = group.suffix.logits(None, torch.ones(1))[0, 0]
             for all_rows, of_group in zip(self.base, self._answers(group, logits), strict=True):
                 all_rows[group.rows.cpu()] = of_group
 
-    def _reach(self) -> float:
+    @cached_property
+    @torch.no_grad()
+    def reach(self) -> float:
+        """Mean P(counterfactual answer) of the counterfactual prompts themselves: what there is to reach."""
         given = self.prompts
         parts = zip(*(part.split(_ROWS) for part in (given.counterfactual, given.last, given.target)), strict=True)
         p = [

@@ -102,9 +102,8 @@ class Dosing:
         norms = [edit.norm(dim=-1, keepdim=True) for edit in edits]
         percentiles: list[list[float]] = [[] for _ in edits]
         left, limit = list(range(len(edits))), self._steered.p_at(QUIET)
-        for tried, strength in enumerate(
-            LADDER, 1
-        ):  # one after the other: most of the time goes into those that are not quiet
+        # One after the other: most of the time goes into those that are not quiet.
+        for tried, strength in enumerate(LADDER, 1):
             drawn = (edit for i in left for edit in along(self._random[:draws], norms[i]))
             random = self._steered.answers(drawn, [strength]).target.mean(2).view(len(left), -1)
             at_strength = random.quantile(0.95, dim=1).tolist()

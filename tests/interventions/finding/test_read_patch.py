@@ -1,5 +1,6 @@
 """Patching the open tokens alone against whole passes."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from support.helpers import make_tiny_run
 from bridges.run_folder import Run
 from bridges.sites import Site
 from interventions.finding import read_patch
+from interventions.finding.by_patching import search_channels
 from interventions.finding.patching import flipped
 from interventions.finding.read_patch import ReadPatch
 from interventions.tasks.base import TaskBatch
+from sparse_model.model.transformer import SparseTransformer
 
 
 @pytest.fixture
@@ -80,3 +83,17 @@ def test_of_many_channels_those_are_patched_that_matter_to_first_order(
     chosen = 1 + first_order[1:20].topk(4).indices
     assert sorted(some.nonzero().flatten().tolist()) == sorted(chosen.tolist())
     assert torch.equal(some[chosen], every[chosen])
+
+
+def test_positions_that_are_read_beside_the_stream_are_no_channels(run: Run) -> None:
+    """Nor does a search trip over them."""
+    cfg = dataclasses.replace(run.sparse.cfg, positions="concat_learned", d_pos=4)
+    torch.manual_seed(0)
+    run = run._replace(sparse=SparseTransformer(cfg))
+    batch = scattered(run)
+    patch = ReadPatch(run, batch, 2)
+    base = by_hand(run, batch, 2, [])
+    assert patch.effect([3]) == pytest.approx(by_hand(run, batch, 2, [3]) - base, abs=1e-5)
+    assert patch.singles(range(32)).shape == (run.sparse.d_model,)
+    # All channels are candidates: an index behind the stream's last would be one, too.
+    assert search_channels(run, batch, 2, largest=1, candidates=64).sets
